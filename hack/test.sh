@@ -1,0 +1,80 @@
+#!/bin/bash
+# test.sh [STAGE [uml|qemu]]: run the tests, all stages without an argument.
+# Each stage makes what it needs; each prints what it does and how long it took.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export GOTOOLCHAIN=local GOFLAGS=-buildvcs=false CGO_ENABLED=0
+# A test whose prerequisite is missing fails instead of skipping.
+export CI=true
+start=$SECONDS
+mkdir -p out
+
+say() { printf '\n=== [%4ds] %s\n' $((SECONDS - start)) "$*"; }
+
+verify() {
+  say "generated files are up to date"
+  local before after
+  before=$(git ls-files -s -o --exclude-standard apis config | sha256sum; git diff -- apis config | sha256sum)
+  make --no-print-directory generate
+  after=$(git ls-files -s -o --exclude-standard apis config | sha256sum; git diff -- apis config | sha256sum)
+  if [ "$before" != "$after" ]; then
+    git --no-pager diff --stat -- apis config
+    echo "generated files differ: run 'make generate' and commit the result" >&2
+    return 1
+  fi
+}
+
+tools() {
+  say "lab programs"
+  go build -trimpath -o out/ ./test/lab/cmd/lab ./test/lab/cmd/labrun
+}
+
+unit() {
+  tools
+  say "artefacts of the API server tests"
+  KUBEBUILDER_ASSETS=$(out/lab assets)
+  export KUBEBUILDER_ASSETS
+  say "vet, with the tests of guests and clusters"
+  go vet ./... && go vet -tags lab,e2e ./...
+  say "unit tests, tests against a real API server, tests on this kernel"
+  go test -timeout 15m ./...
+}
+
+guest() {
+  tools
+  local kind=$1 pkgs=(./internal/host/... ./operator/node/... ./cni/...)
+  # The emulated NIC's own tests need the emulated NIC.
+  [ "$kind" = qemu ] || pkgs=(./test/nic/... "${pkgs[@]}")
+  say "tests inside bare guests: $kind"
+  # One guest at a time: two would measure each other on two cores.
+  go test -p 1 -tags lab -timeout 20m -run Lab -exec "$PWD/out/labrun -kind $kind" "${pkgs[@]}"
+}
+
+e2e() {
+  tools
+  say "image"
+  go run ./hack/image -o out/sluice.tar
+  say "tests on a cluster of guests: $1"
+  LAB=$1 SLUICE_IMAGE=$PWD/out/sluice.tar go test -tags e2e -count 1 -timeout 30m -v ./test/e2e/
+}
+
+bench() {
+  tools
+  say "benchmarks"
+  go test -run '^$' -bench . -benchmem ./...
+}
+
+case ${1:-all} in
+all)
+  verify
+  unit
+  guest uml
+  e2e uml
+  guest qemu
+  e2e qemu
+  ;;
+verify | unit | bench) "$1" ;;
+guest | e2e) "$1" "${2:-uml}" ;;
+*) echo "usage: $0 [verify|unit|guest|e2e|bench] [uml|qemu]" >&2; exit 2 ;;
+esac
+say "done"
