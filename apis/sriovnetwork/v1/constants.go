@@ -1,0 +1,64 @@
+package v1
+
+// DefaultPriority is the priority of a policy that gives none. A lower number is
+// stronger.
+const DefaultPriority = 99
+
+// Device types of a policy: what driver its VFs are bound to.
+const (
+	DeviceTypeNetDevice = "netdevice" // the VF's kernel network driver
+	DeviceTypeVfioPci   = "vfio-pci"  // user space (DPDK, virtual machines)
+)
+
+// Modes of a PF's embedded switch.
+const (
+	EswitchModeLegacy    = "legacy"
+	EswitchModeSwitchdev = "switchdev"
+)
+
+// Link types as the status spells them. A policy may use lower case too.
+const (
+	LinkTypeETH = "ETH"
+	LinkTypeIB  = "IB"
+)
+
+// Values of SriovNetworkNodeState.status.syncStatus.
+const (
+	SyncStatusInProgress = "InProgress"
+	SyncStatusSucceeded  = "Succeeded"
+	SyncStatusFailed     = "Failed"
+)
+
+// Condition types. Ready is true when everything asked for is in effect, Progressing
+// while work goes on, Degraded when something asked for cannot be done as it stands.
+const (
+	ConditionReady       = "Ready"
+	ConditionProgressing = "Progressing"
+	ConditionDegraded    = "Degraded"
+)
+
+// Reasons of the Ready condition of a network.
+const (
+	ReasonNetworkReady       = "NetworkReady"
+	ReasonNADNotFound        = "NetworkAttachmentDefinitionNotFound"
+	ReasonNADInvalid         = "NetworkAttachmentDefinitionInvalid"
+	ReasonNamespaceNotFound  = "NamespaceNotFound"
+	ReasonNamespaceForbidden = "NamespaceForbidden"
+)
+
+// Annotations and finalizers on objects of this group and on what is made from them.
+const (
+	// AnnotationDesiredState and AnnotationCurrentState carry the drain state machine on
+	// a SriovNetworkNodeState.
+	AnnotationDesiredState = "sriovnetwork.openshift.io/desired-state"
+	AnnotationCurrentState = "sriovnetwork.openshift.io/current-state"
+	// AnnotationOwnerRef names the network a NetworkAttachmentDefinition was made from,
+	// as <Kind>.<group>/<namespace>/<name>.
+	AnnotationOwnerRef = "sriovnetwork.openshift.io/owner-ref"
+	// AnnotationResourceName names the device plugin resource that a
+	// NetworkAttachmentDefinition draws from, as <prefix>/<resourceName>.
+	AnnotationResourceName = "k8s.v1.cni.cncf.io/resourceName"
+	// FinalizerNetAttDef holds a network until its NetworkAttachmentDefinition in another
+	// namespace is gone, which no owner reference can do.
+	FinalizerNetAttDef = "netattdef.finalizers.sriovnetwork.openshift.io"
+)

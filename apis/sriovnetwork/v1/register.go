@@ -1,0 +1,30 @@
+package v1
+
+import (
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+)
+
+// GroupName is the API group of the kinds in this package.
+const GroupName = "sriovnetwork.openshift.io"
+
+var (
+	// SchemeGroupVersion is the group and version of the kinds in this package.
+	SchemeGroupVersion = schema.GroupVersion{Group: GroupName, Version: "v1"}
+
+	schemeBuilder = runtime.NewSchemeBuilder(addKnownTypes)
+
+	// AddToScheme registers the kinds of this package.
+	AddToScheme = schemeBuilder.AddToScheme
+)
+
+func addKnownTypes(scheme *runtime.Scheme) error {
+	scheme.AddKnownTypes(SchemeGroupVersion,
+		&SriovNetworkNodePolicy{}, &SriovNetworkNodePolicyList{},
+		&SriovNetworkNodeState{}, &SriovNetworkNodeStateList{},
+		&SriovNetwork{}, &SriovNetworkList{},
+	)
+	metav1.AddToGroupVersion(scheme, SchemeGroupVersion)
+	return nil
+}

@@ -1,0 +1,111 @@
+package v1
+
+import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+// SriovNetworkSpec is a network that pods join with a VF.
+//
+// +kubebuilder:validation:XValidation:rule="!has(self.minTxRate) || !has(self.maxTxRate) || self.maxTxRate == 0 || self.minTxRate <= self.maxTxRate",fieldPath=".minTxRate",messageExpression="'minTxRate ' + string(self.minTxRate) + ' Mb/s is above maxTxRate ' + string(self.maxTxRate) + ' Mb/s: lower minTxRate or raise maxTxRate'"
+type SriovNetworkSpec struct {
+	// networkNamespace is where the NetworkAttachmentDefinition is made; empty means the
+	// network's own namespace. Only networks in the operator's namespace may name another.
+	// +optional
+	// +kubebuilder:validation:MaxLength=253
+	// +kubebuilder:validation:XValidation:rule="self == '' || self.matches('^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$')",messageExpression="'networkNamespace \"' + self + '\" is not a namespace name: use 1 to 63 lower-case letters, digits and -'"
+	NetworkNamespace string `json:"networkNamespace,omitempty"`
+	// resourceName is the resource the VFs come from, without prefix: that of a
+	// SriovNetworkNodePolicy.
+	// +required
+	// +kubebuilder:validation:MaxLength=253
+	// +kubebuilder:validation:XValidation:rule="self.matches('^[a-zA-Z0-9]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?$')",messageExpression="'resourceName \"' + self + '\" is not a resource name: use 1 to 63 letters, digits, _ and -, with a letter or digit at both ends'"
+	ResourceName string `json:"resourceName"`
+	// capabilities is a JSON object of what the pod's annotation may set, such as
+	// {"mac": true, "ips": true}.
+	// +optional
+	Capabilities string `json:"capabilities,omitempty"`
+	// ipam is the configuration of the IPAM plugin, a JSON object. Empty means none.
+	// +optional
+	IPAM string `json:"ipam,omitempty"`
+	// vlan the VF is put in, 1 to 4094; 0 for none.
+	// +optional
+	// +kubebuilder:validation:XValidation:rule="self >= 0 && self <= 4094",messageExpression="'vlan ' + string(self) + ' is not a VLAN ID: use 1 to 4094, or 0 for no VLAN'"
+	Vlan int `json:"vlan,omitempty"`
+	// vlanQoS is the 802.1p priority of the VF's frames, 0 to 7. It needs a vlan.
+	// +optional
+	// +kubebuilder:validation:XValidation:rule="self >= 0 && self <= 7",messageExpression="'vlanQoS ' + string(self) + ' is not an 802.1p priority: use 0 to 7'"
+	VlanQoS int `json:"vlanQoS,omitempty"`
+	// vlanProto is the VLAN protocol; empty means 802.1q.
+	// +optional
+	// +kubebuilder:validation:Enum="802.1q";"802.1Q";"802.1ad";"802.1AD"
+	VlanProto string `json:"vlanProto,omitempty"`
+	// spoofChk drops frames whose source is not the VF's own address.
+	// +optional
+	// +kubebuilder:validation:Enum={"on","off"}
+	SpoofChk string `json:"spoofChk,omitempty"`
+	// trust lets the VF change its address and enter promiscuous mode.
+	// +optional
+	// +kubebuilder:validation:Enum={"on","off"}
+	Trust string `json:"trust,omitempty"`
+	// linkState is the link the VF is shown: the PF's, always up, or always down.
+	// +optional
+	// +kubebuilder:validation:Enum={"auto","enable","disable"}
+	LinkState string `json:"linkState,omitempty"`
+	// minTxRate is the bandwidth the VF is promised, in Mb/s.
+	// +optional
+	// +kubebuilder:validation:XValidation:rule="self >= 0",messageExpression="'minTxRate ' + string(self) + ' is negative: give Mb/s, or 0 for none'"
+	MinTxRate *int `json:"minTxRate,omitempty"`
+	// maxTxRate is the bandwidth the VF is held to, in Mb/s; 0 for no limit.
+	// +optional
+	// +kubebuilder:validation:XValidation:rule="self >= 0",messageExpression="'maxTxRate ' + string(self) + ' is negative: give Mb/s, or 0 for no limit'"
+	MaxTxRate *int `json:"maxTxRate,omitempty"`
+	// metaPlugins are CNI plugins to run after the VF's own: JSON objects with commas
+	// between them.
+	// +optional
+	MetaPluginsConfig string `json:"metaPlugins,omitempty"`
+	// logLevel of the CNI plugin.
+	// +optional
+	// +kubebuilder:default=info
+	// +kubebuilder:validation:Enum={"panic","error","warning","info","debug",""}
+	LogLevel string `json:"logLevel,omitempty"`
+	// logFile of the CNI plugin.
+	// +optional
+	LogFile string `json:"logFile,omitempty"`
+}
+
+// NetworkStatus says what became of a network.
+type NetworkStatus struct {
+	// conditions are Ready.
+	// +optional
+	// +listType=map
+	// +listMapKey=type
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+}
+
+// SriovNetwork makes a NetworkAttachmentDefinition through which pods get a VF.
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+// +kubebuilder:printcolumn:name="Resource",type=string,JSONPath=`.spec.resourceName`
+// +kubebuilder:printcolumn:name="Vlan",type=integer,JSONPath=`.spec.vlan`
+// +kubebuilder:printcolumn:name="Message",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].message`
+type SriovNetwork struct {
+	metav1.TypeMeta `json:",inline"`
+	// +optional
+	metav1.ObjectMeta `json:"metadata,omitzero"`
+	// spec is what is asked for.
+	// +optional
+	Spec SriovNetworkSpec `json:"spec,omitzero"`
+	// status is what became of it.
+	// +optional
+	Status NetworkStatus `json:"status,omitzero"`
+}
+
+// SriovNetworkList is a list of networks.
+//
+// +kubebuilder:object:root=true
+type SriovNetworkList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitzero"`
+	Items           []SriovNetwork `json:"items"`
+}
