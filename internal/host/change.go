@@ -1,0 +1,258 @@
+package host
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// DefaultDriver asks BindDriver for the kernel's own choice.
+const DefaultDriver = ""
+
+// Link is a netdev of this namespace. The index decides, never the name: a
+// name seen a moment ago may belong to another netdev now.
+type Link struct {
+	Index      int
+	Name       string // for messages
+	PCIAddress string // for messages
+}
+
+// Link returns the PF's netdev.
+func (p *PF) Link() Link { return Link{p.IfIndex, p.Name, p.PCIAddress} }
+
+// Link returns the VF's netdev.
+func (v *VF) Link() Link { return Link{v.IfIndex, v.Name, v.PCIAddress} }
+
+func (l Link) device() netlink.Link {
+	return &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: l.Index, Name: l.Name}}
+}
+
+// change does one rtnetlink request on the link.
+func (l Link) change(ctx context.Context, op string, hints []hint, do func(netlink.Link) error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if l.Index <= 0 {
+		return &KernelError{Op: op, Object: objectName(l.PCIAddress, l.Name), Err: unix.ENODEV,
+			Hint: "the device has no netdev in the node's network namespace"}
+	}
+	if err := do(l.device()); err != nil {
+		return &KernelError{Op: op, Object: objectName(l.PCIAddress, l.Name), Err: err, Hint: hintFor(err, hints)}
+	}
+	return nil
+}
+
+// SetMTU sets the link's MTU, in bytes.
+func (h *Host) SetMTU(ctx context.Context, l Link, mtu int) error {
+	return l.change(ctx, fmt.Sprintf("set MTU %d", mtu), mtuHints, func(d netlink.Link) error {
+		return h.rt.LinkSetMTU(d, mtu)
+	})
+}
+
+// SetLinkUp sets the link administratively up.
+func (h *Host) SetLinkUp(ctx context.Context, l Link) error {
+	return l.change(ctx, "set the link up", nil, h.rt.LinkSetUp)
+}
+
+// Rename gives the link another name.
+func (h *Host) Rename(ctx context.Context, l Link, name string) error {
+	return l.change(ctx, "rename to "+name, renameHints, func(d netlink.Link) error {
+		return h.rt.LinkSetName(d, name)
+	})
+}
+
+// SetVFMAC sets the address that the PF assigns to the VF of the given index
+// (IFLA_VF_MAC). A VF that is probed later takes it; one that has a netdev
+// already mostly does not, see SetMAC.
+func (h *Host) SetVFMAC(ctx context.Context, pf Link, index int, mac net.HardwareAddr) error {
+	return pf.change(ctx, fmt.Sprintf("set the MAC of VF %d to %s", index, mac), macHints, func(d netlink.Link) error {
+		return h.rt.LinkSetVfHardwareAddr(d, index, mac)
+	})
+}
+
+// SetMAC sets the link's own address. A link whose driver cannot do it while up
+// is taken down and stays down.
+func (h *Host) SetMAC(ctx context.Context, l Link, mac net.HardwareAddr) error {
+	return l.change(ctx, fmt.Sprintf("set the MAC to %s", mac), macHints, func(d netlink.Link) error {
+		err := h.rt.LinkSetHardwareAddr(d, mac)
+		if !errors.Is(err, unix.EBUSY) {
+			return err
+		}
+		if err := h.rt.LinkSetDown(d); err != nil {
+			return err
+		}
+		return h.rt.LinkSetHardwareAddr(d, mac)
+	})
+}
+
+// SetNumVFs makes the PF have exactly n VFs. The kernel changes the number only
+// through 0, so all VFs of the PF are destroyed when there are some and n
+// differs; nothing happens when n is there already.
+//
+// The new VFs have no driver, so that each can get its address first and is
+// then probed once, by the driver meant for it: see SetVFMAC and BindDriver.
+// They exist when SetNumVFs returns: sriov_numvfs answers after the kernel has
+// added them.
+func (h *Host) SetNumVFs(ctx context.Context, pciAddress string, n int) error {
+	device, err := h.device(pciAddress)
+	if err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	op := fmt.Sprintf("create %d VFs", n)
+	if n == 0 {
+		op = "remove all VFs"
+	}
+	fail := func(err error) error {
+		return &KernelError{Op: op, Object: pciAddress, Err: pathless(err), Hint: hintFor(err, numVFsHints)}
+	}
+	file := filepath.Join(device, "sriov_numvfs")
+	have, err := readInt(file)
+	if err != nil {
+		return fail(err)
+	}
+	if have == n {
+		return nil
+	}
+	if have > 0 {
+		if err := writeSysfs(file, "0"); err != nil {
+			return fail(fmt.Errorf("remove the %d VFs there are: %w", have, pathless(err)))
+		}
+	}
+	if n == 0 {
+		return nil
+	}
+	if err := setAutoprobe(device, false); err != nil {
+		return fail(err)
+	}
+	err = writeSysfs(file, strconv.Itoa(n))
+	// Left off, it would keep BindDriver, and people, from binding a driver.
+	if restore := setAutoprobe(device, true); err == nil {
+		err = restore
+	}
+	if err != nil {
+		return fail(err)
+	}
+	if have, err = readInt(file); err != nil {
+		return fail(err)
+	}
+	if have != n {
+		return fail(fmt.Errorf("the driver made only %d", have))
+	}
+	return nil
+}
+
+// BindDriver binds a VF to the named driver, or to the one the kernel chooses
+// (DefaultDriver), and leaves driver_override so that a later probe chooses the
+// same. A VF that has the named driver already is not touched.
+func (h *Host) BindDriver(ctx context.Context, vfAddress, driver string) error {
+	device, err := h.device(vfAddress)
+	if err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	op := "bind driver " + driver
+	if driver == DefaultDriver {
+		op = "bind the default driver"
+	}
+	fail := func(err error) error {
+		return &KernelError{Op: op, Object: vfAddress, Err: pathless(err), Hint: hintFor(err, bindHints)}
+	}
+	if filepath.Base(driver) != driver && driver != DefaultDriver {
+		return fail(fmt.Errorf("%q is not the name of a driver", driver))
+	}
+	have, err := linkBase(filepath.Join(device, "driver"))
+	if err != nil {
+		return fail(err)
+	}
+	if driver != DefaultDriver && have == driver {
+		return nil
+	}
+	// A line end alone clears it (driver_set_override in drivers/base/driver.c).
+	if err := writeSysfs(filepath.Join(device, "driver_override"), driver+"\n"); err != nil {
+		return fail(err)
+	}
+	if have != "" {
+		err := writeSysfs(filepath.Join(device, "driver/unbind"), vfAddress)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) {
+			return fail(err)
+		}
+	}
+	if driver != DefaultDriver {
+		err := writeSysfs(filepath.Join(h.sysfs, "bus/pci/drivers", driver, "bind"), vfAddress)
+		if errors.Is(err, fs.ErrNotExist) {
+			return &KernelError{Op: op, Object: vfAddress, Err: unix.ENODEV,
+				Hint: "the driver is not loaded: load module " + driver + " on the node"}
+		}
+		if err != nil {
+			return fail(err)
+		}
+		return nil
+	}
+	// With autoprobe off, pci_device_can_probe refuses a VF without an override.
+	if err := setAutoprobe(filepath.Join(device, "physfn"), true); err != nil {
+		return fail(err)
+	}
+	if err := writeSysfs(filepath.Join(h.sysfs, "bus/pci/drivers_probe"), vfAddress); err != nil {
+		return fail(err)
+	}
+	// drivers_probe reports success when no driver matched, and when one
+	// matched and failed.
+	if have, err = linkBase(filepath.Join(device, "driver")); err != nil {
+		return fail(err)
+	}
+	if have == "" {
+		vendor, _ := readPCIID(filepath.Join(device, "vendor"))
+		id, _ := readPCIID(filepath.Join(device, "device"))
+		return &KernelError{Op: op, Object: vfAddress, Err: errors.New("no driver took the VF"),
+			Hint: fmt.Sprintf("load the VF driver for PCI device %s:%s on the node; when it is loaded, the kernel log says why it failed", vendor, id)}
+	}
+	return nil
+}
+
+// setAutoprobe sets whether the PF's new VFs are probed. Kernels before 4.12
+// have no such file and always probe.
+func setAutoprobe(pf string, on bool) error {
+	value := "0"
+	if on {
+		value = "1"
+	}
+	err := writeSysfs(filepath.Join(pf, "sriov_drivers_autoprobe"), value)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// writeSysfs writes one attribute. It never creates a file.
+func writeSysfs(path, value string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	return cmp.Or(err, f.Close())
+}
+
+// pathless takes the path out of a file error: messages name the PCI address,
+// and the path says it a second time.
+func pathless(err error) error {
+	var p *fs.PathError
+	if errors.As(err, &p) {
+		return p.Err
+	}
+	return err
+}

@@ -1,0 +1,222 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Inventory lists the network devices that can make VFs, sorted by PCI address,
+// with their VFs but without VF settings (see ReadVFSettings): sysfs and one
+// link dump. A device counts when its PCI class is "network" and sriov_totalvfs
+// is above 0, whatever its vendor and driver, with or without a netdev here.
+//
+// A device that cannot be read does not hide the others: the result has those
+// that could, and the error names those that could not.
+func (h *Host) Inventory(ctx context.Context) ([]PF, error) {
+	dir := filepath.Join(h.sysfs, "bus/pci/devices")
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("list PCI devices: %w", err)
+	}
+	list, err := h.links()
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	links := make(map[string]*netlink.LinkAttrs, len(list))
+	for _, l := range list {
+		links[l.Attrs().Name] = l.Attrs()
+	}
+	var pfs []PF
+	var errs []error
+	for _, e := range entries {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		pf, ok, err := h.readPF(e.Name(), links)
+		switch {
+		case err != nil && h.gone(e.Name()):
+			// Unplugged while we looked; its event follows.
+		case err != nil:
+			errs = append(errs, fmt.Errorf("read NIC %s: %w", e.Name(), err))
+		case ok:
+			pfs = append(pfs, pf)
+		}
+	}
+	slices.SortFunc(pfs, func(a, b PF) int { return strings.Compare(a.PCIAddress, b.PCIAddress) })
+	return pfs, errors.Join(errs...)
+}
+
+// readPF reads one PCI device; ok is false when it is no SR-IOV NIC.
+func (h *Host) readPF(address string, links map[string]*netlink.LinkAttrs) (pf PF, ok bool, err error) {
+	device, err := h.device(address)
+	if err != nil {
+		return PF{}, false, err
+	}
+	class, err := readText(filepath.Join(device, "class"))
+	if err != nil {
+		return PF{}, false, err
+	}
+	// PCI code and ID assignment: base class 02 is "network controller",
+	// sub-class 07 InfiniBand.
+	if !strings.HasPrefix(class, "0x02") {
+		return PF{}, false, nil
+	}
+	total, err := readInt(filepath.Join(device, "sriov_totalvfs"))
+	if errors.Is(err, fs.ErrNotExist) || err == nil && total <= 0 {
+		return PF{}, false, nil
+	}
+	if err != nil {
+		return PF{}, false, err
+	}
+	pf = PF{PCIAddress: address, TotalVFs: total, LinkType: Ethernet}
+	if strings.HasPrefix(class, "0x0207") {
+		pf.LinkType = InfiniBand
+	}
+	if pf.NumVFs, err = readInt(filepath.Join(device, "sriov_numvfs")); err != nil {
+		return PF{}, false, err
+	}
+	if pf.Vendor, err = readPCIID(filepath.Join(device, "vendor")); err != nil {
+		return PF{}, false, err
+	}
+	if pf.DeviceID, err = readPCIID(filepath.Join(device, "device")); err != nil {
+		return PF{}, false, err
+	}
+	if pf.VFDeviceID, err = readPCIID(filepath.Join(device, "sriov_vf_device")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return PF{}, false, err
+	}
+	if pf.Driver, err = linkBase(filepath.Join(device, "driver")); err != nil {
+		return PF{}, false, err
+	}
+	pf.NUMANode = numaNode(device)
+	name, err := netdevOf(device)
+	if err != nil {
+		return PF{}, false, err
+	}
+	if l := links[name]; l != nil {
+		pf.Name, pf.IfIndex, pf.AltNames = name, l.Index, l.AltNames
+		pf.MAC, pf.MTU = l.HardwareAddr, l.MTU
+		pf.AdminUp = l.RawFlags&unix.IFF_UP != 0
+		pf.Carrier = l.RawFlags&unix.IFF_LOWER_UP != 0
+		pf.LinkSpeed = h.speed(name)
+		if l.EncapType == "infiniband" {
+			pf.LinkType = InfiniBand
+		}
+	}
+	if pf.Eswitch, err = h.eswitch(address); err != nil {
+		return PF{}, false, err
+	}
+	entries, err := os.ReadDir(device)
+	if err != nil {
+		return PF{}, false, err
+	}
+	for _, i := range vfIndexes(entries) {
+		vf, err := h.readVF(device, i, links)
+		if err != nil {
+			if vf.PCIAddress == "" || h.gone(vf.PCIAddress) {
+				continue // being destroyed; its event follows
+			}
+			return PF{}, false, fmt.Errorf("read VF %d: %w", i, err)
+		}
+		pf.VFs = append(pf.VFs, vf)
+	}
+	return pf, true, nil
+}
+
+// gone tells whether the device is no longer there.
+func (h *Host) gone(address string) bool {
+	_, err := os.Stat(filepath.Join(h.sysfs, "bus/pci/devices", address))
+	return errors.Is(err, fs.ErrNotExist)
+}
+
+// readVF reads one VF. On error, too, the result says which it was, if known.
+func (h *Host) readVF(pf string, index int, links map[string]*netlink.LinkAttrs) (vf VF, err error) {
+	vf.Index = index
+	if vf.PCIAddress, err = linkBase(filepath.Join(pf, fmt.Sprintf("virtfn%d", index))); err != nil {
+		return vf, err
+	}
+	device, err := h.device(vf.PCIAddress)
+	if err != nil {
+		return vf, err
+	}
+	vf.NUMANode = numaNode(device)
+	if vf.Vendor, err = readPCIID(filepath.Join(device, "vendor")); err != nil {
+		return vf, err
+	}
+	if vf.DeviceID, err = readPCIID(filepath.Join(device, "device")); err != nil {
+		return vf, err
+	}
+	if vf.Driver, err = linkBase(filepath.Join(device, "driver")); err != nil {
+		return vf, err
+	}
+	if vf.IOMMUGroup, err = linkBase(filepath.Join(device, "iommu_group")); err != nil {
+		return vf, err
+	}
+	name, err := netdevOf(device)
+	if err != nil {
+		return vf, err
+	}
+	if l := links[name]; l != nil {
+		vf.Name, vf.IfIndex, vf.MTU, vf.MAC = name, l.Index, l.MTU, l.HardwareAddr
+	}
+	return vf, nil
+}
+
+// numaNode is the device's NUMA node, -1 when there is none or it is not told.
+func numaNode(device string) int {
+	n, err := readInt(filepath.Join(device, "numa_node"))
+	if err != nil || n < 0 {
+		return -1
+	}
+	return n
+}
+
+// ReadVFSettings fills Admin of the PF's VFs by one query of the PF's link. Not
+// for hot paths: the driver answers for all VFs under the kernel's RTNL lock. A
+// PF without a netdev here, or without VFs, is left as it is.
+func (h *Host) ReadVFSettings(_ context.Context, pf *PF) error {
+	if pf.IfIndex == 0 || len(pf.VFs) == 0 {
+		return nil
+	}
+	link, err := h.vf.LinkByIndex(pf.IfIndex)
+	if err != nil {
+		return &KernelError{Op: "read the VF settings", Object: pf.object(), Err: err}
+	}
+	settings := map[int]VFSettings{}
+	for _, v := range link.Attrs().Vfs {
+		settings[v.ID] = VFSettings{
+			MAC:       net.HardwareAddr(slices.Clone(v.Mac)),
+			VLAN:      v.Vlan,
+			VLANQoS:   v.Qos,
+			VLANProto: VLANProto(v.VlanProto),
+			SpoofChk:  v.Spoofchk,
+			Trust:     v.Trust == 1,
+			LinkState: LinkState(v.LinkState),
+			MinTxRate: int(v.MinTxRate),
+			MaxTxRate: int(v.MaxTxRate),
+		}
+	}
+	for i := range pf.VFs {
+		pf.VFs[i].Admin = settings[pf.VFs[i].Index]
+	}
+	return nil
+}
+
+// object names the PF for messages: "0000:3b:00.0 (ens1f0)".
+func (p *PF) object() string { return objectName(p.PCIAddress, p.Name) }
+
+func objectName(address, link string) string {
+	if link == "" {
+		return address
+	}
+	return address + " (" + link + ")"
+}

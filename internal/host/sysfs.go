@@ -1,0 +1,176 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// pciAddressForm is domain:bus:device.function as the kernel prints it; the
+// domain has more than four digits on machines with VMD.
+var pciAddressForm = regexp.MustCompile(`^[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$`)
+
+// ValidPCIAddress tells whether s is a PCI address as the kernel writes them,
+// for example "0000:3b:00.0". Everything that becomes a part of a sysfs path is
+// checked with it first.
+func ValidPCIAddress(s string) bool { return pciAddressForm.MatchString(s) }
+
+// device is the sysfs folder of a PCI function.
+func (h *Host) device(pciAddress string) (string, error) {
+	if !ValidPCIAddress(pciAddress) {
+		return "", fmt.Errorf("%q is not a PCI address like 0000:3b:00.0", pciAddress)
+	}
+	return filepath.Join(h.sysfs, "bus/pci/devices", pciAddress), nil
+}
+
+// readText returns a sysfs file without its line end.
+func readText(path string) (string, error) {
+	b, err := os.ReadFile(path)
+	return strings.TrimSpace(string(b)), err
+}
+
+// readInt reads a sysfs file that holds one decimal number.
+func readInt(path string) (int, error) {
+	s, err := readText(path)
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.Atoi(s)
+	if err != nil {
+		return 0, fmt.Errorf("read %s: %q is not a number", path, s)
+	}
+	return n, nil
+}
+
+// readPCIID reads a sysfs file that holds a 16-bit hexadecimal number, as
+// "0x8086" or, for sriov_vf_device, "154c", and returns four lower-case digits.
+func readPCIID(path string) (string, error) {
+	s, err := readText(path)
+	if err != nil {
+		return "", err
+	}
+	id, err := parsePCIID(s)
+	if err != nil {
+		return "", fmt.Errorf("read %s: %w", path, err)
+	}
+	return id, nil
+}
+
+func parsePCIID(s string) (string, error) {
+	n, err := strconv.ParseUint(strings.TrimPrefix(s, "0x"), 16, 16)
+	if err != nil {
+		return "", fmt.Errorf("%q is not a 16-bit hexadecimal number", s)
+	}
+	return fmt.Sprintf("%04x", n), nil
+}
+
+// linkBase returns the last element of what a sysfs link points to, "" when
+// there is no link: a device without driver or IOMMU.
+func linkBase(path string) (string, error) {
+	target, err := os.Readlink(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	return filepath.Base(target), nil
+}
+
+// vfIndexes lists the indexes of the virtfn links below a PF, sorted.
+func vfIndexes(entries []os.DirEntry) []int {
+	var indexes []int
+	for _, e := range entries {
+		if i, ok := parseVirtfn(e.Name()); ok {
+			indexes = append(indexes, i)
+		}
+	}
+	slices.Sort(indexes)
+	return indexes
+}
+
+// parseVirtfn reads the name of a PF's link to one VF, "virtfn0".
+func parseVirtfn(name string) (int, bool) {
+	digits, ok := strings.CutPrefix(name, "virtfn")
+	if !ok {
+		return 0, false
+	}
+	i, err := strconv.Atoi(digits)
+	// No sign, no leading zero: only what the kernel prints.
+	if err != nil || i < 0 || strconv.Itoa(i) != digits {
+		return 0, false
+	}
+	return i, true
+}
+
+// A port's phys_port_name says what the netdev stands for
+// (Documentation/networking/switchdev.rst): "p0" is an uplink, "pf0vf3" the
+// representor of a VF, "pf0sf88" of a subfunction, "pf0" of a host's PF seen
+// from a DPU, each with "c1" in front when on another controller.
+var (
+	representorPort = regexp.MustCompile(`^(c\d+)?pf\d+((vf|sf)\d+)?$`)
+	uplinkPort      = regexp.MustCompile(`^p\d+`)
+)
+
+// candidate is a netdev below a PCI function.
+type candidate struct {
+	name     string
+	portName string // phys_port_name, empty when the driver has none
+	devPort  int    // dev_port, tells two ports of one function apart
+}
+
+// ownNetdev picks the netdev that is the function itself: in switchdev mode a
+// PF's net folder lists its representors too, in no order.
+func ownNetdev(cs []candidate) string {
+	best := -1
+	better := func(a, b candidate) bool {
+		if ua, ub := uplinkPort.MatchString(a.portName), uplinkPort.MatchString(b.portName); ua != ub {
+			return ua
+		}
+		if a.devPort != b.devPort {
+			return a.devPort < b.devPort
+		}
+		return a.name < b.name
+	}
+	for i, c := range cs {
+		if representorPort.MatchString(c.portName) {
+			continue
+		}
+		if best < 0 || better(c, cs[best]) {
+			best = i
+		}
+	}
+	if best < 0 {
+		return ""
+	}
+	return cs[best].name
+}
+
+// netdevOf returns the name of the function's own netdev in this network
+// namespace, "" when it has none here.
+func netdevOf(device string) (string, error) {
+	dir := filepath.Join(device, "net")
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	var cs []candidate
+	for _, e := range entries {
+		c := candidate{name: e.Name()}
+		// Unreadable for a driver without port names (EOPNOTSUPP), and gone when
+		// the netdev is just being renamed or moved: its event follows.
+		c.portName, _ = readText(filepath.Join(dir, c.name, "phys_port_name"))
+		c.devPort, _ = readInt(filepath.Join(dir, c.name, "dev_port"))
+		cs = append(cs, c)
+	}
+	return ownNetdev(cs), nil
+}
