@@ -4,7 +4,7 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 // SriovNetworkSpec is a network that pods join with a VF.
 //
-// +kubebuilder:validation:XValidation:rule="!has(self.minTxRate) || !has(self.maxTxRate) || self.maxTxRate == 0 || self.minTxRate <= self.maxTxRate",fieldPath=".minTxRate",messageExpression="'minTxRate ' + string(self.minTxRate) + ' Mb/s is above maxTxRate ' + string(self.maxTxRate) + ' Mb/s: lower minTxRate or raise maxTxRate'"
+// +kubebuilder:validation:XValidation:rule="!has(self.minTxRate) || !has(self.maxTxRate) || self.maxTxRate == 0 || self.minTxRate <= self.maxTxRate",fieldPath=".minTxRate",message="minTxRate is above maxTxRate: lower minTxRate or raise maxTxRate (Mb/s)"
 type SriovNetworkSpec struct {
 	// networkNamespace is where the NetworkAttachmentDefinition is made; empty means the
 	// network's own namespace. Only networks in the operator's namespace may name another.
@@ -27,11 +27,11 @@ type SriovNetworkSpec struct {
 	IPAM string `json:"ipam,omitempty"`
 	// vlan the VF is put in, 1 to 4094; 0 for none.
 	// +optional
-	// +kubebuilder:validation:XValidation:rule="self >= 0 && self <= 4094",messageExpression="'vlan ' + string(self) + ' is not a VLAN ID: use 1 to 4094, or 0 for no VLAN'"
+	// +kubebuilder:validation:XValidation:rule="self >= 0 && self <= 4094",message="not a VLAN ID: set vlan to 1 to 4094, or to 0 for no VLAN"
 	Vlan int `json:"vlan,omitempty"`
 	// vlanQoS is the 802.1p priority of the VF's frames, 0 to 7. It needs a vlan.
 	// +optional
-	// +kubebuilder:validation:XValidation:rule="self >= 0 && self <= 7",messageExpression="'vlanQoS ' + string(self) + ' is not an 802.1p priority: use 0 to 7'"
+	// +kubebuilder:validation:XValidation:rule="self >= 0 && self <= 7",message="not an 802.1p priority: set vlanQoS to 0 to 7"
 	VlanQoS int `json:"vlanQoS,omitempty"`
 	// vlanProto is the VLAN protocol; empty means 802.1q.
 	// +optional
@@ -51,11 +51,11 @@ type SriovNetworkSpec struct {
 	LinkState string `json:"linkState,omitempty"`
 	// minTxRate is the bandwidth the VF is promised, in Mb/s.
 	// +optional
-	// +kubebuilder:validation:XValidation:rule="self >= 0",messageExpression="'minTxRate ' + string(self) + ' is negative: give Mb/s, or 0 for none'"
+	// +kubebuilder:validation:XValidation:rule="self >= 0",message="a rate cannot be negative: give minTxRate in Mb/s, or 0 for none"
 	MinTxRate *int `json:"minTxRate,omitempty"`
 	// maxTxRate is the bandwidth the VF is held to, in Mb/s; 0 for no limit.
 	// +optional
-	// +kubebuilder:validation:XValidation:rule="self >= 0",messageExpression="'maxTxRate ' + string(self) + ' is negative: give Mb/s, or 0 for no limit'"
+	// +kubebuilder:validation:XValidation:rule="self >= 0",message="a rate cannot be negative: give maxTxRate in Mb/s, or 0 for no limit"
 	MaxTxRate *int `json:"maxTxRate,omitempty"`
 	// metaPlugins are CNI plugins to run after the VF's own: JSON objects with commas
 	// between them.

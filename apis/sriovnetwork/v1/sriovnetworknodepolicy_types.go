@@ -9,7 +9,6 @@ import (
 
 // SriovNetworkNodePolicySpec asks for VFs on the NICs of some nodes.
 //
-// +kubebuilder:validation:XValidation:rule="self.numVfs >= 1",fieldPath=".numVfs",messageExpression="'numVfs ' + string(self.numVfs) + ' makes no VFs: set it to 1 or more; to take VFs away, delete the policy'"
 // +kubebuilder:validation:XValidation:rule="!(has(self.deviceType) && self.deviceType == 'vfio-pci' && has(self.isRdma) && self.isRdma)",fieldPath=".isRdma",message="isRdma true cannot go with deviceType vfio-pci, because RDMA needs the VF's kernel driver: set deviceType to netdevice or isRdma to false"
 // +kubebuilder:validation:XValidation:rule="!has(self.vdpaType) || !has(self.deviceType) || self.deviceType == 'netdevice'",fieldPath=".vdpaType",messageExpression="'vdpaType ' + self.vdpaType + ' cannot go with deviceType ' + self.deviceType + ': set deviceType to netdevice or remove vdpaType'"
 // +kubebuilder:validation:XValidation:rule="!has(self.vdpaType) || (has(self.eSwitchMode) && self.eSwitchMode == 'switchdev')",fieldPath=".vdpaType",messageExpression="'vdpaType ' + self.vdpaType + ' needs the NIC in switchdev mode: set eSwitchMode to switchdev or remove vdpaType'"
@@ -19,7 +18,7 @@ import (
 // +kubebuilder:validation:XValidation:rule="!has(self.bridge) || !has(self.bridge.ovs) || (has(self.eSwitchMode) && self.eSwitchMode == 'switchdev')",fieldPath=".bridge",message="bridge.ovs needs the NIC in switchdev mode: set eSwitchMode to switchdev or remove bridge"
 // +kubebuilder:validation:XValidation:rule="!has(self.bridge) || !has(self.bridge.ovs) || !has(self.externallyManaged) || !self.externallyManaged",fieldPath=".bridge",message="bridge.ovs cannot go with externallyManaged true, which leaves the NIC alone: remove bridge or set externallyManaged to false"
 // +kubebuilder:validation:XValidation:rule="!has(self.bridge) || !has(self.bridge.ovs) || !has(self.nicSelector.netFilter) || self.nicSelector.netFilter == ''",fieldPath=".bridge",message="bridge.ovs cannot go with nicSelector.netFilter, which selects virtual NICs: remove bridge or netFilter"
-// +kubebuilder:validation:XValidation:rule="!has(self.nicSelector.pfNames) || self.nicSelector.pfNames.all(n, !n.matches('#[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$') || n.split('#')[1].split(',').all(r, int(r.split('-')[size(r.split('-')) - 1]) < self.numVfs))",fieldPath=".nicSelector.pfNames",messageExpression="'a VF range in pfNames ' + self.nicSelector.pfNames.join(' ') + ' reaches past the last of numVfs ' + string(self.numVfs) + ' VFs, which are numbered from 0 to ' + string(self.numVfs - 1) + ': end the range there or raise numVfs'"
+// +kubebuilder:validation:XValidation:rule="!has(self.nicSelector.pfNames) || self.nicSelector.pfNames.all(n, !n.matches('#[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$') || n.split('#')[1].split(',').all(r, r.split('-').all(i, int(i) < self.numVfs)))",fieldPath=".nicSelector.pfNames",messageExpression="'a VF range in ' + self.nicSelector.pfNames.join(' ') + ' reaches past the last VF: VFs are numbered from 0 to numVfs - 1, so end the range there or raise numVfs'"
 type SriovNetworkNodePolicySpec struct {
 	// resourceName is the resource the VFs are advertised as, after the prefix and a
 	// slash. Several policies may share one.
@@ -45,6 +44,7 @@ type SriovNetworkNodePolicySpec struct {
 	Mtu int `json:"mtu,omitempty"`
 	// numVfs is the number of VFs to make on each selected PF.
 	// +required
+	// +kubebuilder:validation:XValidation:rule="self >= 1",message="this makes no VFs: set numVfs to 1 or more; to take VFs away, delete the policy"
 	NumVfs int `json:"numVfs"`
 	// nicSelector selects the PFs. All fields given must match; in a list any entry may.
 	//
@@ -109,7 +109,7 @@ type SriovNetworkNicSelector struct {
 	// pfNames are names or alternative names of PFs, each with an optional choice of its
 	// VFs, counted from 0: ens1f0#0-3, ens1f0#3 or ens1f0#0-3,8.
 	// +optional
-	// +kubebuilder:validation:MaxItems=128
+	// +kubebuilder:validation:MaxItems=64
 	PfNames []PfName `json:"pfNames,omitempty"`
 	// netFilter selects NICs of virtual machines by their network:
 	// openstack/NetworkID:<uuid> or aws/NetworkID:<subnet>.
@@ -125,7 +125,7 @@ type SriovNetworkNicSelector struct {
 
 // PfName is the name of a PF with an optional choice of its VFs.
 //
-// +kubebuilder:validation:MaxLength=255
+// +kubebuilder:validation:MaxLength=128
 // +kubebuilder:validation:XValidation:rule="self.matches('^[^#]+(#.*)?$') && size(self.split('#')) <= 2",messageExpression="'\"' + self + '\" is not a PF name with an optional VF range: write a name, and at most one # before the VFs, as in ens1f0#0-3'"
 // +kubebuilder:validation:XValidation:rule="!self.contains('#') || size(self.split('#')) != 2 || self.split('#')[1].matches('^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$')",messageExpression="'\"' + self.split('#')[1] + '\" is not a choice of VFs: write first-last, one number, or a list of these, as in ens1f0#0-3, ens1f0#3 or ens1f0#0-3,8'"
 // +kubebuilder:validation:XValidation:rule="!self.matches('^[^#]+#[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$') || self.split('#')[1].split(',').all(r, !r.contains('-') || int(r.split('-')[0]) <= int(r.split('-')[1]))",messageExpression="'\"' + self + '\" has a VF range that runs backwards: write the lower VF number first, as in ens1f0#2-5'"
