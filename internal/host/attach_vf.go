@@ -1,0 +1,382 @@
+package host
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// ErrNoVF says that a PCI address names no VF of this machine.
+var ErrNoVF = errors.New("no such VF")
+
+// VFRef names one VF and says where it stands now.
+type VFRef struct {
+	PCIAddress string
+	PF         string // PCI address of its PF
+	PFName     string // netdev of its PF
+	Index      int    // number below the PF
+	Driver     string // empty when none is bound
+	Name       string // netdev in the host's namespace; empty when it is elsewhere or there is none
+	Userspace  bool   // bound to a driver that makes no netdev and hands the VF to a process
+}
+
+// userspaceDrivers hand a whole PCI function to a process.
+var userspaceDrivers = map[string]bool{
+	"vfio-pci": true, "mlx5_vfio_pci": true, "uio_pci_generic": true, "igb_uio": true,
+}
+
+// Attacher is the kernel side of attaching VFs to pods: VF settings through the
+// PF, moves between network namespaces, addresses and routes. Methods that take
+// a *Netns work in the host's namespace when it is nil.
+type Attacher struct {
+	sysfs string
+	host  *Netns
+}
+
+// OpenAttacher opens the kernel for attachments. The network namespace of the
+// calling process is the host's; sysfs is where sysfs of that namespace is
+// mounted, usually DefaultSysfs.
+func OpenAttacher(sysfs string) (*Attacher, error) {
+	ns, err := OpenNetns("/proc/self/ns/net")
+	if err != nil {
+		return nil, err
+	}
+	if _, err := ns.rtnl(); err != nil {
+		ns.Close()
+		return nil, err
+	}
+	return &Attacher{sysfs: sysfs, host: ns}, nil
+}
+
+// Close gives the sockets back.
+func (a *Attacher) Close() { a.host.Close() }
+
+// HostNetns is the host's network namespace, as the target of a move.
+func (a *Attacher) HostNetns() *Netns { return a.host }
+
+// OpenNetns opens the namespace bound at path, see the function OpenNetns.
+func (a *Attacher) OpenNetns(path string) (*Netns, error) { return OpenNetns(path) }
+
+// rtnl returns the sockets of ns, of the host's namespace when it is nil.
+func (a *Attacher) rtnl(ns *Netns) (*rtnl, error) {
+	if ns == nil {
+		ns = a.host
+	}
+	return ns.rtnl()
+}
+
+// VF reads where a VF stands. The error wraps ErrNoVF when the address is not
+// that of an existing VF.
+func (a *Attacher) VF(pciAddress string) (VFRef, error) {
+	ref := VFRef{PCIAddress: pciAddress, Index: -1}
+	if !ValidPCIAddress(pciAddress) {
+		return ref, fmt.Errorf("%w: %q is not a PCI address like 0000:3b:02.1", ErrNoVF, pciAddress)
+	}
+	device := filepath.Join(a.sysfs, "bus/pci/devices", pciAddress)
+	if _, err := os.Stat(device); errors.Is(err, fs.ErrNotExist) {
+		return ref, fmt.Errorf("%w: there is no PCI device %s on this node", ErrNoVF, pciAddress)
+	} else if err != nil {
+		return ref, err
+	}
+	pf, err := linkBase(filepath.Join(device, "physfn"))
+	if err != nil {
+		return ref, err
+	}
+	if pf == "" {
+		return ref, fmt.Errorf("%w: PCI device %s is not a virtual function", ErrNoVF, pciAddress)
+	}
+	ref.PF = pf
+	pfDevice := filepath.Join(a.sysfs, "bus/pci/devices", pf)
+	entries, err := os.ReadDir(pfDevice)
+	if err != nil {
+		return ref, fmt.Errorf("list VFs of %s: %w", pf, err)
+	}
+	for _, i := range vfIndexes(entries) {
+		if vf, err := linkBase(filepath.Join(pfDevice, fmt.Sprintf("virtfn%d", i))); err == nil && vf == pciAddress {
+			ref.Index = i
+			break
+		}
+	}
+	if ref.Index < 0 {
+		return ref, fmt.Errorf("%w: PF %s does not list %s among its virtual functions", ErrNoVF, pf, pciAddress)
+	}
+	if ref.PFName, err = netdevOf(pfDevice); err != nil {
+		return ref, err
+	}
+	if ref.PFName == "" {
+		return ref, fmt.Errorf("PF %s of VF %s has no netdev in the host's network namespace", pf, pciAddress)
+	}
+	if ref.Driver, err = linkBase(filepath.Join(device, "driver")); err != nil {
+		return ref, err
+	}
+	ref.Userspace = userspaceDrivers[ref.Driver]
+	ref.Name, err = netdevOf(device)
+	return ref, err
+}
+
+// VFAttrs is a set of attributes of VFSettings.
+type VFAttrs uint
+
+// The attributes, in the order the kernel takes them from one message
+// (do_setvfinfo in net/core/rtnetlink.c).
+const (
+	VFMAC VFAttrs = 1 << iota
+	VFVLAN
+	VFRate
+	VFSpoofChk
+	VFLinkState
+	VFTrust
+)
+
+// vfAttr is how one attribute is named, compared and encoded.
+type vfAttr struct {
+	bit    VFAttrs
+	name   string
+	value  func(VFSettings) string
+	encode func(info *nl.RtAttr, vf uint32, s VFSettings)
+}
+
+func onOff(b bool) (string, uint32) {
+	if b {
+		return "on", 1
+	}
+	return "off", 0
+}
+
+func u32(values ...uint32) []byte {
+	var b []byte
+	for _, v := range values {
+		b = binary.NativeEndian.AppendUint32(b, v)
+	}
+	return b
+}
+
+var vfAttrs = []vfAttr{
+	{VFMAC, "mac", func(s VFSettings) string { return s.MAC.String() }, func(info *nl.RtAttr, vf uint32, s VFSettings) {
+		var mac [32]byte // MAX_ADDR_LEN
+		copy(mac[:], s.MAC)
+		info.AddRtAttr(nl.IFLA_VF_MAC, append(u32(vf), mac[:]...))
+	}},
+	{VFVLAN, "vlan", func(s VFSettings) string {
+		if s.VLAN == 0 {
+			return "0" // without a tag priority and protocol mean nothing
+		}
+		return fmt.Sprintf("%d qos %d proto 0x%04x", s.VLAN, s.VLANQoS, uint16(s.VLANProto))
+	}, func(info *nl.RtAttr, vf uint32, s VFSettings) {
+		proto := s.VLANProto
+		if s.VLAN == 0 || proto == 0 {
+			proto = Dot1Q
+		}
+		b := u32(vf, uint32(s.VLAN), uint32(s.VLANQoS))
+		b = binary.BigEndian.AppendUint16(b, uint16(proto))
+		info.AddRtAttr(nl.IFLA_VF_VLAN_LIST|unix.NLA_F_NESTED, nil).
+			AddRtAttr(nl.IFLA_VF_VLAN_INFO, append(b, 0, 0))
+	}},
+	{VFRate, "min_tx_rate/max_tx_rate", func(s VFSettings) string { return fmt.Sprintf("%d/%d", s.MinTxRate, s.MaxTxRate) },
+		func(info *nl.RtAttr, vf uint32, s VFSettings) {
+			info.AddRtAttr(nl.IFLA_VF_RATE, u32(vf, uint32(s.MinTxRate), uint32(s.MaxTxRate)))
+		}},
+	{VFSpoofChk, "spoofchk", func(s VFSettings) string { v, _ := onOff(s.SpoofChk); return v },
+		func(info *nl.RtAttr, vf uint32, s VFSettings) {
+			_, v := onOff(s.SpoofChk)
+			info.AddRtAttr(nl.IFLA_VF_SPOOFCHK, u32(vf, v))
+		}},
+	{VFLinkState, "link_state", func(s VFSettings) string { return [...]string{"auto", "enable", "disable"}[s.LinkState%3] },
+		func(info *nl.RtAttr, vf uint32, s VFSettings) {
+			info.AddRtAttr(nl.IFLA_VF_LINK_STATE, u32(vf, uint32(s.LinkState)))
+		}},
+	{VFTrust, "trust", func(s VFSettings) string { v, _ := onOff(s.Trust); return v },
+		func(info *nl.RtAttr, vf uint32, s VFSettings) {
+			_, v := onOff(s.Trust)
+			info.AddRtAttr(nl.IFLA_VF_TRUST, u32(vf, v))
+		}},
+}
+
+// SetVFSettings gives the VF all of want in one message through its PF. Drivers
+// that refuse one attribute refuse the message; then the VF's settings are read
+// once and only what differs is set, one attribute at a time. A driver that does
+// not know an attribute is an error only when the attribute is in required: what
+// a driver cannot change is not changed by a pod either. A want without MAC
+// leaves the MAC as it is.
+func (a *Attacher) SetVFSettings(ctx context.Context, vf VFRef, want VFSettings, required VFAttrs) error {
+	pf, err := a.pfIndex(vf)
+	if err != nil {
+		return err
+	}
+	attrs := vfAttrs
+	if len(want.MAC) == 0 {
+		attrs = attrs[1:]
+	}
+	if a.setVF(ctx, pf, vf.Index, want, attrs...) == nil {
+		return nil
+	}
+	have, err := a.VFSettings(vf)
+	if err != nil {
+		return err
+	}
+	for _, attr := range attrs {
+		if attr.value(have) == attr.value(want) {
+			continue
+		}
+		err := a.setVF(ctx, pf, vf.Index, want, attr)
+		if errors.Is(err, unix.EOPNOTSUPP) && required&attr.bit == 0 {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("set %s of VF %d of %s (%s) to %s: %w",
+				attr.name, vf.Index, vf.PFName, vf.PCIAddress, attr.value(want), err)
+		}
+	}
+	return nil
+}
+
+// setVF sends the attributes in one message, again while the driver is busy.
+func (a *Attacher) setVF(ctx context.Context, pf, vf int, want VFSettings, attrs ...vfAttr) error {
+	conn, err := a.rtnl(nil)
+	if err != nil {
+		return err
+	}
+	return retry(ctx, func() error {
+		list := nl.NewRtAttr(unix.IFLA_VFINFO_LIST|unix.NLA_F_NESTED, nil)
+		info := list.AddRtAttr(nl.IFLA_VF_INFO|unix.NLA_F_NESTED, nil)
+		for _, attr := range attrs {
+			attr.encode(info, uint32(vf), want)
+		}
+		_, err := conn.link(unix.RTM_SETLINK, 0, pf, nil, list)
+		return err
+	})
+}
+
+// retry repeats f while it fails with a temporary error, for two seconds.
+func retry(ctx context.Context, f func() error) error {
+	for deadline := time.Now().Add(2 * time.Second); ; {
+		err := f()
+		if err == nil || !temporary(err) || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(err, ctx.Err())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// VFSettings reads what the PF holds for the VF. The kernel asks the driver for
+// all VFs of the PF, while it holds RTNL: not for the ordinary path of an ADD.
+func (a *Attacher) VFSettings(vf VFRef) (VFSettings, error) {
+	pf, err := a.pfIndex(vf)
+	if err != nil {
+		return VFSettings{}, err
+	}
+	conn, err := a.rtnl(nil)
+	if err != nil {
+		return VFSettings{}, err
+	}
+	const filterVF, skipStats = 1 << 0, 1 << 3 // RTEXT_FILTER_VF, RTEXT_FILTER_SKIP_STATS
+	msgs, err := conn.link(unix.RTM_GETLINK, 0, pf, nil, nl.NewRtAttr(unix.IFLA_EXT_MASK, u32(filterVF|skipStats)))
+	if err != nil {
+		return VFSettings{}, fmt.Errorf("read VFs of %s: %w", vf.PFName, err)
+	}
+	for _, m := range msgs {
+		if s, ok, err := parseVFInfo(m, vf.Index); err != nil || ok {
+			return s, err
+		}
+	}
+	return VFSettings{}, fmt.Errorf("read VFs of %s: the driver tells nothing of VF %d", vf.PFName, vf.Index)
+}
+
+// nlaTypeMask takes the flags off the type of a netlink attribute.
+const nlaTypeMask = ^uint16(unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
+
+// parseVFInfo finds the VF with the given number in an RTM_NEWLINK message. The
+// number is part of each attribute; the place in the list is not it, for the
+// kernel leaves out VFs the driver gives no answer for.
+func parseVFInfo(m []byte, index int) (VFSettings, bool, error) {
+	if len(m) < unix.SizeofIfInfomsg {
+		return VFSettings{}, false, fmt.Errorf("short link message of %d bytes", len(m))
+	}
+	attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfInfomsg:])
+	if err != nil {
+		return VFSettings{}, false, fmt.Errorf("parse link message: %w", err)
+	}
+	for _, list := range attrs {
+		if list.Attr.Type&nlaTypeMask != unix.IFLA_VFINFO_LIST {
+			continue
+		}
+		infos, err := nl.ParseRouteAttr(list.Value)
+		if err != nil {
+			return VFSettings{}, false, fmt.Errorf("parse VF list: %w", err)
+		}
+		for _, info := range infos {
+			fields, err := nl.ParseRouteAttr(info.Value)
+			if err != nil {
+				return VFSettings{}, false, fmt.Errorf("parse VF: %w", err)
+			}
+			s, n := VFSettings{VLANProto: Dot1Q}, -1
+			for _, f := range fields {
+				if v, ok := parseVFField(&s, int(f.Attr.Type&nlaTypeMask), f.Value); ok {
+					n = v
+				}
+			}
+			if n == index {
+				return s, true, nil
+			}
+		}
+	}
+	return VFSettings{}, false, nil
+}
+
+// parseVFField reads one attribute of a VF into s and returns the VF's number.
+func parseVFField(s *VFSettings, kind int, b []byte) (vf int, ok bool) {
+	const unknown = ^uint32(0) // what the kernel says for a setting the driver does not know
+	word := func(i int) uint32 { return binary.NativeEndian.Uint32(b[4*i:]) }
+	switch {
+	case kind == nl.IFLA_VF_MAC && len(b) >= 10:
+		s.MAC = net.HardwareAddr(bytes.Clone(b[4:10]))
+	case kind == nl.IFLA_VF_VLAN && len(b) >= 12:
+		s.VLAN, s.VLANQoS = int(word(1)), int(word(2))
+	case kind == nl.IFLA_VF_VLAN_LIST:
+		entries, err := nl.ParseRouteAttr(b)
+		if err == nil && len(entries) > 0 && len(entries[0].Value) >= 14 {
+			if p := VLANProto(binary.BigEndian.Uint16(entries[0].Value[12:])); p != 0 {
+				s.VLANProto = p
+			}
+		}
+		return 0, false
+	case kind == nl.IFLA_VF_RATE && len(b) >= 12:
+		s.MinTxRate, s.MaxTxRate = int(word(1)), int(word(2))
+	case kind == nl.IFLA_VF_SPOOFCHK && len(b) >= 8:
+		s.SpoofChk = word(1) != 0 && word(1) != unknown
+	case kind == nl.IFLA_VF_LINK_STATE && len(b) >= 8:
+		s.LinkState = LinkState(word(1))
+	case kind == nl.IFLA_VF_TRUST && len(b) >= 8:
+		s.Trust = word(1) != 0 && word(1) != unknown
+	default:
+		return 0, false
+	}
+	return int(word(0)), true
+}
+
+// pfIndex is the index of the PF's netdev.
+func (a *Attacher) pfIndex(vf VFRef) (int, error) {
+	if vf.PFName == "" || strings.ContainsRune(vf.PFName, '/') {
+		return 0, fmt.Errorf("PF %s of VF %s has no netdev", vf.PF, vf.PCIAddress)
+	}
+	n, err := readInt(filepath.Join(a.sysfs, "class/net", vf.PFName, "ifindex"))
+	if err != nil {
+		return 0, fmt.Errorf("find PF %s of VF %s: %w", vf.PFName, vf.PCIAddress, err)
+	}
+	return n, nil
+}
