@@ -1,0 +1,144 @@
+package deviceplugin
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"strings"
+
+	api "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
+)
+
+// facts is what sysfs says about one device at the time of its allocation.
+type facts struct {
+	noIOMMU     bool   // its IOMMU group is one that vfio made up (enable_unsafe_noiommu_mode)
+	rdma        rdma   // zero when it has no RDMA device
+	representor string // netdev name of its representor; empty in legacy mode
+}
+
+// rdma are the names of the RDMA device of a VF and of its character devices.
+type rdma struct {
+	Device string // "mlx5_2"
+	Uverbs string // "uverbs2"
+	Umad   string // "umad2"
+	Issm   string // "issm2"
+	CM     bool   // /dev/infiniband/rdma_cm exists
+}
+
+// envKey is the environment name that holds a container's device IDs, in the
+// form applications know: upper case, '.' and '/' become '_', hyphens stay.
+func envKey(prefix, resource string) string {
+	return strings.ToUpper("PCIDEVICE_" + strings.NewReplacer(".", "_", "/", "_").Replace(prefix+"/"+resource))
+}
+
+// shellKey is envKey in a form that a shell can refer to.
+func shellKey(key string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return '_'
+	}, key)
+}
+
+// aliases maps every key to its shell form. A key whose shell form is also a
+// name of another key ("A-B" beside "A_B") has no alias: the established form
+// of one resource must never hold the devices of another.
+func aliases(keys []string) map[string]string {
+	claims := make(map[string]int)
+	for _, k := range keys {
+		claims[shellKey(k)]++
+	}
+	out := make(map[string]string)
+	for _, k := range keys {
+		if alias := shellKey(k); alias != k && claims[alias] == 1 {
+			out[k] = alias
+		}
+	}
+	return out
+}
+
+// infoEntry is what <key>_INFO says about one device: provider -> name -> value.
+type infoEntry map[string]map[string]string
+
+// container computes what a container is given for devices (sorted by ID) of
+// the pool: its environment and its device nodes.
+func container(pool Pool, key, alias string, devices []Device, known map[string]facts) (*api.ContainerAllocateResponse, error) {
+	ids := make([]string, 0, len(devices))
+	info := make(map[string]infoEntry, len(devices))
+	var nodes deviceNodes
+	for _, d := range devices {
+		ids = append(ids, d.PCIAddress)
+		e := infoEntry{"generic": {"deviceID": d.PCIAddress}}
+		f := known[d.PCIAddress]
+		if pool.DeviceType == DeviceTypeVFIO {
+			if d.IOMMUGroup == "" {
+				return nil, fmt.Errorf("device %s has no IOMMU group: enable the IOMMU (intel_iommu=on or amd_iommu=on) "+
+					"or load vfio with enable_unsafe_noiommu_mode=1", d.PCIAddress)
+			}
+			group := "/dev/vfio/" + d.IOMMUGroup
+			onHost := group
+			if f.noIOMMU {
+				onHost = "/dev/vfio/noiommu-" + d.IOMMUGroup
+			}
+			nodes.add("/dev/vfio/vfio", "/dev/vfio/vfio")
+			nodes.add(onHost, group)
+			e["vfio"] = map[string]string{"mount": "/dev/vfio/vfio", "dev-mount": group}
+		}
+		if pool.RDMA {
+			if entry := nodes.addRDMA(f.rdma); len(entry) > 0 {
+				e["rdma"] = entry
+			}
+		}
+		if pool.VhostNet {
+			nodes.add("/dev/vhost-net", "/dev/vhost-net")
+			nodes.add("/dev/net/tun", "/dev/net/tun")
+			e["vhost"] = map[string]string{"net-mount": "/dev/vhost-net", "tun-mount": "/dev/net/tun"}
+		}
+		info[d.PCIAddress] = e
+	}
+	encoded, err := json.Marshal(info)
+	if err != nil {
+		return nil, fmt.Errorf("encode device information: %w", err)
+	}
+	env := map[string]string{key: strings.Join(ids, ","), key + "_INFO": string(encoded)}
+	if alias != "" {
+		maps.Copy(env, map[string]string{alias: env[key], alias + "_INFO": env[key+"_INFO"]})
+	}
+	return &api.ContainerAllocateResponse{Envs: env, Devices: nodes}, nil
+}
+
+// deviceNodes are device nodes for a container, each path once: the container
+// runtime rejects a node that is given twice.
+type deviceNodes []*api.DeviceSpec
+
+func (n *deviceNodes) add(onHost, inContainer string) {
+	for _, s := range *n {
+		if s.ContainerPath == inContainer {
+			return
+		}
+	}
+	*n = append(*n, &api.DeviceSpec{HostPath: onHost, ContainerPath: inContainer, Permissions: "rw"})
+}
+
+func (n *deviceNodes) addRDMA(r rdma) map[string]string {
+	entry := make(map[string]string)
+	if r.Device == "" {
+		return entry
+	}
+	entry["rdma_dev"] = r.Device
+	char := func(key, name string) {
+		if name != "" {
+			path := "/dev/infiniband/" + name
+			n.add(path, path)
+			entry[key] = path
+		}
+	}
+	char("uverbs", r.Uverbs)
+	char("umad", r.Umad)
+	char("issm", r.Issm)
+	if r.CM {
+		char("rdma_cm", "rdma_cm")
+	}
+	return entry
+}

@@ -1,0 +1,94 @@
+package deviceplugin
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	nad "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+)
+
+const deviceInfoSuffix = "-device.json"
+
+// deviceInfo is the content of a device-info file, as the NPWG Device
+// Information Specification 1.1.0 defines it.
+func deviceInfo(d Device, f facts) nad.DeviceInfo {
+	return nad.DeviceInfo{
+		Type:    "pci",
+		Version: "1.1.0",
+		Pci: &nad.PciDevice{
+			PciAddress:        d.PCIAddress,
+			PfPciAddress:      d.PFAddress,
+			RdmaDevice:        f.rdma.Device,
+			RepresentorDevice: f.representor,
+		},
+	}
+}
+
+// deviceInfoName is the file's name, which meta plugins compute the same way
+// from the resource and the device ID.
+func deviceInfoName(resource, id string) string {
+	return strings.ReplaceAll(resource, "/", "-") + "-" + id + deviceInfoSuffix
+}
+
+// writeDeviceInfo puts the file of one device in place with a single rename, so
+// that no reader sees half of it. The directory is on a tmpfs and the file
+// means nothing after a reboot, hence no fsync.
+func writeDeviceInfo(dir, resource string, info nad.DeviceInfo) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("create device-info directory: %w", err)
+	}
+	// Other plugins create this directory without permission bits, and then
+	// readers that are not root cannot enter it.
+	if st, err := os.Stat(dir); err == nil && st.Mode().Perm() != 0o755 {
+		if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // world-readable by specification
+			return fmt.Errorf("make device-info directory readable: %w", err)
+		}
+	}
+	b, err := json.Marshal(info)
+	if err != nil {
+		return fmt.Errorf("encode device information of %s: %w", info.Pci.PciAddress, err)
+	}
+	tmp, err := os.CreateTemp(dir, ".sluice-*")
+	if err != nil {
+		return fmt.Errorf("write device information of %s: %w", info.Pci.PciAddress, err)
+	}
+	_, err = tmp.Write(b)
+	err = errors.Join(err, tmp.Chmod(0o444), tmp.Close())
+	if err == nil {
+		err = os.Rename(tmp.Name(), filepath.Join(dir, deviceInfoName(resource, info.Pci.PciAddress)))
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("write device information of %s: %w", info.Pci.PciAddress, err), os.Remove(tmp.Name()))
+	}
+	return nil
+}
+
+// pruneDeviceInfo removes the files of resource whose device keep does not
+// know. Files of other resources stay: other plugins may use our prefix too.
+func pruneDeviceInfo(dir, resource string, keep func(id string) bool) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read device-info directory: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		rest, ours := strings.CutPrefix(e.Name(), strings.ReplaceAll(resource, "/", "-")+"-")
+		id, isInfo := strings.CutSuffix(rest, deviceInfoSuffix)
+		// The ID must be a whole PCI address, or "net" would own the files of "net-fast".
+		if !ours || !isInfo || !pciAddress.MatchString(id) || keep(id) {
+			continue
+		}
+		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("remove device information of %s: %w", id, err))
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,118 @@
+package deviceplugin
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/util/validation"
+
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// Pool is a set of interchangeable devices, offered as one extended resource.
+type Pool struct {
+	Resource        string // name without prefix, e.g. "intel_nics"
+	ExcludeTopology bool   // do not tell the kubelet the devices' NUMA nodes
+	RDMA            bool   // give containers the RDMA character devices of their VFs
+	VhostNet        bool   // give containers /dev/vhost-net and /dev/net/tun
+	DeviceType      string // "netdevice" or "vfio-pci"
+	Devices         []Device
+}
+
+// Device is one virtual function of a pool.
+type Device struct {
+	PCIAddress string // domain:bus:device.function; the device's ID towards the kubelet
+	PFAddress  string
+	PFName     string
+	VFIndex    int
+	Driver     string
+	NUMANode   int    // -1 when the machine has none
+	IOMMUGroup string // number as text, empty without an IOMMU
+	LinkType   host.LinkType
+	Healthy    bool
+	Reason     string // why it is not healthy
+}
+
+// DeviceTypeVFIO is the Pool.DeviceType of VFs that are handed to user space.
+const DeviceTypeVFIO = "vfio-pci"
+
+// pciAddress is the form sysfs gives PCI addresses. Domains of virtual bridges
+// (VMD) have more than four digits.
+var pciAddress = regexp.MustCompile(`^[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$`)
+
+// check refuses what the kubelet would refuse, or what would be ambiguous to a
+// container. Dots are refused although the kubelet takes them, because they
+// become '_' in the environment, where "a.b" and "a_b" would be one name.
+func (p *Pool) check(prefix string) error {
+	name := prefix + "/" + p.Resource
+	switch errs := validation.IsQualifiedName("requests." + name); {
+	case len(errs) > 0:
+		return fmt.Errorf("resource %q: name is not a valid extended resource name (%s): change resourceName in the policy",
+			name, strings.Join(errs, "; "))
+	case strings.Contains(p.Resource, "."):
+		return fmt.Errorf("resource %q: name contains '.': use only letters, digits, '-' and '_' in resourceName", name)
+	}
+	seen := make(map[string]bool, len(p.Devices))
+	for _, d := range p.Devices {
+		if !pciAddress.MatchString(d.PCIAddress) {
+			return fmt.Errorf("resource %q: device %q is not a PCI address of the form 0000:01:00.0", name, d.PCIAddress)
+		}
+		if seen[d.PCIAddress] {
+			return fmt.Errorf("resource %q: device %s is listed twice", name, d.PCIAddress)
+		}
+		seen[d.PCIAddress] = true
+	}
+	return nil
+}
+
+// checkPools returns the pools that can be served, keyed by resource, and one
+// joined error about the others. Of two pools that claim the same name (also
+// when only their environment names are equal) or the same device neither is
+// served: whichever were chosen, a pod could get a device meant for another.
+func checkPools(prefix string, pools []Pool) (map[string]Pool, error) {
+	var errs []error
+	good := make(map[string]Pool, len(pools))
+	byEnv := make(map[string][]string)
+	byDevice := make(map[string][]string)
+	for _, p := range pools {
+		byEnv[envKey(prefix, p.Resource)] = append(byEnv[envKey(prefix, p.Resource)], p.Resource)
+		if err := p.check(prefix); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		for _, d := range p.Devices {
+			byDevice[d.PCIAddress] = append(byDevice[d.PCIAddress], p.Resource)
+		}
+		p.Devices = slices.SortedFunc(slices.Values(p.Devices), func(a, b Device) int {
+			return cmp.Compare(a.PCIAddress, b.PCIAddress)
+		})
+		good[p.Resource] = p
+	}
+	reject := func(claims map[string][]string, format string) {
+		for _, what := range sortedKeys(claims) {
+			if names := claims[what]; len(names) > 1 {
+				slices.Sort(names)
+				errs = append(errs, fmt.Errorf(format, what, strings.Join(names, ", ")))
+				for _, n := range names {
+					delete(good, n)
+				}
+			}
+		}
+	}
+	reject(byEnv, "environment variable %s would belong to several resources (%s): give them names that differ in more than case")
+	reject(byDevice, "device %s is in several resources (%s): make the nicSelectors of their policies disjoint")
+	return good, errors.Join(errs...)
+}
+
+func sortedKeys[V any](m map[string]V) []string {
+	keys := make([]string, 0, len(m))
+	for k := range m {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	return keys
+}

@@ -1,0 +1,69 @@
+package deviceplugin
+
+import (
+	"cmp"
+	"slices"
+)
+
+// prefer chooses size devices of available, among them all of must, so that
+// they are on as few NUMA nodes as possible and, within a node, on as few PFs
+// as possible; equal choices are made in the order of PCI addresses. It returns
+// fewer than size when there are not enough.
+func prefer(devices map[string]Device, excludeTopology bool, available, must []string, size int) []string {
+	numa := func(id string) int {
+		if excludeTopology {
+			return -1
+		}
+		return devices[id].NUMANode
+	}
+	chosen := slices.Compact(slices.Sorted(slices.Values(must)))
+	free := slices.DeleteFunc(slices.Compact(slices.Sorted(slices.Values(available))), func(id string) bool {
+		_, known := devices[id]
+		return !known || slices.Contains(chosen, id)
+	})
+	for len(chosen) < size && len(free) > 0 {
+		node := best(free, chosen, size-len(chosen), numa)
+		onNode := slices.DeleteFunc(slices.Clone(free), func(id string) bool { return numa(id) != node })
+		// A PF is told by its address; within one NUMA node only.
+		pf := best(onNode, chosen, size-len(chosen), func(id string) string { return devices[id].PFAddress })
+		for _, id := range onNode {
+			if devices[id].PFAddress == pf && len(chosen) < size {
+				chosen = append(chosen, id)
+				free = slices.DeleteFunc(free, func(f string) bool { return f == id })
+			}
+		}
+	}
+	return chosen
+}
+
+// best returns the group (as told by of) to take the next devices from: one
+// that has some of the chosen already, else the smallest that has need free
+// ones, else the largest.
+func best[K cmp.Ordered](free, chosen []string, need int, of func(string) K) K {
+	count := make(map[K]int)
+	for _, id := range free {
+		count[of(id)]++
+	}
+	used := make(map[K]bool)
+	for _, id := range chosen {
+		used[of(id)] = true
+	}
+	rank := func(k K) [3]int {
+		switch n := count[k]; {
+		case used[k]:
+			return [3]int{0, -n}
+		case n >= need:
+			return [3]int{1, n}
+		default:
+			return [3]int{2, -n}
+		}
+	}
+	groups := make([]K, 0, len(count))
+	for k := range count {
+		groups = append(groups, k)
+	}
+	return slices.MinFunc(groups, func(a, b K) int {
+		ra, rb := rank(a), rank(b)
+		return cmp.Or(slices.Compare(ra[:], rb[:]), cmp.Compare(a, b))
+	})
+}

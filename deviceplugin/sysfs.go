@@ -1,0 +1,74 @@
+package deviceplugin
+
+import (
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// readFacts reads from sysfs, mounted at sys, what an allocation of d needs and
+// the pool does not say. Everything in it is optional to the device, so what is
+// not there is simply absent. Character devices are looked up in sysfs, not in
+// /dev: the agent has a /dev of its own, and devtmpfs makes a node for exactly
+// the devices in sysfs.
+func readFacts(sys string, d Device) facts {
+	dev := filepath.Join(sys, "bus/pci/devices", d.PCIAddress)
+	f := facts{
+		noIOMMU:     readLine(filepath.Join(sys, "kernel/iommu_groups", d.IOMMUGroup, "name")) == "vfio-noiommu",
+		representor: representor(sys, d.PFName, d.VFIndex),
+	}
+	if name := entry(filepath.Join(dev, "infiniband"), ""); name != "" {
+		_, err := os.Stat(filepath.Join(sys, "class/misc/rdma_cm"))
+		f.rdma = rdma{
+			Device: name,
+			Uverbs: entry(filepath.Join(dev, "infiniband_verbs"), "uverbs"),
+			Umad:   entry(filepath.Join(dev, "infiniband_mad"), "umad"),
+			Issm:   entry(filepath.Join(dev, "infiniband_mad"), "issm"),
+			CM:     err == nil,
+		}
+	}
+	return f
+}
+
+// representor finds the netdev that stands for a VF in the PF's switch: it has
+// the switch ID of the PF's uplink and the port name that
+// Documentation/networking/representors.rst prescribes, "pf<N>vf<M>", N being
+// that of the uplink's "p<N>". Without switchdev mode phys_switch_id cannot be
+// read and there is none.
+func representor(sys, pfName string, vfIndex int) string {
+	uplink := filepath.Join(sys, "class/net", pfName)
+	id := readLine(filepath.Join(uplink, "phys_switch_id"))
+	port, isUplink := strings.CutPrefix(readLine(filepath.Join(uplink, "phys_port_name")), "p")
+	if pfName == "" || id == "" || !isUplink {
+		return ""
+	}
+	want := "pf" + port + "vf" + strconv.Itoa(vfIndex)
+	all, _ := filepath.Glob(filepath.Join(sys, "class/net/*/phys_port_name"))
+	for _, path := range all {
+		dir := filepath.Dir(path)
+		if readLine(path) == want && readLine(filepath.Join(dir, "phys_switch_id")) == id {
+			return filepath.Base(dir)
+		}
+	}
+	return ""
+}
+
+// entry returns the first name in dir that begins with prefix, or "".
+func entry(dir, prefix string) string {
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), prefix) {
+			return e.Name()
+		}
+	}
+	return ""
+}
+
+func readLine(path string) string {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
