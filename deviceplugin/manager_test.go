@@ -3,12 +3,15 @@ package deviceplugin
 import (
 	"context"
 	"errors"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	api "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
@@ -388,6 +391,29 @@ func wantError(t *testing.T, err error, parts ...string) {
 	for _, p := range parts {
 		if !strings.Contains(err.Error(), p) {
 			t.Errorf("error %q does not say %q", err, p)
+		}
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	f := newFixture(t)
+	k := startKubelet(t, f.dir)
+	sick := vf(2)
+	sick.Healthy = false
+	f.advertise(t, pool("nics", vf(1), sick, vf(3)))
+	eventuallyList(t, k, nics, "00.1 Healthy numa0,00.2 Unhealthy numa0,00.3 Healthy numa0")
+	eventually(t, "registered", func() bool { return f.Status()[0].Err == nil })
+	registry := prometheus.NewPedanticRegistry()
+	registry.MustRegister(f.Manager)
+	rec := httptest.NewRecorder()
+	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(rec, httptest.NewRequest("GET", "/metrics", nil))
+	for _, want := range []string{
+		`sluice_deviceplugin_devices{health="healthy",resource="example.com/nics"} 2`,
+		`sluice_deviceplugin_devices{health="unhealthy",resource="example.com/nics"} 1`,
+		`sluice_deviceplugin_registered{resource="example.com/nics"} 1`,
+	} {
+		if !strings.Contains(rec.Body.String(), want+"\n") {
+			t.Errorf("no %s in\n%s", want, rec.Body)
 		}
 	}
 }

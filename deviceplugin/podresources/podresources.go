@@ -1,0 +1,68 @@
+// Package podresources asks the kubelet which pod it gave a device to, over the
+// pod-resources API v1 on the node's local socket. The kubelet is the authority:
+// it decides, and its answer holds also for a pod whose sandbox is only being
+// made, which is when an attachment must be checked.
+package podresources
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+	api "k8s.io/kubelet/pkg/apis/podresources/v1"
+)
+
+// maxAnswer bounds an answer of the kubelet, which lists all pods of the node.
+const maxAnswer = 16 << 20
+
+// Client asks one kubelet. It is safe for concurrent use.
+type Client struct {
+	conn   *grpc.ClientConn
+	prefix string
+}
+
+// New makes a client for the kubelet's pod-resources socket. It connects when
+// it is first used, and again after the kubelet was restarted. Only devices of
+// resources below prefix ("openshift.io") count: other device plugins may use
+// PCI addresses as IDs, too.
+func New(socket, prefix string) (*Client, error) {
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithNoProxy(),
+		// The default would let minutes pass after a long absence of the kubelet.
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, MaxDelay: time.Second},
+			MinConnectTimeout: time.Second,
+		}),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)))
+	if err != nil {
+		return nil, fmt.Errorf("reach the kubelet at %s: %w", socket, err)
+	}
+	return &Client{conn: conn, prefix: prefix + "/"}, nil
+}
+
+// Close ends the connection.
+func (c *Client) Close() error { return c.conn.Close() }
+
+// Allocated tells which pod the device is allocated to; ok is false when there
+// is none. An error means that it is not known.
+func (c *Client) Allocated(ctx context.Context, pciAddress string) (namespace, pod string, ok bool, err error) {
+	all, err := api.NewPodResourcesListerClient(c.conn).List(ctx, &api.ListPodResourcesRequest{})
+	if err != nil {
+		return "", "", false, fmt.Errorf("ask the kubelet's pod-resources API who has device %s: %w", pciAddress, err)
+	}
+	for _, p := range all.GetPodResources() {
+		for _, container := range p.GetContainers() {
+			for _, d := range container.GetDevices() {
+				if strings.HasPrefix(d.GetResourceName(), c.prefix) && slices.Contains(d.GetDeviceIds(), pciAddress) {
+					return p.GetNamespace(), p.GetName(), true, nil
+				}
+			}
+		}
+	}
+	return "", "", false, nil
+}

@@ -1,0 +1,134 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func write(t *testing.T, path, content string, mode os.FileMode) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), mode); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, mode); err != nil { // whatever the umask
+		t.Fatal(err)
+	}
+}
+
+func read(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func stat(t *testing.T, path string) os.FileInfo {
+	t.Helper()
+	st, err := os.Lstat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st
+}
+
+func TestInstallShim(t *testing.T) {
+	dir := t.TempDir()
+	source, bin := filepath.Join(dir, "src"), filepath.Join(dir, "opt/cni/bin")
+	target := filepath.Join(bin, shimName)
+	write(t, source, "one", 0o600)
+	install := func() os.FileInfo {
+		t.Helper()
+		if err := installShim(source, bin); err != nil {
+			t.Fatal(err)
+		}
+		if st := stat(t, target); st.Mode() != 0o755 {
+			t.Errorf("mode %v", st.Mode())
+		}
+		if got, want := read(t, target), read(t, source); got != want {
+			t.Errorf("content %q, want %q", got, want)
+		}
+		if entries, _ := os.ReadDir(bin); len(entries) != 1 {
+			t.Errorf("directory holds %v", entries)
+		}
+		return stat(t, target)
+	}
+	first := install()
+	if again := install(); !os.SameFile(first, again) {
+		t.Error("the same shim was installed again")
+	}
+	if err := os.Chmod(target, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	install()
+	// A crash between writing and renaming leaves this.
+	write(t, filepath.Join(bin, ".sluice-cni.sluice-new"), "half", 0o600)
+	write(t, source, "two", 0o600)
+	running, err := os.Open(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = running.Close() })
+	old := stat(t, target)
+	if st := install(); os.SameFile(old, st) {
+		t.Error("the file was changed in place, not replaced")
+	}
+
+	if err := installShim(filepath.Join(dir, "absent"), bin); err == nil || !strings.Contains(err.Error(), "absent") {
+		t.Errorf("without a source: %v", err)
+	}
+}
+
+func TestInstallAlias(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		before  func(t *testing.T, alias string)
+		replace bool
+		foreign bool   // left alone, with an error
+		kept    string // content of what was moved aside
+	}{
+		{name: "absent", before: func(*testing.T, string) {}},
+		{name: "ours", before: func(t *testing.T, alias string) {
+			if err := os.Symlink(shimName, alias); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{name: "foreign file", foreign: true, before: func(t *testing.T, alias string) { write(t, alias, "foreign", 0o755) }},
+		{name: "foreign link", foreign: true, before: func(t *testing.T, alias string) {
+			if err := os.Symlink("/somewhere/else", alias); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{name: "foreign file, replaced", replace: true, kept: "foreign",
+			before: func(t *testing.T, alias string) { write(t, alias, "foreign", 0o755) }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dir := t.TempDir()
+			alias := filepath.Join(dir, aliasName)
+			write(t, filepath.Join(dir, shimName), "shim", 0o755)
+			c.before(t, alias)
+			err := installAlias(dir, c.replace)
+			if c.foreign {
+				if !errors.Is(err, errForeignAlias) || !strings.Contains(err.Error(), alias) || !strings.Contains(err.Error(), "--replace-sriov-cni") {
+					t.Errorf("error %v", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := read(t, alias); got != "shim" {
+				t.Errorf("alias runs %q", got)
+			}
+			if c.kept != "" {
+				if got := read(t, alias+".before-sluice"); got != c.kept {
+					t.Errorf("kept %q", got)
+				}
+			}
+		})
+	}
+}
