@@ -1,0 +1,17 @@
+// Package plan decides, without touching anything, what a node shall have.
+//
+// Desired is a pure function of the policies, one node's labels, the NICs it has and
+// what it was told before. It gives the spec of the node's SriovNetworkNodeState and,
+// for every policy, findings: in effect on which PF, or not and why, with the mend.
+// The result does not depend on the order of its inputs.
+//
+// How policies combine on one PF: the strongest policy (lowest priority number, then
+// earliest created, then first by name) claims its VFs first. A weaker one that claims
+// any of them gets none on that PF: it is Overridden if its priority number is higher,
+// and in Conflict if the numbers are equal and the two want different things; equal
+// wants are merged. NumVfs and MTU of the PF are the largest of the policies in effect;
+// its eswitch mode and link type are those of the strongest policy that gives one.
+//
+// A policy refused for a value that cannot be right (more VFs than the NIC has, say)
+// keeps what it had on the PF before: a typing error must not take VFs from pods.
+package plan
