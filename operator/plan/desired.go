@@ -303,11 +303,12 @@ func (p *pfPlan) keep(policy *sriovv1.SriovNetworkNodePolicy) bool {
 	}
 	c.group.VfRange = ""
 	slices.Sort(c.vfs)
-	c.vfs = slices.Compact(c.vfs)
 	for i := range p.claims {
 		if _, why := p.clash(&p.claims[i], &c); why != "" {
 			return false
 		}
+		// What a stronger policy that agrees now has is no longer this one's to keep.
+		c.vfs = slices.DeleteFunc(c.vfs, func(vf int) bool { return slices.Contains(p.claims[i].vfs, vf) })
 	}
 	if len(c.vfs) == 0 {
 		return false

@@ -10,7 +10,7 @@ type SriovNetworkSpec struct {
 	// network's own namespace. Only networks in the operator's namespace may name another.
 	// +optional
 	// +kubebuilder:validation:MaxLength=253
-	// +kubebuilder:validation:XValidation:rule="self == '' || self.matches('^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$')",messageExpression="'networkNamespace \"' + self + '\" is not a namespace name: use 1 to 63 lower-case letters, digits and -'"
+	// +kubebuilder:validation:XValidation:rule="size(self) == 0 || self.matches('^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$')",messageExpression="'networkNamespace \"' + self + '\" is not a namespace name: use 1 to 63 lower-case letters, digits and -'"
 	NetworkNamespace string `json:"networkNamespace,omitempty"`
 	// resourceName is the resource the VFs come from, without prefix: that of a
 	// SriovNetworkNodePolicy.

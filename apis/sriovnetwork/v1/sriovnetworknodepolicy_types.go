@@ -13,11 +13,11 @@ import (
 // +kubebuilder:validation:XValidation:rule="!has(self.vdpaType) || !has(self.deviceType) || self.deviceType == 'netdevice'",fieldPath=".vdpaType",messageExpression="'vdpaType ' + self.vdpaType + ' cannot go with deviceType ' + self.deviceType + ': set deviceType to netdevice or remove vdpaType'"
 // +kubebuilder:validation:XValidation:rule="!has(self.vdpaType) || (has(self.eSwitchMode) && self.eSwitchMode == 'switchdev')",fieldPath=".vdpaType",messageExpression="'vdpaType ' + self.vdpaType + ' needs the NIC in switchdev mode: set eSwitchMode to switchdev or remove vdpaType'"
 // +kubebuilder:validation:XValidation:rule="!(has(self.eSwitchMode) && self.eSwitchMode == 'switchdev' && has(self.linkType) && self.linkType in ['ib', 'IB'])",fieldPath=".eSwitchMode",messageExpression="'eSwitchMode switchdev cannot go with linkType ' + self.linkType + ': set linkType to eth or eSwitchMode to legacy'"
-// +kubebuilder:validation:XValidation:rule="!has(self.nicSelector.netFilter) || self.nicSelector.netFilter == '' || !has(self.eSwitchMode)",fieldPath=".eSwitchMode",messageExpression="'eSwitchMode ' + self.eSwitchMode + ' cannot go with nicSelector.netFilter, which selects virtual NICs: remove eSwitchMode or netFilter'"
-// +kubebuilder:validation:XValidation:rule="!has(self.nicSelector.netFilter) || self.nicSelector.netFilter == '' || !has(self.linkType) || self.linkType in ['eth', 'ETH']",fieldPath=".linkType",messageExpression="'linkType ' + self.linkType + ' cannot go with nicSelector.netFilter, which selects virtual NICs: set linkType to eth or remove netFilter'"
+// +kubebuilder:validation:XValidation:rule="!has(self.nicSelector.netFilter) || size(self.nicSelector.netFilter) == 0 || !has(self.eSwitchMode)",fieldPath=".eSwitchMode",messageExpression="'eSwitchMode ' + self.eSwitchMode + ' cannot go with nicSelector.netFilter, which selects virtual NICs: remove eSwitchMode or netFilter'"
+// +kubebuilder:validation:XValidation:rule="!has(self.nicSelector.netFilter) || size(self.nicSelector.netFilter) == 0 || !has(self.linkType) || self.linkType in ['eth', 'ETH']",fieldPath=".linkType",messageExpression="'linkType ' + self.linkType + ' cannot go with nicSelector.netFilter, which selects virtual NICs: set linkType to eth or remove netFilter'"
 // +kubebuilder:validation:XValidation:rule="!has(self.bridge) || !has(self.bridge.ovs) || (has(self.eSwitchMode) && self.eSwitchMode == 'switchdev')",fieldPath=".bridge",message="bridge.ovs needs the NIC in switchdev mode: set eSwitchMode to switchdev or remove bridge"
 // +kubebuilder:validation:XValidation:rule="!has(self.bridge) || !has(self.bridge.ovs) || !has(self.externallyManaged) || !self.externallyManaged",fieldPath=".bridge",message="bridge.ovs cannot go with externallyManaged true, which leaves the NIC alone: remove bridge or set externallyManaged to false"
-// +kubebuilder:validation:XValidation:rule="!has(self.bridge) || !has(self.bridge.ovs) || !has(self.nicSelector.netFilter) || self.nicSelector.netFilter == ''",fieldPath=".bridge",message="bridge.ovs cannot go with nicSelector.netFilter, which selects virtual NICs: remove bridge or netFilter"
+// +kubebuilder:validation:XValidation:rule="!has(self.bridge) || !has(self.bridge.ovs) || !has(self.nicSelector.netFilter) || size(self.nicSelector.netFilter) == 0",fieldPath=".bridge",message="bridge.ovs cannot go with nicSelector.netFilter, which selects virtual NICs: remove bridge or netFilter"
 // +kubebuilder:validation:XValidation:rule="!has(self.nicSelector.pfNames) || self.nicSelector.pfNames.all(n, !n.matches('#[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$') || n.split('#')[1].split(',').all(r, r.split('-').all(i, int(i) < self.numVfs)))",fieldPath=".nicSelector.pfNames",messageExpression="'a VF range in ' + self.nicSelector.pfNames.join(' ') + ' reaches past the last VF: VFs are numbered from 0 to numVfs - 1, so end the range there or raise numVfs'"
 type SriovNetworkNodePolicySpec struct {
 	// resourceName is the resource the VFs are advertised as, after the prefix and a
@@ -92,8 +92,8 @@ type SriovNetworkNodePolicySpec struct {
 
 // SriovNetworkNicSelector selects PFs.
 //
-// +kubebuilder:validation:XValidation:rule="(has(self.vendor) && self.vendor != '') || (has(self.deviceID) && self.deviceID != '') || (has(self.rootDevices) && size(self.rootDevices) > 0) || (has(self.pfNames) && size(self.pfNames) > 0) || (has(self.netFilter) && self.netFilter != '')",message="nicSelector selects nothing: give at least one of vendor, deviceID, rootDevices, pfNames, netFilter"
-// +kubebuilder:validation:XValidation:rule="!has(self.netFilter) || self.netFilter == '' || !((has(self.vendor) && self.vendor != '') || (has(self.deviceID) && self.deviceID != '') || (has(self.rootDevices) && size(self.rootDevices) > 0) || (has(self.pfNames) && size(self.pfNames) > 0))",fieldPath=".netFilter",messageExpression="'netFilter ' + self.netFilter + ' must stand alone: remove it, or remove vendor, deviceID, rootDevices and pfNames'"
+// +kubebuilder:validation:XValidation:rule="(has(self.vendor) && size(self.vendor) > 0) || (has(self.deviceID) && size(self.deviceID) > 0) || (has(self.rootDevices) && size(self.rootDevices) > 0) || (has(self.pfNames) && size(self.pfNames) > 0) || (has(self.netFilter) && size(self.netFilter) > 0)",message="nicSelector selects nothing: give at least one of vendor, deviceID, rootDevices, pfNames, netFilter"
+// +kubebuilder:validation:XValidation:rule="!has(self.netFilter) || size(self.netFilter) == 0 || !((has(self.vendor) && size(self.vendor) > 0) || (has(self.deviceID) && size(self.deviceID) > 0) || (has(self.rootDevices) && size(self.rootDevices) > 0) || (has(self.pfNames) && size(self.pfNames) > 0))",fieldPath=".netFilter",messageExpression="'netFilter ' + self.netFilter + ' must stand alone: remove it, or remove vendor, deviceID, rootDevices and pfNames'"
 type SriovNetworkNicSelector struct {
 	// vendor is the PCI vendor, four hex digits, such as 8086.
 	// +optional
@@ -115,7 +115,7 @@ type SriovNetworkNicSelector struct {
 	// openstack/NetworkID:<uuid> or aws/NetworkID:<subnet>.
 	// +optional
 	// +kubebuilder:validation:MaxLength=256
-	// +kubebuilder:validation:XValidation:rule="self == '' || self.matches('^ *[^ ]+ *: *[^ ]+')",messageExpression="'netFilter \"' + self + '\" is not of the form <platform>/NetworkID:<id>: write, for example, openstack/NetworkID:<uuid>'"
+	// +kubebuilder:validation:XValidation:rule="size(self) == 0 || self.matches('^ *[^ ]+ *: *[^ ]+')",messageExpression="'netFilter \"' + self + '\" is not of the form <platform>/NetworkID:<id>: write, for example, openstack/NetworkID:<uuid>'"
 	NetFilter string `json:"netFilter,omitempty"`
 
 	// UnknownKeys are the keys found in JSON that are none of the above, sorted. They
