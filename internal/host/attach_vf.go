@@ -358,7 +358,7 @@ func parseVFField(s *VFSettings, kind int, b []byte) (vf int, ok bool) {
 	case kind == nl.IFLA_VF_RATE && len(b) >= 12:
 		s.MinTxRate, s.MaxTxRate = int(word(1)), int(word(2))
 	case kind == nl.IFLA_VF_SPOOFCHK && len(b) >= 8:
-		s.SpoofChk = word(1) != 0 && word(1) != unknown
+		s.SpoofChk = word(1) != 0 // unknown to the driver counts as on, which is the baseline
 	case kind == nl.IFLA_VF_LINK_STATE && len(b) >= 8:
 		s.LinkState = LinkState(word(1))
 	case kind == nl.IFLA_VF_TRUST && len(b) >= 8:
@@ -379,4 +379,19 @@ func (a *Attacher) pfIndex(vf VFRef) (int, error) {
 		return 0, fmt.Errorf("find PF %s of VF %s: %w", vf.PFName, vf.PCIAddress, err)
 	}
 	return n, nil
+}
+
+// DiffVFSettings names each attribute of have that is not as in want. A want
+// without MAC agrees with every MAC.
+func DiffVFSettings(have, want VFSettings) []string {
+	var diff []string
+	for _, attr := range vfAttrs {
+		if attr.bit == VFMAC && len(want.MAC) == 0 {
+			continue
+		}
+		if h, w := attr.value(have), attr.value(want); h != w {
+			diff = append(diff, fmt.Sprintf("%s of the VF is %s, not %s", attr.name, h, w))
+		}
+	}
+	return diff
 }

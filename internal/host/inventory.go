@@ -104,7 +104,7 @@ func (h *Host) readPF(address string, links map[string]*netlink.LinkAttrs) (pf P
 	}
 	if l := links[name]; l != nil {
 		pf.Name, pf.IfIndex, pf.AltNames = name, l.Index, l.AltNames
-		pf.MAC, pf.MTU = l.HardwareAddr, l.MTU
+		pf.MAC, pf.PermMAC, pf.MTU = l.HardwareAddr, l.PermHWAddr, l.MTU
 		pf.AdminUp = l.RawFlags&unix.IFF_UP != 0
 		pf.Carrier = l.RawFlags&unix.IFF_LOWER_UP != 0
 		pf.LinkSpeed = h.speed(name)

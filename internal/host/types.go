@@ -13,8 +13,9 @@ type PF struct {
 	DeviceID   string // PCI device, four hex digits
 	VFDeviceID string // PCI device of its VFs, four hex digits (sriov_vf_device)
 	MAC        net.HardwareAddr
-	MTU        int // bytes
-	LinkSpeed  int // Mb/s; 0 when unknown
+	PermMAC    net.HardwareAddr // burned in; nil when the NIC has none
+	MTU        int              // bytes
+	LinkSpeed  int              // Mb/s; 0 when unknown
 	LinkType   LinkType
 	AdminUp    bool
 	Carrier    bool

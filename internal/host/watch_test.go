@@ -1,0 +1,217 @@
+package host
+
+import (
+	"context"
+	"encoding/binary"
+	"os"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// inNetns moves the test to a new network namespace. The thread ends with it.
+func inNetns(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("needs root for a network namespace of its own")
+		}
+		t.Skip("needs root for a network namespace of its own")
+	}
+	runtime.LockOSThread()
+	old, err := netns.Get()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ns, err := netns.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ns.Close()
+		if err := netns.Set(old); err == nil {
+			runtime.UnlockOSThread()
+		}
+		old.Close()
+	})
+}
+
+func open(t *testing.T) *Host {
+	t.Helper()
+	h, err := Open(DefaultSysfs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.Close)
+	return h
+}
+
+// The kernel takes what Host sends, and what it refuses says why.
+func TestLinkChanges(t *testing.T) {
+	inNetns(t)
+	h := open(t)
+	if err := h.rt.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "nic0"}, PeerName: "peer"}); err != nil {
+		t.Fatal(err)
+	}
+	read := func(name string) *netlink.LinkAttrs {
+		l, err := h.rt.LinkByName(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l.Attrs()
+	}
+	l := Link{Index: read("nic0").Index, Name: "nic0"}
+	mac := []byte{2, 1, 2, 3, 4, 5}
+	for _, err := range []error{
+		h.SetMTU(t.Context(), l, 9000), h.SetMAC(t.Context(), l, mac), h.SetLinkUp(t.Context(), l), h.Rename(t.Context(), l, "nic1"),
+	} {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	got := read("nic1")
+	if got.MTU != 9000 || got.HardwareAddr.String() != "02:01:02:03:04:05" || got.RawFlags&unix.IFF_UP == 0 {
+		t.Errorf("link is %+v", got)
+	}
+	if err := h.Rename(t.Context(), l, "lo"); err == nil || hintFor(err, renameHints) == "" {
+		t.Errorf("a name in use: %v", err)
+	}
+	if err := h.SetMTU(t.Context(), l, 1); err == nil || hintFor(err, mtuHints) == "" {
+		t.Errorf("MTU 1: %v", err)
+	}
+	if err := h.SetVFMAC(t.Context(), l, 0, mac); err == nil {
+		t.Error("a veth has no VFs")
+	}
+}
+
+// Links of pods without a VF cause no work.
+func TestVirtualLinksAreNoEvents(t *testing.T) {
+	inNetns(t)
+	h := open(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	events, err := h.Watch(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.rt.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "a"}, PeerName: "b"}); err != nil {
+		t.Fatal(err)
+	}
+	lo, err := h.rt.LinkByName("lo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.rt.LinkSetUp(lo); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-events:
+		t.Error("a veth, or loopback, was taken for a NIC")
+	case <-time.After(100 * time.Millisecond):
+	}
+	cancel()
+	if _, open := <-events; open {
+		t.Error("the channel stays open after its context")
+	}
+}
+
+// When the kernel had to drop messages, the watcher looks again.
+func TestDroppedMessagesMeanLookAgain(t *testing.T) {
+	inNetns(t)
+	h := open(t)
+	socket, err := listen(unix.NETLINK_ROUTE, unix.RTMGRP_LINK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := socket.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 2048) }); err != nil {
+		t.Fatal(err)
+	}
+	for range 50 {
+		d := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "a"}, PeerName: "b"}
+		if err := h.rt.LinkAdd(d); err != nil {
+			t.Fatal(err)
+		}
+		if err := h.rt.LinkDel(d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	told := make(chan struct{}, 1)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		receive(socket, func([]byte) bool { return false }, func() { told <- struct{}{} })
+	}()
+	select {
+	case <-told:
+	case <-time.After(5 * time.Second):
+		t.Error("messages were lost in silence")
+	}
+	socket.Close()
+	<-done
+}
+
+func TestMessagesOfProcessesAreRefused(t *testing.T) {
+	if fromKernel(&unix.SockaddrNetlink{Pid: 1234}) || fromKernel(nil) || !fromKernel(&unix.SockaddrNetlink{}) {
+		t.Error("only the kernel has port 0")
+	}
+}
+
+// linkMessage is one rtnetlink message with a link info of the kind, or none.
+func linkMessage(kind string, flags uint32) []byte {
+	attr := func(t uint16, payload []byte) []byte {
+		b := binary.NativeEndian.AppendUint16(nil, uint16(4+len(payload)))
+		b = binary.NativeEndian.AppendUint16(b, t)
+		b = append(b, payload...)
+		for len(b)%4 != 0 {
+			b = append(b, 0)
+		}
+		return b
+	}
+	body := make([]byte, unix.SizeofIfInfomsg)
+	binary.NativeEndian.PutUint32(body[8:], flags)
+	body = append(body, attr(unix.IFLA_IFNAME, []byte("x\x00"))...)
+	if kind != "" {
+		body = append(body, attr(unix.IFLA_LINKINFO, attr(unix.IFLA_INFO_KIND, append([]byte(kind), 0)))...)
+	}
+	m := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(body)))
+	m = binary.NativeEndian.AppendUint16(m, unix.RTM_NEWLINK)
+	m = append(m, make([]byte, 10)...)
+	return append(m, body...)
+}
+
+func TestPhysicalLinkChanged(t *testing.T) {
+	for name, c := range map[string]struct {
+		in   []byte
+		want bool
+	}{
+		"NIC":            {linkMessage("", 0), true},
+		"veth":           {linkMessage("veth", 0), false},
+		"loopback":       {linkMessage("", unix.IFF_LOOPBACK), false},
+		"veth, then NIC": {append(linkMessage("veth", 0), linkMessage("", 0)...), true},
+		"broken":         {append([]byte{255, 255, 0, 0}, make([]byte, 20)...), true},
+	} {
+		if got := physicalLinkChanged(c.in); got != c.want {
+			t.Errorf("%s: %t", name, got)
+		}
+	}
+}
+
+func TestPCIChanged(t *testing.T) {
+	const bind = "bind@/devices/pci0000:00/0000:01:00.0\x00ACTION=bind\x00SUBSYSTEM=pci\x00"
+	if !pciChanged([]byte(bind)) || pciChanged([]byte("add@/x\x00SUBSYSTEM=net\x00")) || pciChanged(nil) {
+		t.Error("subsystem pci alone counts")
+	}
+}
+
+func FuzzPhysicalLinkChanged(f *testing.F) {
+	f.Add(linkMessage("", 0))
+	f.Add(linkMessage("veth", 1))
+	f.Fuzz(func(_ *testing.T, b []byte) { physicalLinkChanged(b) })
+}
