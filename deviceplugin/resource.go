@@ -175,6 +175,9 @@ func (r *resource) run(ctx context.Context) {
 	delay := backoffFirst
 	for {
 		err := r.converge(ctx, &serving)
+		if ctx.Err() != nil {
+			return
+		}
 		var again <-chan time.Time
 		if r.report(err) {
 			again = time.After(delay)
