@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	nad "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+
+	"github.com/sluice-network/sluice/internal/host"
 )
 
 const deviceInfoSuffix = "-device.json"
@@ -83,7 +85,7 @@ func pruneDeviceInfo(dir, resource string, keep func(id string) bool) error {
 		rest, ours := strings.CutPrefix(e.Name(), strings.ReplaceAll(resource, "/", "-")+"-")
 		id, isInfo := strings.CutSuffix(rest, deviceInfoSuffix)
 		// The ID must be a whole PCI address, or "net" would own the files of "net-fast".
-		if !ours || !isInfo || !pciAddress.MatchString(id) || keep(id) {
+		if !ours || !isInfo || !host.ValidPCIAddress(id) || keep(id) {
 			continue
 		}
 		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -40,10 +39,6 @@ type Device struct {
 // DeviceTypeVFIO is the Pool.DeviceType of VFs that are handed to user space.
 const DeviceTypeVFIO = "vfio-pci"
 
-// pciAddress is the form sysfs gives PCI addresses. Domains of virtual bridges
-// (VMD) have more than four digits.
-var pciAddress = regexp.MustCompile(`^[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$`)
-
 // check refuses what the kubelet would refuse, or what would be ambiguous to a
 // container. Dots are refused although the kubelet takes them, because they
 // become '_' in the environment, where "a.b" and "a_b" would be one name.
@@ -58,7 +53,7 @@ func (p *Pool) check(prefix string) error {
 	}
 	seen := make(map[string]bool, len(p.Devices))
 	for _, d := range p.Devices {
-		if !pciAddress.MatchString(d.PCIAddress) {
+		if !host.ValidPCIAddress(d.PCIAddress) {
 			return fmt.Errorf("resource %q: device %q is not a PCI address of the form 0000:01:00.0", name, d.PCIAddress)
 		}
 		if seen[d.PCIAddress] {
