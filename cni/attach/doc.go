@@ -1,0 +1,13 @@
+// Package attach makes a VF an interface of a pod and takes it back.
+//
+// Parse reads a network configuration, strictly: nothing it accepts is ignored
+// by accident, and nothing is changed before all of it is valid. Attacher.Add
+// writes what it is about to do to a journal before it does it, so that a
+// failure is undone at once, and an agent that dies is succeeded by one that
+// knows what to undo. Undoing is always the same idempotent procedure: the VF
+// comes home and gets its baseline.
+//
+// A VF has at most one owner: the record of the journal that holds it. What
+// arrives late for an earlier owner concerns that owner's record and addresses
+// only, never the VF.
+package attach
