@@ -22,6 +22,9 @@ type Step struct {
 	// Packages are the Debian packages whose programs the build calls. Those
 	// missing on this machine are installed before Build runs.
 	Packages []string
+	// Ready is for a step whose result is on the machine and not in the store,
+	// such as an installed program: it tells whether the result is there.
+	Ready func() bool
 	// Build fills b.Out, an empty directory. It must not keep absolute paths
 	// into b.Out in what it writes, since the directory is renamed afterwards.
 	Build func(ctx context.Context, b *Build) error

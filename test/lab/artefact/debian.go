@@ -1,10 +1,15 @@
 package artefact
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
+	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -88,4 +93,55 @@ func (b *Build) Download(ctx context.Context, dir string, packages ...string) er
 		}
 	}
 	return nil
+}
+
+// Newest returns the highest version-sorted package name that begins with
+// prefix, matches pattern and can be downloaded.
+func (b *Build) Newest(ctx context.Context, prefix string, pattern *regexp.Regexp) (string, error) {
+	if err := b.store.update(ctx, b); err != nil {
+		return "", err
+	}
+	var names bytes.Buffer
+	if err := b.RunCmd(ctx, Cmd{Out: &names, Args: []string{"apt-cache", "pkgnames", prefix}}); err != nil {
+		return "", err
+	}
+	var found []string
+	for name := range strings.Lines(names.String()) {
+		if name = strings.TrimSpace(name); pattern.MatchString(name) {
+			found = append(found, name)
+		}
+	}
+	slices.SortFunc(found, func(a, b string) int { return -compareVersions(a, b) })
+	for _, name := range found {
+		// A name may be known only because something refers to it.
+		if err := b.RunCmd(ctx, Cmd{Out: io.Discard, Args: []string{"apt-cache", "--no-all-versions", "show", name}}); err == nil {
+			return name, nil
+		}
+	}
+	return "", fmt.Errorf("find a Debian package matching %s: none; add bookworm-security to the machine's apt sources", pattern)
+}
+
+// compareVersions compares texts with their runs of digits taken as numbers.
+func compareVersions(a, b string) int {
+	for a != "" && b != "" {
+		da, db := digits(a), digits(b)
+		if da == 0 || db == 0 {
+			if a[0] != b[0] {
+				return cmp.Compare(a[0], b[0])
+			}
+			a, b = a[1:], b[1:]
+			continue
+		}
+		na, nb := strings.TrimLeft(a[:da], "0"), strings.TrimLeft(b[:db], "0")
+		if c := cmp.Or(cmp.Compare(len(na), len(nb)), cmp.Compare(na, nb)); c != 0 {
+			return c
+		}
+		a, b = a[da:], b[db:]
+	}
+	return cmp.Compare(len(a), len(b))
+}
+
+// digits returns the length of the run of digits that s begins with.
+func digits(s string) int {
+	return len(s) - len(strings.TrimLeft(s, "0123456789"))
 }

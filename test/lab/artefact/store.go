@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -59,7 +60,7 @@ func (s *Store) Dir() string { return s.dir }
 
 // Make returns the output directory of step, an absolute path, building it and
 // whatever it needs if it is not there. The directory is shared and must not
-// be written to.
+// be written to. For a step with Ready it returns no directory.
 func (s *Store) Make(ctx context.Context, step *Step) (string, error) {
 	todo, err := s.missing(step)
 	if err != nil {
@@ -71,7 +72,7 @@ func (s *Store) Make(ctx context.Context, step *Step) (string, error) {
 		}
 	}
 	dir, err := s.path(step)
-	if err != nil {
+	if err != nil || step.Ready != nil {
 		return "", err
 	}
 	now := time.Now()
@@ -93,12 +94,9 @@ func (s *Store) missing(step *Step) ([]*Step, error) {
 			return nil
 		}
 		seen[st] = true
-		dir, err := s.path(st)
-		if err != nil {
+		there, err := s.there(st)
+		if err != nil || there {
 			return err
-		}
-		if exists(dir) {
-			return nil
 		}
 		for _, need := range st.needs() {
 			if err := visit(need); err != nil {
@@ -124,9 +122,20 @@ func (s *Store) path(st *Step) (string, error) {
 	return filepath.Join(s.dir, id), err
 }
 
-func exists(path string) bool {
-	_, err := os.Stat(path)
-	return err == nil
+// there tells whether the step's result is there.
+func (s *Store) there(st *Step) (bool, error) {
+	if st.Ready != nil {
+		return st.Ready(), nil
+	}
+	dir, err := s.path(st)
+	if err != nil {
+		return false, err
+	}
+	_, err = os.Stat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 func (s *Store) say(format string, args ...any) {
@@ -145,8 +154,8 @@ func (s *Store) build(ctx context.Context, st *Step, place string) error {
 		return err
 	}
 	defer unlock()
-	if exists(dir) {
-		return nil
+	if there, err := s.there(st); err != nil || there {
+		return err
 	}
 	// Holding the lock, whatever lies in the work directory is from a build that died.
 	tmp := filepath.Join(s.dir, ".building-"+id)
@@ -174,7 +183,7 @@ func (s *Store) build(ctx context.Context, st *Step, place string) error {
 	if err == nil {
 		err = st.Build(ctx, b)
 	}
-	if err == nil {
+	if err == nil && st.Ready == nil {
 		err = os.Rename(b.Out, dir)
 	}
 	if err != nil {
