@@ -53,7 +53,7 @@ func New(opts Options) (*Manager, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watch the kubelet's device-plugin directory: %w", err)
 	}
-	if err := watcher.Add(opts.Dir); err != nil {
+	if err = watcher.Add(opts.Dir); err != nil {
 		return nil, fmt.Errorf("watch the kubelet's device-plugin directory %s: %w", opts.Dir, errors.Join(err, watcher.Close()))
 	}
 	old, err := filepath.Glob(filepath.Join(opts.Dir, socketPrefix+"*"+socketSuffix))

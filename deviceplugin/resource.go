@@ -286,7 +286,7 @@ func (r *resource) register(ctx context.Context, kubelet string) error {
 		ResourceName: r.name,
 		Options:      &api.DevicePluginOptions{GetPreferredAllocationAvailable: true},
 	})
-	if err := errors.Join(err, conn.Close()); err != nil {
+	if err = errors.Join(err, conn.Close()); err != nil {
 		return fmt.Errorf("register with the kubelet at %s: %w", kubelet, err)
 	}
 	r.log.Info("registered with the kubelet")

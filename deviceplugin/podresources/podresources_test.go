@@ -34,7 +34,7 @@ func TestAllocated(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	if _, _, _, err := c.Allocated(t.Context(), "0000:01:00.1"); err == nil || !strings.Contains(err.Error(), "0000:01:00.1") {
+	if _, _, _, err = c.Allocated(t.Context(), "0000:01:00.1"); err == nil || !strings.Contains(err.Error(), "0000:01:00.1") {
 		t.Errorf("without a kubelet: %v", err)
 	}
 
