@@ -82,6 +82,7 @@ func TestSchemaRefuses(t *testing.T) {
 			"Invalid value: 5000: not a VLAN ID: set vlan to 1 to 4094, or to 0 for no VLAN"},
 		{"negative VLAN", network, "resourceName: r\nvlan: -1", "spec.vlan", "Invalid value: -1: not a VLAN ID"},
 		{"VLAN priority", network, "resourceName: r\nvlanQoS: 8", "spec.vlanQoS", "Invalid value: 8: not an 802.1p priority: set vlanQoS to 0 to 7"},
+		{"VLAN priority without a VLAN", network, "resourceName: r\nvlanQoS: 3", "spec.vlanQoS", "vlanQoS is the priority in a VLAN tag: set vlan, or set vlanQoS to 0"},
 		{"VLAN protocol", network, "resourceName: r\nvlanProto: 802.1x", "spec.vlanProto", "supported values"},
 		{"rates", network, "resourceName: r\nminTxRate: 200\nmaxTxRate: 100", "spec.minTxRate",
 			"minTxRate is above maxTxRate: lower minTxRate or raise maxTxRate"},

@@ -159,17 +159,19 @@ func (n *nodePlan) add(policy *sriovv1.SriovNetworkNodePolicy, nodeLabels map[st
 		n.find(policy, nil, InventoryPending, "the node has not reported any SR-IOV NIC: see that it has one, that SR-IOV is on in its firmware, and that the agent's pod runs there")
 		return
 	}
-	selected := 0
+	var whys []string
 	for _, p := range n.pfs {
-		if why := whyNotNIC(&policy.Spec.NicSelector, p.pf); why != "" {
-			n.find(policy, p, NotSelected, fmt.Sprintf("PF %s is not selected: %s", p, why))
+		why := whyNotNIC(&policy.Spec.NicSelector, p.pf)
+		if why == "" {
+			n.claim(policy, p)
 			continue
 		}
-		selected++
-		n.claim(policy, p)
+		why = fmt.Sprintf("not PF %s: %s", p, why)
+		n.find(policy, p, NotSelected, why)
+		whys = append(whys, why)
 	}
-	if selected == 0 {
-		n.find(policy, nil, NoNICSelected, fmt.Sprintf("nicSelector selects none of the node's %d PFs: compare it with status.interfaces of the SriovNetworkNodeState", len(n.pfs)))
+	if len(whys) == len(n.pfs) {
+		n.find(policy, nil, NoNICSelected, "nicSelector selects no PF of the node: "+strings.Join(whys, "; "))
 	}
 }
 

@@ -110,7 +110,7 @@ func TestDesired(t *testing.T) {
 		{"an unknown key", []sriovv1.SriovNetworkNodePolicy{policy("a", edit(func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.NicSelector.UnknownKeys = []string{"pfName"} }))}, "",
 			[]string{"a PolicyInvalid : nicSelector has the unknown key pfName: use vendor, deviceID, rootDevices, pfNames or netFilter"}},
 		{"an empty selector", []sriovv1.SriovNetworkNodePolicy{policy("a", pfNames())}, "", []string{"a PolicyInvalid : nicSelector is empty"}},
-		{"no NIC", []sriovv1.SriovNetworkNodePolicy{policy("a", pfNames("eth9"))}, "", []string{"a NoNICSelected : nicSelector selects none of the node's 2 PFs"}},
+		{"no NIC", []sriovv1.SriovNetworkNodePolicy{policy("a", pfNames("eth9"))}, "", []string{"a NoNICSelected : nicSelector selects no PF of the node: not PF ens1f0 (0000:01:00.0): its name is not among nicSelector.pfNames eth9; not PF ens2f0"}},
 		{"another node", []sriovv1.SriovNetworkNodePolicy{policy("a", edit(func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.NodeSelector = map[string]string{"role": "db"} }))}, "",
 			[]string{`a NodeNotSelected : the node's label role is "worker", nodeSelector wants "db"`}},
 		{"the name default", []sriovv1.SriovNetworkNodePolicy{policy("default")}, "", []string{"default PolicyIgnored : give it another name"}},

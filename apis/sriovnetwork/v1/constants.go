@@ -39,11 +39,10 @@ const (
 
 // Reasons of the Ready condition of a network.
 const (
-	ReasonNetworkReady       = "NetworkReady"
-	ReasonNADNotFound        = "NetworkAttachmentDefinitionNotFound"
-	ReasonNADInvalid         = "NetworkAttachmentDefinitionInvalid"
-	ReasonNamespaceNotFound  = "NamespaceNotFound"
-	ReasonNamespaceForbidden = "NamespaceForbidden"
+	ReasonNetworkReady      = "NetworkReady"
+	ReasonNADNotFound       = "NetworkAttachmentDefinitionNotFound"
+	ReasonNADInvalid        = "NetworkAttachmentDefinitionInvalid"
+	ReasonNamespaceNotFound = "NamespaceNotFound"
 )
 
 // Annotations and finalizers on objects of this group and on what is made from them.
@@ -55,6 +54,9 @@ const (
 	// AnnotationOwnerRef names the network a NetworkAttachmentDefinition was made from,
 	// as <Kind>.<group>/<namespace>/<name>.
 	AnnotationOwnerRef = "sriovnetwork.openshift.io/owner-ref"
+	// AnnotationOwnerUID is the UID of that network. A NetworkAttachmentDefinition is
+	// deleted only for the very network that made it.
+	AnnotationOwnerUID = "sluice.dev/owner-uid"
 	// AnnotationResourceName names the device plugin resource that a
 	// NetworkAttachmentDefinition draws from, as <prefix>/<resourceName>.
 	AnnotationResourceName = "k8s.v1.cni.cncf.io/resourceName"
