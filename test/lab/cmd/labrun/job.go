@@ -77,7 +77,8 @@ func parseJob(cwd, program string, args []string) job {
 // module read-only, and over it what the test may write.
 func (j job) mounts() []control.Host {
 	var out []control.Host
-	seen := map[string]bool{"/": true} // the guest keeps its own root
+	// The guest keeps its own system.
+	seen := map[string]bool{"/": true, "/bin": true, "/sbin": true, "/usr/bin": true, "/usr/sbin": true}
 	show := func(dir string, readOnly bool) {
 		if !seen[dir] {
 			seen[dir] = true
