@@ -1,0 +1,285 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+const (
+	left     = "openshift.io/left"
+	right    = "openshift.io/right"
+	staticIP = `ipam: '{"type": "static"}'`
+	capIPs   = `capabilities: '{"ips": true}'`
+)
+
+// pools are what most tests run on: four VFs of each node's first PF, two of its second.
+var pools = policy("left", "left", "ens1f0", 4) + policy("right", "right", "ens2f0", 2) +
+	network("left-net", "left", "vlan: 100", staticIP, capIPs) +
+	network("right-net", "right", staticIP, capIPs)
+
+// usePools applies pools and waits until pods can have VFs.
+func usePools(t *testing.T) {
+	t.Helper()
+	kubectl(t, pools, "apply", "-f", "-")
+	waitAllocatable(t, left, "4", nodes...)
+	waitAllocatable(t, right, "2", nodes...)
+	eventually(t, time.Minute, func() error {
+		_, err := cluster.Kubectl(t.Context(), "get", "net-attach-def", "left-net", "right-net")
+		return err
+	})
+}
+
+func on(network, address string) string {
+	return fmt.Sprintf(`{"name": %q, "ips": [%q]}`, network, address)
+}
+
+func waitReady(t *testing.T, pods ...string) {
+	t.Helper()
+	args := []string{"wait", "--for=condition=Ready", "--timeout=4m"}
+	for _, p := range pods {
+		args = append(args, "pod/"+p)
+	}
+	if _, err := cluster.Kubectl(t.Context(), args...); err != nil {
+		describe, _ := cluster.Kubectl(t.Context(), append([]string{"describe", "pod"}, pods...)...)
+		t.Fatalf("%v\n%s\n%s", err, describe, diagnosis(t.Context()))
+	}
+}
+
+// The whole path: policies, VFs, resources, networks, pods on the same PF, on
+// different PFs and on different nodes, talking over their VFs.
+func TestPolicyToTraffic(t *testing.T) {
+	usePools(t)
+	apply(t, pod("client", "vm1", "["+on("left-net", "192.168.100.1/24")+","+on("right-net", "192.168.101.1/24")+"]", left, right)+
+		pod("near", "vm1", "["+on("left-net", "192.168.100.2/24")+"]", left)+
+		pod("far", "vm2", "["+on("left-net", "192.168.100.3/24")+","+on("right-net", "192.168.101.3/24")+"]", left, right))
+	waitReady(t, "client", "near", "far")
+
+	for what, address := range map[string]string{"same PF": "192.168.100.2", "other node": "192.168.100.3", "other PF": "192.168.101.3"} {
+		out := kubectl(t, "", "exec", "client", "--", "ping", "-c", "3", "-i", "0.2", "-W", "2", address)
+		if !strings.Contains(out, " 0% packet loss") {
+			t.Errorf("%s: %s", what, out)
+		}
+	}
+
+	t.Run("environment", func(t *testing.T) {
+		env := kubectl(t, "", "exec", "client", "--", "env")
+		mentions(t, env, "PCIDEVICE_OPENSHIFT_IO_LEFT=0000:01:", "PCIDEVICE_OPENSHIFT_IO_RIGHT=0000:02:")
+	})
+	t.Run("network-status", func(t *testing.T) {
+		status := kubectl(t, "", "get", "pod", "client", "-o", `jsonpath={.metadata.annotations.k8s\.v1\.cni\.cncf\.io/network-status}`)
+		var nets []struct {
+			Name, Interface, MAC string
+			MTU                  int
+			IPs                  []string
+			DeviceInfo           struct {
+				Type string
+				PCI  map[string]string
+			} `json:"device-info"`
+		}
+		if err := json.Unmarshal([]byte(status), &nets); err != nil {
+			t.Fatal(err)
+		}
+		if len(nets) != 3 {
+			t.Fatalf("%d networks, want the cluster's and two: %s", len(nets), status)
+		}
+		for i, n := range nets[1:] {
+			if n.Interface != fmt.Sprintf("net%d", i+1) || n.MAC == "" || len(n.IPs) != 1 {
+				t.Errorf("%+v", n)
+			}
+			if n.DeviceInfo.Type != "pci" || n.DeviceInfo.PCI["pci-address"] == "" || n.DeviceInfo.PCI["pf-pci-address"] == "" {
+				t.Errorf("device-info of %s is not complete: %+v", n.Name, n.DeviceInfo)
+			}
+			got := kubectl(t, "", "exec", "client", "--", "cat", "/sys/class/net/"+n.Interface+"/address")
+			if strings.TrimSpace(got) != n.MAC {
+				t.Errorf("%s has MAC %s, status says %s", n.Interface, got, n.MAC)
+			}
+		}
+	})
+	t.Run("node state tells it", func(t *testing.T) {
+		out := kubectl(t, "", "-n", namespace, "get", "sriovnetworknodestates")
+		mentions(t, out, "vm1", "vm2", "Succeeded", "True")
+		out = kubectl(t, "", "-n", namespace, "describe", "sriovnetworknodestate", "vm1")
+		mentions(t, out, "ens1f0", "Observed Generation", "Ready", "Vf ID")
+	})
+	t.Run("held VFs are not destroyed", func(t *testing.T) {
+		kubectl(t, policy("left", "left", "ens1f0", 2), "apply", "-f", "-")
+		defer func() {
+			kubectl(t, policy("left", "left", "ens1f0", 4), "apply", "-f", "-")
+			waitAllocatable(t, left, "4", nodes...)
+		}()
+		eventually(t, time.Minute, func() error {
+			out := kubectl(t, "", "-n", namespace, "get", "sriovnetworknodestate", "vm1", "-o", "yaml")
+			if !strings.Contains(out, "default/client") && !strings.Contains(out, "default/near") {
+				return errors.New("the node state names no pod that holds a VF:\n" + out)
+			}
+			return nil
+		})
+		if out := kubectl(t, "", "exec", "client", "--", "ping", "-c", "2", "-i", "0.2", "192.168.100.2"); !strings.Contains(out, " 0% packet loss") {
+			t.Error(out)
+		}
+	})
+}
+
+// What a pod had is gone from the VF when it comes back.
+func TestReturnedVFsAreAtBaseline(t *testing.T) {
+	usePools(t)
+	spec := network("odd-net", "left", "vlan: 200", "vlanQoS: 3", `spoofChk: "off"`, `trust: "on"`, staticIP, `capabilities: '{"ips": true, "mac": true}'`)
+	apply(t, spec)
+	p := pod("odd", "vm1", `[{"name": "odd-net", "ips": ["192.168.102.1/24"], "mac": "02:00:00:00:aa:01"}]`, left)
+	eventually(t, time.Minute, func() error {
+		_, err := cluster.Kubectl(t.Context(), "get", "net-attach-def", "odd-net")
+		return err
+	})
+	kubectl(t, p, "apply", "-f", "-")
+	waitReady(t, "odd")
+	if mac := kubectl(t, "", "exec", "odd", "--", "cat", "/sys/class/net/net1/address"); strings.TrimSpace(mac) != "02:00:00:00:aa:01" {
+		t.Errorf("the pod asked for MAC 02:00:00:00:aa:01 and has %s", mac)
+	}
+	mentions(t, inNode(t, "vm1", "ip link show ens1f0"), "vlan 200, qos 3", "spoof checking off", "trust on", "02:00:00:00:aa:01")
+	remove(t, p)
+	eventually(t, time.Minute, func() error { return baseline(t, "vm1", "ens1f0", 4) })
+	if out := inNode(t, "vm1", "ip link show ens1f0"); strings.Contains(out, "02:00:00:00:aa:01") {
+		t.Errorf("the pod's MAC stayed:\n%s", out)
+	}
+}
+
+// Ten pods at a time, made and deleted again and again: no VF is lost, none is
+// in two pods, and in the end all are at baseline.
+func TestChurn(t *testing.T) {
+	usePools(t)
+	rounds, err := strconv.Atoi(cmp.Or(os.Getenv("SLUICE_CHURN"), "3"))
+	if err != nil {
+		t.Fatalf("SLUICE_CHURN=%q: %v", os.Getenv("SLUICE_CHURN"), err)
+	}
+	for round := range rounds {
+		start := time.Now()
+		var yaml strings.Builder
+		var names []string
+		for i := range 10 {
+			// Eight on the two left PFs, all VFs there are; two on the right ones.
+			name, net, res := fmt.Sprintf("churn%d", i), "left-net", left
+			address := fmt.Sprintf("192.168.100.%d/24", 10+i)
+			if i >= 8 {
+				net, res, address = "right-net", right, fmt.Sprintf("192.168.101.%d/24", 10+i)
+			}
+			yaml.WriteString(pod(name, nodes[i%2], "["+on(net, address)+"]", res))
+			names = append(names, name)
+		}
+		kubectl(t, yaml.String(), "apply", "-f", "-")
+		waitReady(t, names...)
+		ready := time.Since(start)
+
+		var mu sync.Mutex
+		owner := map[string]string{}
+		var wg sync.WaitGroup
+		for i, n := range names {
+			wg.Add(1)
+			go func() {
+				defer wg.Done()
+				env, err := cluster.Kubectl(t.Context(), "exec", n, "--", "sh", "-c", "env | grep ^PCIDEVICE_.*=0000 | grep -v _INFO= | head -1; ls -d /sys/class/net/net1")
+				mu.Lock()
+				defer mu.Unlock()
+				if err != nil {
+					t.Errorf("%s: %v", n, err)
+					return
+				}
+				_, address, _ := strings.Cut(strings.Split(env, "\n")[0], "=")
+				key := nodes[i%2] + " " + address
+				if other := owner[key]; other != "" {
+					t.Errorf("VF %s is in %s and in %s", key, other, n)
+				}
+				owner[key] = n
+			}()
+		}
+		wg.Wait()
+		kubectl(t, "", append([]string{"delete", "pod", "--wait", "--timeout=3m"}, names...)...)
+		for _, n := range nodes {
+			eventually(t, time.Minute, func() error {
+				return errors.Join(baseline(t, n, "ens1f0", 4), baseline(t, n, "ens2f0", 2))
+			})
+		}
+		t.Logf("round %d of %d: ten pods ready after %.1f s, gone after %.1f s", round+1, rounds, ready.Seconds(), time.Since(start).Seconds())
+	}
+	waitAllocatable(t, left, "4", nodes...)
+}
+
+// kubelet forgets its plugins when it restarts; the agent comes back to it.
+func TestKubeletRestart(t *testing.T) {
+	usePools(t)
+	inNode(t, "vm1", `pid=$(pidof kubelet); tr '\0' '\n' < /proc/$pid/cmdline > /run/kubelet.args
+kill $pid; while kill -0 $pid 2>/dev/null; do sleep 0.1; done
+set --; while IFS= read -r a; do set -- "$@" "$a"; done < /run/kubelet.args
+setsid "$@" >> /var/log/kubelet.log 2>&1 < /dev/null &`)
+	// A pod can only be admitted when the plugin is registered again.
+	waitAllocatable(t, left, "4", "vm1")
+	p := pod("after", "vm1", "["+on("left-net", "192.168.100.9/24")+"]", left)
+	eventually(t, 2*time.Minute, func() error {
+		kubectl(t, p, "apply", "-f", "-")
+		phase := kubectl(t, "", "get", "pod", "after", "-o", "jsonpath={.status.phase}{.status.reason}")
+		if strings.HasPrefix(phase, "Failed") {
+			remove(t, p)
+		}
+		if phase != "Running" {
+			return fmt.Errorf("pod is %s", phase)
+		}
+		return nil
+	})
+	remove(t, p)
+}
+
+// The agent killed with pods coming and going: what it left is put right.
+func TestAgentKilled(t *testing.T) {
+	usePools(t)
+	for i := range 3 {
+		var yaml strings.Builder
+		var names []string
+		for j := range 3 {
+			name := fmt.Sprintf("killed%d", j)
+			yaml.WriteString(pod(name, "vm1", "["+on("left-net", fmt.Sprintf("192.168.100.%d/24", 30+j))+"]", left))
+			names = append(names, name)
+		}
+		kubectl(t, yaml.String(), "apply", "-f", "-")
+		time.Sleep(time.Duration(700*(i+1)) * time.Millisecond)
+		inNode(t, "vm1", "kill -9 $(pidof sluice-agent)")
+		waitReady(t, names...)
+		kubectl(t, "", append([]string{"delete", "pod", "--wait=false"}, names...)...)
+		time.Sleep(time.Duration(400*(i+1)) * time.Millisecond)
+		inNode(t, "vm1", "kill -9 $(pidof sluice-agent) || true")
+		kubectl(t, "", append([]string{"wait", "--for=delete", "--timeout=3m", "pod"}, names...)...)
+		eventually(t, 2*time.Minute, func() error { return baseline(t, "vm1", "ens1f0", 4) })
+		waitAllocatable(t, left, "4", "vm1")
+	}
+}
+
+// An error of the kernel is in the node state within a second, and gone when the
+// kernel is well again.
+func TestKernelErrorIsShown(t *testing.T) {
+	if kind != "uml" {
+		t.Skip("only the emulated NIC of the UML guests injects errors; that kind runs this test")
+	}
+	usePools(t)
+	inNode(t, "vm2", "echo 12 1 > /sys/kernel/debug/sluicenic/0000:02:00.0/fail_sriov_enable")
+	kubectl(t, policy("right", "right", "ens2f0", 3), "apply", "-f", "-")
+	eventually(t, 30*time.Second, func() error {
+		out := kubectl(t, "", "-n", namespace, "get", "events", "-o", "jsonpath={.items[*].message}")
+		state := kubectl(t, "", "-n", namespace, "get", "sriovnetworknodestate", "vm2", "-o", "yaml")
+		if !strings.Contains(out+state, "cannot allocate memory") {
+			return errors.New("neither the node state nor an event tells of ENOMEM:\n" + state)
+		}
+		return nil
+	})
+	// The error came once: the agent's own retry mends it.
+	waitAllocatable(t, right, "3", nodes...)
+	kubectl(t, policy("right", "right", "ens2f0", 2), "apply", "-f", "-")
+	waitAllocatable(t, right, "2", nodes...)
+}
