@@ -178,8 +178,9 @@ type fixture struct {
 	dir, info, sys string
 	stop           func() // ends the Manager
 
-	mu      sync.Mutex
-	missing map[string]error // answers of Exists
+	mu        sync.Mutex
+	missing   map[string]error // answers of Exists
+	allocated []string         // as told to Allocated
 }
 
 func newFixture(t *testing.T) *fixture {
@@ -207,6 +208,11 @@ func (f *fixture) start(t *testing.T) {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			return f.missing[pci]
+		},
+		Allocated: func(ids []string) {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.allocated = append(f.allocated, ids...)
 		},
 	})
 	if err != nil {

@@ -28,6 +28,10 @@ type Options struct {
 	// now, with an error that says what is wrong. It is asked at every
 	// allocation and must not call back into the Manager.
 	Exists func(pciAddress string) error
+	// Allocated is called when the kubelet is about to be given devices. It
+	// closes the gap until the kubelet's pod-resources API tells who has them,
+	// and must not call back into the Manager either.
+	Allocated func(pciAddresses []string)
 	Log    logr.Logger
 }
 

@@ -238,6 +238,9 @@ func TestAllocateRefuses(t *testing.T) {
 			wantError(t, err, c.want...)
 		})
 	}
+	if len(f.allocated) > 0 {
+		t.Errorf("refused allocations were reported: %v", f.allocated)
+	}
 	if entries, _ := os.ReadDir(f.info); len(entries) > 0 {
 		t.Errorf("refused allocations left device-info files: %v", entries)
 	}
@@ -254,6 +257,9 @@ func TestAllocateGivesEachDeviceOnceInOrder(t *testing.T) {
 	}
 	if got := resp.GetEnvs()["PCIDEVICE_EXAMPLE_COM_NICS"]; got != "0000:01:00.1,0000:01:00.2" {
 		t.Errorf("environment %q", got)
+	}
+	if got := strings.Join(f.allocated, " "); got != "0000:01:00.1 0000:01:00.2" {
+		t.Errorf("reported as allocated: %s", got)
 	}
 }
 

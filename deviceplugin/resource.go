@@ -384,5 +384,6 @@ func (r *resource) allocate(ids []string) (*api.ContainerAllocateResponse, error
 			return nil, fail(err)
 		}
 	}
+	r.opts.Allocated(ids)
 	return out, nil
 }

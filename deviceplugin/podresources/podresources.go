@@ -3,7 +3,6 @@ package podresources
 import (
 	"context"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -47,18 +46,33 @@ func (c *Client) Close() error { return c.conn.Close() }
 // Allocated tells which pod the device is allocated to; ok is false when there
 // is none. An error means that it is not known.
 func (c *Client) Allocated(ctx context.Context, pciAddress string) (namespace, pod string, ok bool, err error) {
+	all, err := c.Devices(ctx)
+	if err != nil {
+		return "", "", false, fmt.Errorf("ask who has device %s: %w", pciAddress, err)
+	}
+	name, ok := all[pciAddress]
+	namespace, pod, _ = strings.Cut(name, "/")
+	return namespace, pod, ok, nil
+}
+
+// Devices returns the pods, as "namespace/name", of all allocated devices.
+func (c *Client) Devices(ctx context.Context) (map[string]string, error) {
 	all, err := api.NewPodResourcesListerClient(c.conn).List(ctx, &api.ListPodResourcesRequest{})
 	if err != nil {
-		return "", "", false, fmt.Errorf("ask the kubelet's pod-resources API who has device %s: %w", pciAddress, err)
+		return nil, fmt.Errorf("ask the kubelet's pod-resources API: %w", err)
 	}
+	pods := make(map[string]string)
 	for _, p := range all.GetPodResources() {
 		for _, container := range p.GetContainers() {
 			for _, d := range container.GetDevices() {
-				if strings.HasPrefix(d.GetResourceName(), c.prefix) && slices.Contains(d.GetDeviceIds(), pciAddress) {
-					return p.GetNamespace(), p.GetName(), true, nil
+				if !strings.HasPrefix(d.GetResourceName(), c.prefix) {
+					continue
+				}
+				for _, id := range d.GetDeviceIds() {
+					pods[id] = p.GetNamespace() + "/" + p.GetName()
 				}
 			}
 		}
 	}
-	return "", "", false, nil
+	return pods, nil
 }
