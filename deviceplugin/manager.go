@@ -32,7 +32,7 @@ type Options struct {
 	// closes the gap until the kubelet's pod-resources API tells who has them,
 	// and must not call back into the Manager either.
 	Allocated func(pciAddresses []string)
-	Log    logr.Logger
+	Log       logr.Logger
 }
 
 // Manager serves pools of devices to the kubelet. Its methods may be called
