@@ -33,7 +33,9 @@ func labPF(t *testing.T, h *Host) PF {
 		}
 	}
 	clear()
-	t.Cleanup(func() { _ = writeSysfs(filepath.Join(DefaultSysfs, "bus/pci/devices", pfs[0].PCIAddress, "sriov_numvfs"), "0") })
+	t.Cleanup(func() {
+		_ = writeSysfs(filepath.Join(DefaultSysfs, "bus/pci/devices", pfs[0].PCIAddress, "sriov_numvfs"), "0")
+	})
 	if err := h.SetLinkUp(t.Context(), pfs[0].Link()); err != nil {
 		t.Fatal(err)
 	}

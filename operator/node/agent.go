@@ -1,0 +1,379 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"reflect"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/go-logr/logr"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/operator/plan"
+)
+
+const (
+	resync = 5 * time.Minute
+	// Kernel events come in bursts: wait a moment for the rest, and do not look
+	// more often than this for their sake, since looking costs a VF list each.
+	settle   = 20 * time.Millisecond
+	eventGap = 500 * time.Millisecond
+
+	firstRetry = time.Second
+	lastRetry  = 2 * time.Minute
+
+	// pfsAtOnce bounds the PFs worked on side by side.
+	pfsAtOnce = 4
+)
+
+// Config is what an Agent needs.
+type Config struct {
+	Node       string // name of the node
+	Kernel     Kernel
+	States     States
+	Advertiser Advertiser
+	Usage      Usage
+	Log        logr.Logger
+}
+
+// Agent configures the NICs of one node. See the package's documentation.
+type Agent struct {
+	Config
+	poke    chan struct{}
+	looked  chan struct{} // closed when the kernel was read once
+	lookOne sync.Once
+
+	// offers orders what the Advertiser is told: nothing that is withdrawn for
+	// work is offered again by somebody who had not seen it yet.
+	offers  sync.Mutex
+	offered map[string]bool
+
+	mu        sync.Mutex
+	baselines map[string]baseline
+	names     map[string]*hostName
+
+	// Of the worker alone.
+	state   *v1.SriovNetworkNodeState
+	written *v1.SriovNetworkNodeStateStatus // as last applied; nil when not known
+	retries map[string]*retry               // by PF
+	last    map[string]host.PF              // as last read, by PCI address
+	// Failures in a row to write the status, to advertise, to read the NICs.
+	unsent, unsold, unread int
+}
+
+type baseline struct {
+	mac net.HardwareAddr
+	mtu int
+}
+
+// hostName is the name a VF has in the host's namespace while no pod has it.
+type hostName struct {
+	name string
+	here bool // it was seen here under that name when last looked
+}
+
+// retry is when a PF that failed is tried again.
+type retry struct {
+	want     v1.Interface
+	failures int
+	at       time.Time
+	report   *report // its troubles are told until then
+}
+
+// New returns an agent; Run makes it work.
+func New(c Config) *Agent {
+	return &Agent{
+		Config: c, poke: make(chan struct{}, 1), looked: make(chan struct{}), offered: map[string]bool{},
+		baselines: map[string]baseline{}, names: map[string]*hostName{}, retries: map[string]*retry{}, last: map[string]host.PF{},
+	}
+}
+
+// HolderChanged tells the agent that a pod took or gave back a VF.
+func (a *Agent) HolderChanged() {
+	select {
+	case a.poke <- struct{}{}:
+	default:
+	}
+}
+
+// Looked is closed when Baseline knows the VFs that there are.
+func (a *Agent) Looked() <-chan struct{} { return a.looked }
+
+// Baseline returns what a VF has while no pod holds it: the MAC that the PF
+// assigns and the MTU in bytes, 0 when it is not known and shall be left. It is
+// not ok for VFs that this project did not make, or that are not there.
+func (a *Agent) Baseline(pciAddress string) (mac net.HardwareAddr, mtu int, ok bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	b, ok := a.baselines[pciAddress]
+	return b.mac, b.mtu, ok
+}
+
+// Run works until ctx ends. It fails when the kernel's events cannot be followed.
+func (a *Agent) Run(ctx context.Context) error {
+	events, err := a.Kernel.Watch(ctx)
+	if err != nil {
+		return fmt.Errorf("follow the kernel: %w", err)
+	}
+	states := a.States.Watch(ctx)
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	due, lastRun := time.Now(), time.Time{}
+	by := func(at time.Time) {
+		if at.Before(due) {
+			due = at
+			timer.Reset(time.Until(at))
+		}
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case state, ok := <-states:
+			if !ok {
+				states = nil // ctx ends
+				continue
+			}
+			if a.adopt(state) {
+				by(time.Now())
+			}
+		case _, ok := <-events:
+			if !ok {
+				if ctx.Err() != nil {
+					return nil
+				}
+				// A socket broke. What was missed meanwhile is seen by looking.
+				if events, err = a.Kernel.Watch(ctx); err != nil {
+					return fmt.Errorf("follow the kernel: %w", err)
+				}
+			}
+			by(later(time.Now().Add(settle), lastRun.Add(eventGap)))
+		case <-a.poke:
+			by(time.Now())
+		case <-timer.C:
+			next := a.reconcile(ctx)
+			lastRun = time.Now()
+			due = lastRun.Add(next)
+			timer.Reset(next)
+		}
+	}
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// adopt takes the object as it now is at the API server. It tells whether there
+// is work: our own status coming back is none.
+func (a *Agent) adopt(state *v1.SriovNetworkNodeState) bool {
+	before := a.state
+	a.state = state
+	if state == nil {
+		a.written = nil
+		return false
+	}
+	if before == nil || before.UID != state.UID {
+		a.written = &state.Status
+		a.remember(state.Status)
+		return true
+	}
+	if before.Generation != state.Generation {
+		return true
+	}
+	if !equality.Semantic.DeepEqual(a.written, &state.Status) {
+		a.written = nil // somebody else wrote, or an older one of ours came late
+		return true
+	}
+	return false
+}
+
+// remember takes the host names of VFs from the status, which outlives us.
+func (a *Agent) remember(s v1.SriovNetworkNodeStateStatus) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, pf := range s.Interfaces {
+		for _, vf := range pf.VFs {
+			if vf.Name != "" && vf.Assigned == "" && a.names[vf.PciAddress] == nil {
+				a.names[vf.PciAddress] = &hostName{name: vf.Name}
+			}
+		}
+	}
+}
+
+// reconcile looks, does what is to do, tells, and returns when to look again.
+func (a *Agent) reconcile(ctx context.Context) time.Duration {
+	pfs, unreadable := a.Kernel.Inventory(ctx)
+	if ctx.Err() != nil {
+		return resync
+	}
+	p := &pass{Agent: a}
+	p.collect(pfs, unreadable)
+	p.assign()
+	var work []*report
+	for _, r := range p.reports {
+		if p.examine(ctx, r) {
+			r.working = true
+			work = append(work, r)
+		}
+	}
+	maps.DeleteFunc(a.retries, func(address string, _ *retry) bool {
+		return !slices.ContainsFunc(p.reports, func(r *report) bool { return r.have.PCIAddress == address })
+	})
+	a.lookOne.Do(func() { close(a.looked) })
+	if len(work) > 0 {
+		p.publish(ctx)
+		p.do(ctx, work)
+	}
+	if ctx.Err() != nil {
+		return resync
+	}
+	p.publish(ctx)
+	return p.next()
+}
+
+// observe reads one PF anew, with its VFs' settings.
+func (a *Agent) observe(ctx context.Context, address string) (host.PF, error) {
+	pfs, err := a.Kernel.Inventory(ctx)
+	i := slices.IndexFunc(pfs, func(pf host.PF) bool { return pf.PCIAddress == address })
+	if i < 0 {
+		return host.PF{}, errors.Join(fmt.Errorf("NIC %s is no longer there", address), err)
+	}
+	return pfs[i], a.Kernel.ReadVFSettings(ctx, &pfs[i])
+}
+
+// view is the PF as planning sees it, with the pods that hold its VFs now.
+func (a *Agent) view(r *report) plan.PF {
+	pf := r.have
+	r.held, r.holders = map[string]bool{}, map[string]string{}
+	v := plan.PF{
+		PCIAddress: pf.PCIAddress, Name: pf.Name, Ethernet: pf.LinkType == host.Ethernet, MTU: pf.MTU, Up: pf.AdminUp,
+		TotalVFs: pf.TotalVFs, NumVFs: pf.NumVFs,
+	}
+	for _, vf := range pf.VFs {
+		pod, held := a.Usage.Holder(vf.PCIAddress)
+		if held {
+			r.held[vf.PCIAddress], r.holders[vf.PCIAddress] = true, pod
+		}
+		v.VFs = append(v.VFs, plan.VF{
+			Index: vf.Index, PCIAddress: vf.PCIAddress, Driver: vf.Driver, Name: vf.Name, HostName: a.hostName(vf, held), MTU: vf.MTU,
+			MAC: vf.MAC.String(), AdminMAC: vf.Admin.MAC.String(), StableMAC: a.stableMAC(pf, vf.Index).String(),
+			Held: held, Holder: pod,
+		})
+	}
+	return v
+}
+
+func (a *Agent) stableMAC(pf host.PF, index int) net.HardwareAddr {
+	return plan.StableMAC(a.Node, pf.PermMAC, pf.PCIAddress, index)
+}
+
+// hostName learns the VF's name from what was seen, and returns the one it
+// shall have. A netdev that stays and is renamed was renamed by people or udev,
+// which is accepted. One that went away, into a pod, and comes back under
+// another name was brought back by the kernel, because the pod's namespace
+// ended, and gets its name back.
+func (a *Agent) hostName(vf host.VF, held bool) string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	n := a.names[vf.PCIAddress]
+	switch {
+	case n == nil && (held || vf.Name == ""):
+		return ""
+	case n == nil || !held && n.here && vf.Name != "":
+		n = &hostName{name: vf.Name, here: true}
+		a.names[vf.PCIAddress] = n
+	default:
+		n.here = !held && vf.Name == n.name
+	}
+	return n.name
+}
+
+// forget drops what is known of VFs that are destroyed.
+func (a *Agent) forget(vfs []host.VF) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, vf := range vfs {
+		delete(a.names, vf.PCIAddress)
+		delete(a.baselines, vf.PCIAddress)
+	}
+}
+
+// learn takes down the baselines of the PF's VFs.
+func (a *Agent) learn(r *report) {
+	var groups plan.VFGroups
+	if r.want != nil {
+		groups, _ = plan.Groups(*r.want)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, vf := range r.have.VFs {
+		group, _ := groups.Of(vf.Index)
+		b := baseline{mac: a.stableMAC(r.have, vf.Index), mtu: group.Mtu}
+		if r.have.LinkType != host.Ethernet {
+			b.mac = nil
+		} else if b.mtu == 0 && r.want != nil {
+			b.mtu = 1500 // ETH_DATA_LEN: what an Ethernet netdev is born with
+		}
+		if r.want != nil && r.want.ExternallyManaged {
+			// Its address is its owner's; learn it while no pod has changed it.
+			if old, known := a.baselines[vf.PCIAddress]; known && r.held[vf.PCIAddress] {
+				b.mac = old.mac
+			} else if r.held[vf.PCIAddress] {
+				continue
+			} else {
+				b.mac = vf.Admin.MAC
+			}
+		}
+		a.baselines[vf.PCIAddress] = b
+	}
+}
+
+// tell applies the status when it differs from what the object has, and sends
+// events for transitions.
+func (a *Agent) tell(ctx context.Context, s v1.SriovNetworkNodeStateStatus) {
+	if a.written != nil && equality.Semantic.DeepEqual(*a.written, s) {
+		return
+	}
+	if err := a.States.ApplyStatus(ctx, &s); err != nil {
+		if ctx.Err() == nil {
+			a.unsent++
+			a.written = nil
+			a.Log.Error(err, "The status could not be written; it is tried again")
+		}
+		return
+	}
+	a.unsent = 0
+	before := a.state.Status.Conditions
+	a.written, a.state.Status = &s, *s.DeepCopy()
+	for _, kind := range []string{v1.ConditionReady, v1.ConditionDegraded} {
+		was, is := meta.FindStatusCondition(before, kind), meta.FindStatusCondition(s.Conditions, kind)
+		if is.Status != metav1.ConditionTrue || was != nil && was.Status == is.Status && was.Reason == is.Reason {
+			continue
+		}
+		if kind == v1.ConditionReady {
+			a.States.Event(a.state, corev1.EventTypeNormal, is.Reason, is.Message)
+		} else {
+			a.States.Event(a.state, corev1.EventTypeWarning, is.Reason, is.Message)
+		}
+	}
+}
+
+// backoff is how long to wait after so many failures in a row.
+func backoff(failures int) time.Duration {
+	return min(firstRetry<<min(failures-1, 10), lastRetry)
+}
+
+func sameWant(a, b v1.Interface) bool { return reflect.DeepEqual(a, b) }

@@ -1,0 +1,74 @@
+package node
+
+import (
+	"context"
+	"net"
+
+	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// Kernel is what the agent does with the node's NICs; host.Host is the real one.
+type Kernel interface {
+	Inventory(ctx context.Context) ([]host.PF, error)
+	ReadVFSettings(ctx context.Context, pf *host.PF) error
+	SetNumVFs(ctx context.Context, pciAddress string, n int) error
+	BindDriver(ctx context.Context, vfAddress, driver string) error
+	SetVFMAC(ctx context.Context, pf host.Link, index int, mac net.HardwareAddr) error
+	SetMAC(ctx context.Context, l host.Link, mac net.HardwareAddr) error
+	SetMTU(ctx context.Context, l host.Link, mtu int) error
+	SetLinkUp(ctx context.Context, l host.Link) error
+	Rename(ctx context.Context, l host.Link, name string) error
+	Watch(ctx context.Context) (<-chan struct{}, error)
+}
+
+// States is the node's own SriovNetworkNodeState at the API server; Server is
+// the real one.
+type States interface {
+	// Watch sends the object as it is and each time it changes, nil when it is
+	// deleted. The channel holds the newest only and closes with ctx.
+	Watch(ctx context.Context) <-chan *v1.SriovNetworkNodeState
+	// ApplyStatus makes status the object's.
+	ApplyStatus(ctx context.Context, status *v1.SriovNetworkNodeStateStatus) error
+	// Event tells people about a transition of the object; eventType is Normal
+	// or Warning.
+	Event(state *v1.SriovNetworkNodeState, eventType, reason, message string)
+}
+
+// Advertiser offers VFs to pods.
+type Advertiser interface {
+	// Withdraw returns when no new pod can get the devices any more.
+	Withdraw(ctx context.Context, pciAddresses []string) error
+	// Advertise replaces the whole set of pools.
+	Advertise(ctx context.Context, pools []Pool) error
+}
+
+// Pool is a set of interchangeable devices, offered under one resource name.
+type Pool struct {
+	Resource        string // without prefix
+	ExcludeTopology bool   // kubelet is not told the NUMA nodes
+	RDMA            bool   // pods get the RDMA character devices
+	VhostNet        bool   // pods get /dev/vhost-net and /dev/net/tun
+	DeviceType      string // netdevice or vfio-pci
+	Devices         []Device
+}
+
+// Device is one VF of a pool.
+type Device struct {
+	PCIAddress string
+	PFAddress  string
+	PFName     string
+	VFIndex    int
+	Driver     string
+	NUMANode   int    // -1 when the machine has none
+	IOMMUGroup string // number as text, empty without an IOMMU
+	LinkType   host.LinkType
+	Healthy    bool
+	Reason     string // why it is not
+}
+
+// Usage tells which pod ("namespace/name", empty when not known) holds a VF now.
+// Agent.HolderChanged must be called after each change.
+type Usage interface {
+	Holder(pciAddress string) (pod string, held bool)
+}

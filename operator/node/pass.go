@@ -1,0 +1,397 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/operator/plan"
+)
+
+// pass is one round of looking and working.
+type pass struct {
+	*Agent
+	unreadable error
+	mu         sync.Mutex // guards the reports while PFs are worked on
+	reports    []*report
+}
+
+// collect makes a report of each NIC. While some cannot be read, those that are
+// missing are taken to be as they last were: pods may use them.
+func (p *pass) collect(pfs []host.PF, unreadable error) {
+	p.unreadable = unreadable
+	p.unread++
+	if unreadable == nil {
+		p.unread = 0
+		clear(p.last)
+	} else {
+		p.Log.Error(unreadable, "NICs could not be read")
+	}
+	for _, pf := range pfs {
+		p.last[pf.PCIAddress] = pf
+	}
+	for _, address := range slices.Sorted(maps.Keys(p.last)) {
+		r := &report{have: p.last[address], vfTrouble: map[int]trouble{}, touched: map[string]bool{}}
+		r.stale = !slices.ContainsFunc(pfs, func(pf host.PF) bool { return pf.PCIAddress == address })
+		p.reports = append(p.reports, r)
+	}
+}
+
+// assign gives each PF what the spec wants of it, and adds a report for each
+// interface of the spec that the node has not.
+func (p *pass) assign() {
+	if p.state == nil {
+		return
+	}
+	for i := range p.state.Spec.Interfaces {
+		want := &p.state.Spec.Interfaces[i]
+		at := slices.IndexFunc(p.reports, func(r *report) bool { return r.have.PCIAddress == want.PciAddress })
+		if at >= 0 {
+			p.reports[at].want, p.reports[at].asked = want, true
+			continue
+		}
+		p.reports = append(p.reports, &report{want: want, asked: true, trouble: trouble{ReasonNotFound,
+			fmt.Sprintf("interface %s (%s): this node has no such SR-IOV NIC now: check the card, its firmware's SR-IOV setting and its BIOS setting", want.PciAddress, want.Name)}})
+	}
+}
+
+// examine reads the rest of the PF and tells whether there is work to do on it.
+func (p *pass) examine(ctx context.Context, r *report) bool {
+	if r.have.PCIAddress == "" {
+		return false
+	}
+	if r.stale {
+		p.view(r)
+		return false
+	}
+	address := r.have.PCIAddress
+	if err := p.Kernel.ReadVFSettings(ctx, &r.have); err != nil {
+		p.view(r)
+		r.trouble = trouble{ReasonUnreadable, err.Error()}
+		p.failed(r)
+		return false
+	}
+	p.last[address] = r.have
+	seen := p.view(r)
+	if r.want == nil && p.mayGiveUp() && plan.Ours(seen) {
+		// No policy asks for VFs that we made: they go.
+		r.want = &v1.Interface{PciAddress: address}
+	}
+	if r.want == nil {
+		if plan.Ours(seen) {
+			p.learn(r)
+		}
+		delete(p.retries, address)
+		return false
+	}
+	p.learn(r)
+	ops, blocked, err := plan.Operations(*r.want, seen)
+	switch {
+	case err != nil:
+		r.trouble = trouble{ReasonInvalidSpec, err.Error()}
+		delete(p.retries, address)
+		return false
+	case len(ops) == 0:
+		r.block(blocked)
+		delete(p.retries, address)
+		return false
+	}
+	if again := p.retries[address]; again != nil && sameWant(again.want, *r.want) && time.Now().Before(again.at) {
+		// Its own failure caused events; that is no reason to hurry.
+		r.trouble, r.vfTrouble = again.report.trouble, again.report.vfTrouble
+		return false
+	}
+	r.touch(ops)
+	return true
+}
+
+// mayGiveUp tells whether a PF that the spec does not name may be emptied. The
+// spec of a new object is empty until the operator has rendered it, which needs
+// our inventory: that asks for nothing yet.
+func (p *pass) mayGiveUp() bool { return p.state != nil && p.state.Generation > 1 }
+
+// block notes the changes that wait for pods.
+func (r *report) block(blocked []plan.Blocked) {
+	for _, b := range blocked {
+		t := trouble{ReasonInUse, b.String()}
+		if b.Operation.VF < 0 {
+			r.trouble = t
+		} else if r.vfTrouble[b.Operation.VF].message == "" {
+			r.vfTrouble[b.Operation.VF] = t
+		}
+	}
+}
+
+// touch notes the VFs that the operations change.
+func (r *report) touch(ops []plan.Operation) {
+	r.touched = map[string]bool{}
+	for _, op := range ops {
+		switch {
+		case op.VF >= 0:
+			r.touched[op.PCIAddress] = true
+		case op.Kind == plan.SetNumVFs:
+			for _, vf := range r.have.VFs {
+				r.touched[vf.PCIAddress] = true
+			}
+		}
+	}
+}
+
+// do works on the PFs side by side and tells of each when it is done.
+func (p *pass) do(ctx context.Context, work []*report) {
+	done := make(chan *report)
+	go func() {
+		defer close(done)
+		var group errgroup.Group
+		group.SetLimit(pfsAtOnce)
+		for _, r := range work {
+			group.Go(func() error {
+				p.bring(ctx, r)
+				done <- r
+				return nil
+			})
+		}
+		_ = group.Wait()
+	}()
+	left := len(work)
+	for r := range done {
+		p.mu.Lock()
+		r.working, r.touched = false, map[string]bool{}
+		if len(r.troubles()) > 0 {
+			p.failed(r)
+		} else {
+			delete(p.retries, r.have.PCIAddress)
+		}
+		p.learn(r)
+		p.mu.Unlock()
+		if left--; left > 0 && ctx.Err() == nil {
+			p.publish(ctx)
+		}
+	}
+}
+
+// failed makes the PF wait before it is tried again.
+func (p *pass) failed(r *report) {
+	again := p.retries[r.have.PCIAddress]
+	var want v1.Interface
+	if r.want != nil {
+		want = *r.want
+	}
+	if again == nil || !sameWant(again.want, want) {
+		again = &retry{want: want}
+		p.retries[r.have.PCIAddress] = again
+	}
+	again.failures++
+	again.at = time.Now().Add(backoff(again.failures))
+	again.report = r
+	p.Log.Info("A NIC is not as asked", "nic", r.have.PCIAddress, "why", r.troubles(), "next try", again.at)
+}
+
+// bring turns one PF into what the spec asks: plan, do, look, until nothing is
+// left or something is in the way.
+func (p *pass) bring(ctx context.Context, r *report) {
+	failed := map[int]bool{}
+	var last []plan.Operation
+	for ctx.Err() == nil {
+		p.mu.Lock()
+		ops, blocked, err := plan.Operations(*r.want, p.view(r))
+		p.mu.Unlock()
+		ops = slices.DeleteFunc(ops, func(op plan.Operation) bool { return failed[op.VF] })
+		stuck := len(ops) > 0 && slices.Equal(ops, last)
+		switch {
+		case err != nil:
+			p.note(r, -1, trouble{ReasonInvalidSpec, err.Error()})
+			return
+		case stuck:
+			for _, op := range ops {
+				p.note(r, op.VF, trouble{ReasonRefused, fmt.Sprintf("%s: the kernel reported success and nothing changed: the driver may not support it, or somebody else sets it back", op)})
+			}
+			return
+		case len(ops) == 0:
+			p.mu.Lock()
+			r.block(blocked)
+			p.mu.Unlock()
+			return
+		}
+		last = ops
+		if err := p.withdraw(ctx, r, ops); err != nil {
+			p.note(r, -1, trouble{ReasonUnreadable, err.Error()})
+			return
+		}
+		whole := true // no operation on the PF itself failed
+		for _, op := range ops {
+			if failed[op.VF] || !whole {
+				continue
+			}
+			err := p.apply(ctx, r.have, op)
+			switch {
+			case errors.Is(err, errTaken):
+				// A pod was faster than the withdrawal; the next plan says so.
+			case err != nil && op.VF < 0:
+				p.note(r, -1, trouble{ReasonRefused, err.Error()})
+				whole = false
+			case err != nil:
+				p.note(r, op.VF, trouble{ReasonRefused, err.Error()})
+				failed[op.VF] = true
+			default:
+				p.Log.Info("Done", "operation", op.String())
+			}
+		}
+		now, err := p.observe(ctx, r.have.PCIAddress)
+		if err != nil {
+			p.note(r, -1, trouble{ReasonUnreadable, err.Error()})
+			return
+		}
+		p.mu.Lock()
+		r.have = now
+		p.view(r)
+		p.mu.Unlock()
+		if !whole {
+			return
+		}
+	}
+}
+
+// note keeps the first trouble of the VF, or with -1 of the PF.
+func (p *pass) note(r *report, vf int, t trouble) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case vf < 0 && r.trouble.message == "":
+		r.trouble = t
+	case vf >= 0 && r.vfTrouble[vf].message == "":
+		r.vfTrouble[vf] = t
+	}
+}
+
+// withdraw takes the VFs that the operations change away from new pods.
+func (p *pass) withdraw(ctx context.Context, r *report, ops []plan.Operation) error {
+	p.offers.Lock()
+	defer p.offers.Unlock()
+	p.mu.Lock()
+	r.touch(ops)
+	var addresses []string
+	for address := range r.touched {
+		if p.offered[address] {
+			addresses = append(addresses, address)
+		}
+	}
+	p.mu.Unlock()
+	if len(addresses) == 0 {
+		return nil
+	}
+	slices.Sort(addresses)
+	if err := p.Advertiser.Withdraw(ctx, addresses); err != nil {
+		return fmt.Errorf("withdraw %d VFs from the kubelet before they change: %w", len(addresses), err)
+	}
+	for _, address := range addresses {
+		delete(p.offered, address)
+	}
+	return nil
+}
+
+var errTaken = errors.New("a pod holds the VF")
+
+// apply does one operation on the PF as it was seen.
+func (p *pass) apply(ctx context.Context, pf host.PF, op plan.Operation) error {
+	// Asked again at the last moment: the plan may be older than a pod's claim.
+	for _, vf := range pf.VFs {
+		if op.Kind == plan.SetNumVFs || op.VF == vf.Index {
+			if _, held := p.Usage.Holder(vf.PCIAddress); held {
+				return errTaken
+			}
+		}
+	}
+	if op.VF < 0 {
+		switch op.Kind {
+		case plan.RaisePFMTU:
+			return p.Kernel.SetMTU(ctx, pf.Link(), op.Number)
+		case plan.SetPFUp:
+			return p.Kernel.SetLinkUp(ctx, pf.Link())
+		case plan.SetNumVFs:
+			p.forget(pf.VFs)
+			return p.Kernel.SetNumVFs(ctx, pf.PCIAddress, op.Number)
+		}
+		return fmt.Errorf("operation %s is not known", op)
+	}
+	i := slices.IndexFunc(pf.VFs, func(vf host.VF) bool { return vf.PCIAddress == op.PCIAddress })
+	if i < 0 {
+		return fmt.Errorf("%s: the VF is no longer there", op)
+	}
+	vf := pf.VFs[i]
+	switch op.Kind {
+	case plan.SetVFAdminMAC, plan.SetVFMAC:
+		mac, err := net.ParseMAC(op.Value)
+		if err != nil {
+			return fmt.Errorf("%s: %w", op, err)
+		}
+		if op.Kind == plan.SetVFAdminMAC {
+			return p.Kernel.SetVFMAC(ctx, pf.Link(), vf.Index, mac)
+		}
+		return p.Kernel.SetMAC(ctx, vf.Link(), mac)
+	case plan.BindVFDriver:
+		return p.Kernel.BindDriver(ctx, vf.PCIAddress, op.Value)
+	case plan.RenameVF:
+		return p.Kernel.Rename(ctx, vf.Link(), op.Value)
+	case plan.SetVFMTU:
+		return p.Kernel.SetMTU(ctx, vf.Link(), op.Number)
+	}
+	return fmt.Errorf("operation %s is not known", op)
+}
+
+// publish advertises the pools and writes the status, as things are now.
+func (p *pass) publish(ctx context.Context) {
+	if p.state == nil {
+		return // nothing is known of what is wanted
+	}
+	p.advertise(ctx)
+	p.mu.Lock()
+	now := metav1.NewTime(time.Now().Truncate(time.Second))
+	s := status(p.reports, p.unreadable, p.state.Generation, p.state.Status.Conditions, now)
+	p.mu.Unlock()
+	p.tell(ctx, s)
+}
+
+func (p *pass) advertise(ctx context.Context) {
+	p.offers.Lock()
+	defer p.offers.Unlock()
+	p.mu.Lock()
+	all := pools(p.reports)
+	p.mu.Unlock()
+	if err := p.Advertiser.Advertise(ctx, all); err != nil {
+		if ctx.Err() == nil {
+			p.unsold++
+			p.Log.Error(err, "Not all pools could be advertised; it is tried again")
+		}
+		return
+	}
+	p.unsold = 0
+	clear(p.offered)
+	for _, pool := range all {
+		for _, d := range pool.Devices {
+			p.offered[d.PCIAddress] = d.Healthy
+		}
+	}
+}
+
+// next is when to look again without being woken.
+func (p *pass) next() time.Duration {
+	next := resync
+	if failures := max(p.unsent, p.unsold, p.unread); failures > 0 {
+		next = min(next, backoff(failures))
+	}
+	for _, again := range p.retries {
+		next = min(next, max(time.Until(again.at), 0))
+	}
+	return next
+}

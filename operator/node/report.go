@@ -1,0 +1,286 @@
+package node
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/operator/plan"
+)
+
+// Reasons of the conditions of a SriovNetworkNodeState.
+const (
+	ReasonConfigured  = "Configured"    // everything asked for is in effect
+	ReasonConfiguring = "Configuring"   // work goes on
+	ReasonWaiting     = "WaitingForVFs" // nothing to do but wait for a VF's driver, or for a pod
+	ReasonInvalidSpec = "InvalidSpec"   // the spec asks for what cannot be
+	ReasonInUse       = "InUse"         // pods hold VFs that a change would destroy
+	ReasonRefused     = "KernelRefused" // the kernel or the driver said no
+	ReasonNotFound    = "NICNotFound"   // the spec names a NIC that the node has not
+	ReasonUnreadable  = "NICUnreadable" // a NIC could not be read
+	ReasonIdle        = "Idle"          // no work to do
+	ReasonNoTrouble   = "NoTrouble"     // nothing is in the way
+)
+
+// trouble is what keeps a PF or VF from being as the spec asks.
+type trouble struct {
+	reason  string
+	message string
+}
+
+// report is one PF as it is, and what is in its way.
+type report struct {
+	have      host.PF
+	want      *v1.Interface // nil when the spec does not speak of the PF
+	asked     bool          // want comes from the spec, not from giving the PF up
+	stale     bool          // have is what was read last; it cannot be read now
+	holders   map[string]string
+	held      map[string]bool
+	working   bool
+	touched   map[string]bool // VFs under work, by PCI address
+	trouble   trouble
+	vfTrouble map[int]trouble
+}
+
+// vfState tells whether the VF is as the spec asks, and if not, why.
+func (r *report) vfState(vf host.VF, group plan.VFGroup) (ready bool, why string) {
+	switch {
+	case r.touched[vf.PCIAddress]:
+		return false, "is being configured"
+	case r.vfTrouble[vf.Index].message != "":
+		return false, r.vfTrouble[vf.Index].message
+	case r.held[vf.PCIAddress]:
+		return vf.Driver != "", "has no driver"
+	case vf.Driver == "":
+		return false, "has no driver"
+	case group.DeviceType != v1.DeviceTypeVfioPci && vf.Name == "":
+		return false, "waits: its driver has made no network device in the node's namespace, and no pod known here holds it"
+	}
+	return true, ""
+}
+
+// ready counts the VFs that are as the spec asks, of those it asks for.
+func (r *report) ready() (ready, asked int) {
+	if r.want == nil {
+		return 0, 0
+	}
+	groups, err := plan.Groups(*r.want)
+	if err != nil {
+		return 0, r.want.NumVfs
+	}
+	for _, vf := range r.have.VFs {
+		group, _ := groups.Of(vf.Index)
+		if ok, _ := r.vfState(vf, group); ok && vf.Index < r.want.NumVfs {
+			ready++
+		}
+	}
+	return ready, r.want.NumVfs
+}
+
+// status says what the reports say. The conditions of before keep their time
+// of transition where they did not change.
+func status(reports []*report, unreadable error, generation int64, before []metav1.Condition, now metav1.Time) v1.SriovNetworkNodeStateStatus {
+	s := v1.SriovNetworkNodeStateStatus{ObservedGeneration: generation}
+	var troubles []trouble
+	var waiting []string
+	ready, asked, nics, working := 0, 0, 0, false
+	for _, r := range reports {
+		if r.have.PCIAddress != "" {
+			s.Interfaces = append(s.Interfaces, r.interfaceStatus())
+		}
+		troubles = append(troubles, r.troubles()...)
+		working = working || r.working
+		vfs, of := r.ready()
+		ready, asked = ready+vfs, asked+of
+		if r.asked {
+			nics++
+		}
+		if vfs < of && !r.working && len(r.troubles()) == 0 {
+			waiting = append(waiting, fmt.Sprintf("%d of %d VFs of %s are ready", vfs, of, cmp.Or(r.have.Name, r.have.PCIAddress)))
+		}
+	}
+	if unreadable != nil {
+		troubles = append(troubles, trouble{ReasonUnreadable, unreadable.Error()})
+	}
+	s.VFs = fmt.Sprintf("%d/%d", ready, asked)
+
+	set := func(kind string, on bool, reason, message string) {
+		c := metav1.Condition{Type: kind, Status: metav1.ConditionFalse, Reason: reason, Message: message, ObservedGeneration: generation, LastTransitionTime: now}
+		if on {
+			c.Status = metav1.ConditionTrue
+		}
+		meta.SetStatusCondition(&s.Conditions, c)
+	}
+	s.Conditions = slices.Clone(before)
+	var all trouble
+	if len(troubles) > 0 {
+		messages := make([]string, len(troubles))
+		for i, t := range troubles {
+			messages[i] = t.message
+		}
+		all = trouble{troubles[0].reason, shorten(strings.Join(messages, "; "))}
+	}
+	progress := fmt.Sprintf("%d of %d VFs are ready", ready, asked)
+	switch {
+	case working:
+		s.SyncStatus = v1.SyncStatusInProgress
+		set(v1.ConditionReady, false, ReasonConfiguring, progress)
+		set(v1.ConditionProgressing, true, ReasonConfiguring, progress)
+	case len(troubles) > 0:
+		s.SyncStatus = v1.SyncStatusFailed
+		set(v1.ConditionReady, false, all.reason, all.message)
+		set(v1.ConditionProgressing, false, ReasonIdle, progress)
+	case len(waiting) > 0:
+		s.SyncStatus = v1.SyncStatusInProgress
+		set(v1.ConditionReady, false, ReasonWaiting, strings.Join(waiting, "; "))
+		set(v1.ConditionProgressing, true, ReasonWaiting, strings.Join(waiting, "; "))
+	default:
+		s.SyncStatus = v1.SyncStatusSucceeded
+		message := fmt.Sprintf("%d NICs are configured, all %d VFs are ready", nics, asked)
+		if nics == 0 {
+			message = "no policy asks anything of this node"
+		}
+		set(v1.ConditionReady, true, ReasonConfigured, message)
+		set(v1.ConditionProgressing, false, ReasonIdle, "nothing to do")
+	}
+	if len(troubles) > 0 {
+		s.LastSyncError = all.message
+		set(v1.ConditionDegraded, true, all.reason, all.message)
+	} else {
+		set(v1.ConditionDegraded, false, ReasonNoTrouble, "nothing is in the way")
+	}
+	return s
+}
+
+// shorten keeps a condition's message within the API's limit of 32768 bytes,
+// and readable.
+func shorten(s string) string {
+	const limit = 2000
+	if len(s) <= limit {
+		return s
+	}
+	return strings.ToValidUTF8(s[:limit], "") + "... (more in the status of the interfaces)"
+}
+
+// troubles of the PF and its VFs, each naming its object.
+func (r *report) troubles() []trouble {
+	var all []trouble
+	if r.trouble.message != "" {
+		all = append(all, r.trouble)
+	}
+	for _, vf := range r.have.VFs {
+		if t := r.vfTrouble[vf.Index]; t.message != "" {
+			all = append(all, trouble{t.reason, fmt.Sprintf("VF %d of %s: %s", vf.Index, cmp.Or(r.have.Name, r.have.PCIAddress), t.message)})
+		}
+	}
+	return all
+}
+
+func (r *report) interfaceStatus() v1.InterfaceExt {
+	pf := r.have
+	s := v1.InterfaceExt{
+		Name: pf.Name, AltNames: pf.AltNames, Mac: macText(pf.MAC), Driver: pf.Driver, PciAddress: pf.PCIAddress,
+		Vendor: pf.Vendor, DeviceID: pf.DeviceID, Mtu: pf.MTU, NumVfs: pf.NumVFs, TotalVfs: pf.TotalVFs,
+		LinkType: string(pf.LinkType), EswitchMode: string(pf.Eswitch), Message: r.trouble.message,
+		ExternallyManaged: r.want != nil && r.want.ExternallyManaged,
+	}
+	if pf.LinkSpeed > 0 {
+		s.LinkSpeed = fmt.Sprintf("%d Mb/s", pf.LinkSpeed)
+	}
+	if pf.Name != "" {
+		s.LinkAdminState = "down"
+		if pf.AdminUp {
+			s.LinkAdminState = "up"
+		}
+	}
+	var groups plan.VFGroups
+	if r.want != nil {
+		groups, _ = plan.Groups(*r.want) // its error is the PF's trouble
+	}
+	for _, vf := range pf.VFs {
+		v := v1.VirtualFunction{
+			Name: vf.Name, Mac: macText(vf.MAC), Assigned: r.holders[vf.PCIAddress], Driver: vf.Driver, PciAddress: vf.PCIAddress,
+			Vendor: vf.Vendor, DeviceID: vf.DeviceID, Vlan: vf.Admin.VLAN, Mtu: vf.MTU, VfID: vf.Index,
+		}
+		if v.Mac == "" {
+			v.Mac = macText(vf.Admin.MAC) // in a pod, or bound to user space
+		}
+		if group, ok := groups.Of(vf.Index); ok {
+			if ready, why := r.vfState(vf, group); !ready {
+				v.Message = why
+			}
+		}
+		s.VFs = append(s.VFs, v)
+	}
+	return s
+}
+
+// macText is empty for no address and for the all-zero one of a VF that has
+// been given none.
+func macText(mac []byte) string {
+	if len(mac) == 0 || !slices.ContainsFunc(mac, func(b byte) bool { return b != 0 }) {
+		return ""
+	}
+	parts := make([]string, len(mac))
+	for i, b := range mac {
+		parts[i] = fmt.Sprintf("%02x", b)
+	}
+	return strings.Join(parts, ":")
+}
+
+// pools are the VFs that exist and that a policy wants, one pool for each
+// resource name, in the order of PF and VF.
+func pools(reports []*report) []Pool {
+	var all []Pool
+	for _, r := range reports {
+		if r.want == nil {
+			continue
+		}
+		groups, err := plan.Groups(*r.want)
+		if err != nil {
+			continue
+		}
+		for _, vf := range r.have.VFs {
+			group, ok := groups.Of(vf.Index)
+			if !ok || group.ResourceName == "" {
+				continue
+			}
+			kind := cmp.Or(group.DeviceType, v1.DeviceTypeNetDevice)
+			at := slices.IndexFunc(all, func(p Pool) bool { return p.Resource == group.ResourceName })
+			if at < 0 {
+				all = append(all, Pool{Resource: group.ResourceName, DeviceType: kind})
+				at = len(all) - 1
+			}
+			p := &all[at]
+			p.ExcludeTopology = p.ExcludeTopology || group.ExcludeTopology
+			p.RDMA = p.RDMA || group.IsRdma
+			p.VhostNet = p.VhostNet || group.NeedVhostNet
+			d := Device{
+				PCIAddress: vf.PCIAddress, PFAddress: r.have.PCIAddress, PFName: r.have.Name, VFIndex: vf.Index, Driver: vf.Driver,
+				NUMANode: vf.NUMANode, IOMMUGroup: vf.IOMMUGroup, LinkType: r.have.LinkType,
+			}
+			if d.NUMANode < 0 {
+				d.NUMANode = r.have.NUMANode
+			}
+			d.Healthy, d.Reason = r.vfState(vf, group)
+			switch {
+			case r.trouble.reason == ReasonInUse:
+				// Given to a new pod, it would keep the change waiting for ever.
+				d.Healthy, d.Reason = false, r.trouble.message
+			case kind != p.DeviceType:
+				d.Healthy, d.Reason = false, fmt.Sprintf("resource %s has VFs of deviceType %s already: give this one's policy another resourceName", p.Resource, p.DeviceType)
+			}
+			if d.Healthy {
+				d.Reason = ""
+			}
+			p.Devices = append(p.Devices, d)
+		}
+	}
+	return all
+}
