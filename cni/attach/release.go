@@ -74,6 +74,14 @@ func (a *Attacher) finish(ctx context.Context, r Record, ns *host.Netns) error {
 // The order matters: out of the pod first, so that the pod never sees the
 // baseline's settings and never uses an address that is free again.
 func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error {
+	if r.Phase == Attached {
+		// From here on it is half an attachment, also for the next agent.
+		a.step("del: write intent")
+		r.Phase, r.Result = Intent, nil
+		if err := a.journal.put(r); err != nil {
+			return fail(types.ErrIOFailure, "%w", err)
+		}
+	}
 	owner, owned := a.journal.owner(r.VF)
 	if owned && owner.Generation == r.Generation {
 		if err := a.restore(ctx, r, ns); err != nil {

@@ -1,0 +1,355 @@
+package attach
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/go-logr/logr"
+	"github.com/go-logr/logr/testr"
+
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// world is a node in memory: VFs, network namespaces, an IPAM plugin. It can
+// fail any one call.
+type world struct {
+	mu       sync.Mutex
+	vfs      map[string]*host.VFRef
+	settings map[string]host.VFSettings
+	links    map[host.NetnsID][]host.Netdev
+	addrs    map[int][]net.IPNet
+	routes   map[int][]host.Route
+	netns    map[string]host.NetnsID // by path, the living
+	leases   map[string]bool
+
+	calls  []string
+	failAt int // index into calls, -1 for none
+	errno  error
+}
+
+var hostNS = host.NetnsID{Dev: 4, Inode: 1}
+
+const (
+	vf0, vf1 = "0000:01:10.0", "0000:01:10.1"
+	mac0     = "02:00:00:00:00:10"
+	pod1     = "/tmp/pod1"
+	pod2     = "/tmp/pod2"
+)
+
+func newWorld() *world {
+	w := &world{
+		vfs: map[string]*host.VFRef{}, settings: map[string]host.VFSettings{}, links: map[host.NetnsID][]host.Netdev{},
+		addrs: map[int][]net.IPNet{}, routes: map[int][]host.Route{},
+		netns:  map[string]host.NetnsID{pod1: {Dev: 4, Inode: 11}, pod2: {Dev: 4, Inode: 12}},
+		leases: map[string]bool{}, failAt: -1, errno: syscall.EIO,
+	}
+	for i, pci := range []string{vf0, vf1} {
+		mac := net.HardwareAddr{2, 0, 0, 0, 0, byte(0x10 + i)}
+		name := fmt.Sprintf("ens1f0v%d", i)
+		w.vfs[pci] = &host.VFRef{PCIAddress: pci, PF: "0000:01:00.0", PFName: "ens1f0", Index: i, Driver: "iavf"}
+		w.settings[pci] = host.VFSettings{MAC: mac, VLANProto: host.Dot1Q, SpoofChk: true}
+		w.links[hostNS] = append(w.links[hostNS], host.Netdev{Index: 10 + i, Name: name, AltNames: []string{"enp1s0f0v" + fmt.Sprint(i)}, MAC: mac, MTU: 1500, PCIAddress: pci})
+	}
+	return w
+}
+
+// call counts a call and fails it when it is its turn.
+func (w *world) call(format string, args ...any) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.calls = append(w.calls, fmt.Sprintf(format, args...))
+	if len(w.calls)-1 == w.failAt {
+		return w.errno
+	}
+	return nil
+}
+
+// state is everything a pod can leave behind.
+func (w *world) state() string {
+	var b strings.Builder
+	for _, ns := range slices.SortedFunc(maps.Keys(w.links), func(a, b host.NetnsID) int { return int(a.Inode) - int(b.Inode) }) {
+		for _, l := range slices.SortedFunc(slices.Values(w.links[ns]), func(a, b host.Netdev) int { return a.Index - b.Index }) {
+			fmt.Fprintf(&b, "ns %d link %+v addrs %v routes %v\n", ns.Inode, l, w.addrs[l.Index], w.routes[l.Index])
+		}
+	}
+	for _, pci := range slices.Sorted(maps.Keys(w.settings)) {
+		fmt.Fprintf(&b, "vf %s %+v\n", pci, w.settings[pci])
+	}
+	fmt.Fprintf(&b, "leases %v\n", w.leases)
+	return b.String()
+}
+
+func nsID(ns *host.Netns) host.NetnsID {
+	if ns == nil {
+		return hostNS
+	}
+	return ns.ID
+}
+
+func (w *world) find(ns *host.Netns, is func(host.Netdev) bool) (int, error) {
+	i := slices.IndexFunc(w.links[nsID(ns)], is)
+	if i < 0 {
+		return 0, syscall.ENODEV
+	}
+	return i, nil
+}
+
+func (w *world) VF(pci string) (host.VFRef, error) {
+	if err := w.call("find VF"); err != nil {
+		return host.VFRef{}, err
+	}
+	vf, ok := w.vfs[pci]
+	if !ok {
+		return host.VFRef{}, fmt.Errorf("%w: there is no PCI device %s on this node", host.ErrNoVF, pci)
+	}
+	ref := *vf
+	if i, err := w.find(nil, func(l host.Netdev) bool { return l.PCIAddress == pci }); err == nil {
+		ref.Name = w.links[hostNS][i].Name
+	}
+	return ref, nil
+}
+
+func (w *world) VFSettings(vf host.VFRef) (host.VFSettings, error) {
+	return w.settings[vf.PCIAddress], w.call("read VF settings")
+}
+
+func (w *world) SetVFSettings(_ context.Context, vf host.VFRef, want host.VFSettings, _ host.VFAttrs) error {
+	if len(want.MAC) == 0 {
+		want.MAC = w.settings[vf.PCIAddress].MAC
+	}
+	// A failing driver has set the first half.
+	half := w.settings[vf.PCIAddress]
+	half.MAC, half.VLAN = want.MAC, want.VLAN
+	w.settings[vf.PCIAddress] = half
+	if err := w.call("set VF %s vlan %d", vf.PCIAddress, want.VLAN); err != nil {
+		return err
+	}
+	w.settings[vf.PCIAddress] = want
+	return nil
+}
+
+func (w *world) HostNetns() *host.Netns { return &host.Netns{ID: hostNS} }
+
+func (w *world) OpenNetns(path string) (*host.Netns, error) {
+	id, ok := w.netns[path]
+	if !ok {
+		return nil, fmt.Errorf("open %s: %w", path, fs.ErrNotExist)
+	}
+	return &host.Netns{ID: id}, nil
+}
+
+func (w *world) Links(ns *host.Netns) ([]host.Netdev, error) {
+	return slices.Clone(w.links[nsID(ns)]), w.call("list links of %d", nsID(ns).Inode)
+}
+
+func (w *world) Link(ns *host.Netns, name string) (host.Netdev, error) {
+	if err := w.call("read link %s", name); err != nil {
+		return host.Netdev{}, err
+	}
+	i, err := w.find(ns, func(l host.Netdev) bool { return l.Name == name })
+	if err != nil {
+		return host.Netdev{}, err
+	}
+	return w.links[nsID(ns)][i], nil
+}
+
+func (w *world) ChangeLink(_ context.Context, from *host.Netns, index int, c host.LinkChange) error {
+	i, err := w.find(from, func(l host.Netdev) bool { return l.Index == index })
+	if err != nil {
+		return err
+	}
+	id := nsID(from)
+	l := w.links[id][i]
+	taken := func(in host.NetnsID, name string) bool {
+		return slices.ContainsFunc(w.links[in], func(o host.Netdev) bool {
+			return o.Index != l.Index && (o.Name == name || slices.Contains(o.AltNames, name))
+		}) ||
+			slices.Contains(l.AltNames, name)
+	}
+	if c.To != nil {
+		if slices.ContainsFunc(l.AltNames, func(n string) bool { return taken(c.To.ID, n) && !slices.Contains(l.AltNames, n) }) {
+			return syscall.EEXIST
+		}
+		w.links[id] = slices.Delete(slices.Clone(w.links[id]), i, i+1)
+		id, l.Up = c.To.ID, false
+		delete(w.addrs, l.Index)
+		delete(w.routes, l.Index)
+	} else {
+		w.links[id] = slices.Delete(slices.Clone(w.links[id]), i, i+1)
+	}
+	// The kernel moves first; a failure leaves the link in the new namespace
+	// under the old name.
+	err = w.call("change link %s to %s", l.Name, c.Name)
+	switch {
+	case err != nil:
+	case c.Name != "" && c.Name != l.Name && taken(id, c.Name):
+		err = syscall.EEXIST
+	default:
+		if c.Name != "" {
+			l.Name = c.Name
+		}
+		if c.MAC != nil {
+			l.MAC = c.MAC
+		}
+		if c.MTU != 0 {
+			l.MTU = c.MTU
+		}
+		if c.State != host.KeepState {
+			l.Up = c.State == host.SetUp
+		}
+	}
+	w.links[id] = append(slices.Clone(w.links[id]), l)
+	return err
+}
+
+func (w *world) AdoptMAC(_ context.Context, l host.Netdev, mac net.HardwareAddr) error {
+	if bytes.Equal(l.MAC, mac) {
+		return nil
+	}
+	if err := w.call("adopt MAC %s", mac); err != nil {
+		return err
+	}
+	i, err := w.find(nil, func(o host.Netdev) bool { return o.Index == l.Index })
+	if err == nil {
+		w.links[hostNS][i].MAC = mac
+	}
+	return err
+}
+
+func (w *world) DeleteAltName(ns *host.Netns, index int, name string) error {
+	i, err := w.find(ns, func(l host.Netdev) bool { return l.Index == index })
+	if err != nil {
+		return err
+	}
+	if err := w.call("delete altname %s", name); err != nil {
+		return err
+	}
+	l := &w.links[nsID(ns)][i]
+	l.AltNames = slices.DeleteFunc(slices.Clone(l.AltNames), func(n string) bool { return n == name })
+	return nil
+}
+
+func (w *world) PrepareIPv6(*host.Netns, string) error { return w.call("prepare IPv6") }
+
+func (w *world) AddAddress(_ *host.Netns, index int, a net.IPNet) error {
+	if err := w.call("add address %s", a.String()); err != nil {
+		return err
+	}
+	w.addrs[index] = append(w.addrs[index], a)
+	return nil
+}
+
+func (w *world) WaitIPv6(context.Context, *host.Netns, int) error { return w.call("wait for DAD") }
+
+func (w *world) Addresses(_ *host.Netns, index int) ([]net.IPNet, error) {
+	return w.addrs[index], w.call("list addresses")
+}
+
+func (w *world) AddRoute(_ *host.Netns, index int, r host.Route) error {
+	if err := w.call("add route %s", r.Dst.String()); err != nil {
+		return err
+	}
+	w.routes[index] = append(w.routes[index], r)
+	return nil
+}
+
+func (w *world) HasRoute(_ *host.Netns, index int, r host.Route) (bool, error) {
+	return slices.ContainsFunc(w.routes[index], func(h host.Route) bool { return h.Dst.String() == r.Dst.String() }), w.call("list routes")
+}
+
+func (w *world) Announce(context.Context, *host.Netns, string, []net.IPNet) error { return nil }
+
+// Exec is the world's IPAM plugin.
+func (w *world) Exec(_ context.Context, plugin string, req Request) (*types100.Result, error) {
+	lease := req.ContainerID + "/" + req.IfName
+	if req.Command == Add {
+		w.leases[lease] = true // also when the answer is lost
+	}
+	if err := w.call("IPAM %s", req.Command); err != nil {
+		return nil, fail(CodeIPAM, "%s of IPAM plugin %s: %w", req.Command, plugin, err)
+	}
+	if req.Command == Del {
+		delete(w.leases, lease)
+	}
+	if req.Command != Add {
+		return nil, nil
+	}
+	return types100.NewResultFromResult(must(types100.NewResult([]byte(`{"cniVersion":"1.1.0",
+		"ips":[{"address":"10.1.0.5/24","gateway":"10.1.0.1"},{"address":"fd00::5/64","gateway":"fd00::1"}],
+		"routes":[{"dst":"10.9.0.0/16"},{"dst":"fd09::/64"}]}`))))
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+// Baseline knows vf0 and not vf1.
+func (w *world) Baseline(pci string) (net.HardwareAddr, int, bool) {
+	if pci == vf0 {
+		return must(net.ParseMAC(mac0)), 1500, true
+	}
+	return nil, 0, false
+}
+
+// end makes the kernel end a namespace: its links come home.
+func (w *world) end(path string) {
+	id := w.netns[path]
+	delete(w.netns, path)
+	for _, l := range w.links[id] {
+		l.Up = false
+		delete(w.addrs, l.Index)
+		delete(w.routes, l.Index)
+		w.links[hostNS] = append(w.links[hostNS], l)
+	}
+	delete(w.links, id)
+}
+
+func newAttacher(t *testing.T, w *world, dir string, onStep func(string)) *Attacher {
+	t.Helper()
+	log := logr.Discard()
+	if testing.Verbose() {
+		log = testr.New(t)
+	}
+	a, err := New(Options{Kernel: w, Baselines: w, IPAM: w, Dir: dir, Log: log, OnStep: onStep})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+// request is a call with the given configuration keys on top of the least.
+func request(c Command, container, netns, vf, more string) Request {
+	if more != "" {
+		more = "," + more
+	}
+	return Request{
+		Command: c, ContainerID: container, Netns: netns, IfName: "net1",
+		Args:  "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=" + container,
+		Stdin: fmt.Appendf(nil, `{"cniVersion":"1.1.0","name":"blue","type":"sriov","deviceID":%q%s}`, vf, more),
+	}
+}
+
+const full = `"vlan":100,"vlanQoS":3,"mac":"02:00:00:00:00:99","mtu":9000,"spoofchk":"off","trust":"on","max_tx_rate":100,"ipam":{"type":"static"}`
+
+func codeOf(err error) uint {
+	if err == nil {
+		return 0
+	}
+	return CNIError(err).Code
+}
+
+func injected(w *world, err error) bool { return errors.Is(err, w.errno) }
