@@ -1,0 +1,129 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/tools/events"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/cache"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+)
+
+// fieldOwner is the field manager of all that the operator applies.
+const fieldOwner = client.FieldOwner("sluice-operator")
+
+// Config is what the controllers need to be told.
+type Config struct {
+	// Namespace is the operator's own: its policies are the ones that count, and its node
+	// states the ones that agents read.
+	Namespace string
+	// ResourcePrefix goes before the names of resources, without a slash.
+	ResourcePrefix string
+}
+
+// NewScheme has every kind the controllers use.
+func NewScheme() (*runtime.Scheme, error) {
+	scheme := runtime.NewScheme()
+	for _, add := range []func(*runtime.Scheme) error{clientgoscheme.AddToScheme, sriovv1.AddToScheme, nadv1.AddToScheme} {
+		if err := add(scheme); err != nil {
+			return nil, fmt.Errorf("register kinds: %w", err)
+		}
+	}
+	return scheme, nil
+}
+
+// CacheOptions keep policies and node states of other namespaces out of memory.
+// Networks are cached from all, because tenants may have their own.
+func CacheOptions(config Config) cache.Options {
+	own := cache.ByObject{Namespaces: map[string]cache.Config{config.Namespace: {}}}
+	return cache.Options{ByObject: map[client.Object]cache.ByObject{
+		&sriovv1.SriovNetworkNodePolicy{}: own,
+		&sriovv1.SriovNetworkNodeState{}:  own,
+	}}
+}
+
+// Setup adds all controllers of this package to the manager.
+func Setup(mgr ctrl.Manager, config Config) error {
+	recorder := mgr.GetEventRecorder("sluice-operator")
+	if err := (&nodeState{Client: mgr.GetClient(), namespace: config.Namespace}).setup(mgr); err != nil {
+		return fmt.Errorf("set up the node state controller: %w", err)
+	}
+	if err := (&policyStatus{Client: mgr.GetClient(), namespace: config.Namespace, events: recorder}).setup(mgr); err != nil {
+		return fmt.Errorf("set up the policy status controller: %w", err)
+	}
+	if err := (&network{Client: mgr.GetClient(), config: config, events: recorder}).setup(mgr); err != nil {
+		return fmt.Errorf("set up the network controller: %w", err)
+	}
+	return nil
+}
+
+// applyPart is one top-level field of an object of this group as an apply configuration.
+func applyPart(kind string, key client.ObjectKey, field string, value any) (runtime.ApplyConfiguration, error) {
+	part, err := runtime.DefaultUnstructuredConverter.ToUnstructured(value)
+	if err != nil {
+		return nil, fmt.Errorf("convert the %s of %s %s: %w", field, kind, key, err)
+	}
+	return client.ApplyConfigurationFromUnstructured(&unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": sriovv1.SchemeGroupVersion.String(), "kind": kind,
+		"metadata": map[string]any{"name": key.Name, "namespace": key.Namespace},
+		field:      part,
+	}}), nil
+}
+
+// nodeMetadata is a Node of which only metadata is fetched and cached.
+func nodeMetadata() *metav1.PartialObjectMetadata {
+	return metadataOf(corev1.SchemeGroupVersion.WithKind("Node"))
+}
+
+func metadataOf(kind schema.GroupVersionKind) *metav1.PartialObjectMetadata {
+	m := &metav1.PartialObjectMetadata{}
+	m.SetGroupVersionKind(kind)
+	return m
+}
+
+func listNodes(ctx context.Context, c client.Reader) ([]metav1.PartialObjectMetadata, error) {
+	list := &metav1.PartialObjectMetadataList{}
+	list.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("NodeList"))
+	if err := c.List(ctx, list); err != nil {
+		return nil, fmt.Errorf("list nodes: %w", err)
+	}
+	return list.Items, nil
+}
+
+// runsLinux tells whether a node can have an agent.
+func runsLinux(node *metav1.PartialObjectMetadata) bool {
+	return node.Labels[corev1.LabelOSStable] == "linux"
+}
+
+// reportTransition records an event when the Ready condition changed its status or reason.
+func reportTransition(recorder events.EventRecorder, object client.Object, before, after []metav1.Condition) {
+	was, is := meta.FindStatusCondition(before, sriovv1.ConditionReady), meta.FindStatusCondition(after, sriovv1.ConditionReady)
+	if is == nil || was != nil && was.Status == is.Status && was.Reason == is.Reason {
+		return
+	}
+	kind := corev1.EventTypeNormal
+	if failed := meta.FindStatusCondition(after, sriovv1.ConditionDegraded); is.Status != metav1.ConditionTrue && (failed == nil || failed.Status == metav1.ConditionTrue) {
+		kind = corev1.EventTypeWarning
+	}
+	recorder.Eventf(object, nil, kind, is.Reason, "Reconcile", "%s", shorten(is.Message, 1000))
+}
+
+// shorten cuts text that the API server would refuse for its length.
+func shorten(text string, most int) string {
+	if len(text) <= most {
+		return text
+	}
+	return strings.ToValidUTF8(text[:most-3], "") + "..."
+}

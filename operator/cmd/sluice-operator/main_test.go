@@ -1,0 +1,26 @@
+package main
+
+import (
+	"strings"
+	"testing"
+)
+
+func TestParse(t *testing.T) {
+	env := map[string]string{"POD_NAMESPACE": "ns", "RESOURCE_PREFIX": "example.com"}
+	s, err := parse([]string{"--metrics-bind-address=0"}, func(k string) string { return env[k] })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Namespace != "ns" || s.ResourcePrefix != "example.com" || s.metrics != "0" || s.probes != ":8081" || !s.elect {
+		t.Errorf("the settings are %+v", s)
+	}
+	delete(env, "RESOURCE_PREFIX")
+	if s, _ = parse(nil, func(k string) string { return env[k] }); s.ResourcePrefix != "openshift.io" {
+		t.Errorf("the default prefix is %q", s.ResourcePrefix)
+	}
+	for want, args := range map[string][]string{"--namespace is empty": {"--namespace="}, `unexpected argument "x"`: {"x"}} {
+		if _, err := parse(args, func(k string) string { return env[k] }); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v gives %v, want %q", args, err, want)
+		}
+	}
+}
