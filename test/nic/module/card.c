@@ -5,9 +5,12 @@
  * There are no BARs: with six empty VF BARs the SR-IOV code asks for none.
  */
 #include "sluicenic.h"
+#include "vsec.h"
 
 #define PCIE_POS	0x40
 #define SRIOV_POS	0x100
+#define VSEC_POS	0x140
+#define VSEC_LEN	8
 
 static void put16(u8 *p, int off, u16 v)
 {
@@ -129,7 +132,7 @@ static void fill_config(struct snic_card *card)
 
 	c += SRIOV_POS;
 	m += SRIOV_POS;
-	put32(c, 0, PCI_EXT_CAP_ID_SRIOV | 1 << 16);
+	put32(c, 0, PCI_EXT_CAP_ID_SRIOV | 1 << 16 | VSEC_POS << 20);
 	put16(c, PCI_SRIOV_INITIAL_VF, snic_total_vfs);
 	put16(c, PCI_SRIOV_TOTAL_VF, snic_total_vfs);
 	put16(c, PCI_SRIOV_VF_OFFSET, SNIC_VF_OFFSET);
@@ -140,6 +143,10 @@ static void fill_config(struct snic_card *card)
 	put16(m, PCI_SRIOV_CTRL, PCI_SRIOV_CTRL_VFE | PCI_SRIOV_CTRL_MSE);
 	put16(m, PCI_SRIOV_NUM_VF, 0xffff);
 	put32(m, PCI_SRIOV_SYS_PGSIZE, ~0U);
+
+	c = card->pf_cfg.val + VSEC_POS;
+	put32(c, 0, PCI_EXT_CAP_ID_VNDR | 1 << 16);
+	put32(c, PCI_VNDR_HEADER, SNIC_VSEC_ID | 1 << 16 | VSEC_LEN << 20);
 
 	/* The standard makes a VF's own ids read as all ones. */
 	fill_wmask(card->vf_wmask.val);

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Module parameters, load and unload. */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
 #include <linux/module.h>
 #include "sluicenic.h"
 
