@@ -99,8 +99,7 @@ func (c ControlPlane) arguments() map[string][]string {
 		"kube-controller-manager": component("kube-controller-manager",
 			"--root-ca-file="+c.pki("ca.crt"), "--service-account-private-key-file="+c.pki("sa.key"),
 			"--cluster-signing-cert-file="+c.pki("ca.crt"), "--cluster-signing-key-file="+c.pki("ca.key"),
-			"--use-service-account-credentials",
-			"--allocate-node-cidrs", "--cluster-cidr="+podCIDR, "--service-cluster-ip-range="+serviceCIDR),
+			"--use-service-account-credentials", "--service-cluster-ip-range="+serviceCIDR),
 		"kube-scheduler": component("kube-scheduler"),
 	}
 }

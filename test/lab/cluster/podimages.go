@@ -15,12 +15,13 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/google/go-containerregistry/pkg/compression"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/sluice-network/sluice/test/lab/artefact"
 	"github.com/sluice-network/sluice/test/lab/guest"
@@ -92,7 +93,7 @@ func writeImages(file string, debian system, applets []string) error {
 	}
 	links := map[string]string{}
 	for _, applet := range applets {
-		if !slices.Contains(tools, applet) {
+		if applet != "busybox" && !slices.Contains(tools, applet) {
 			links["bin/"+applet] = "busybox"
 		}
 	}
@@ -139,14 +140,8 @@ func image(files layerFiles, links map[string]string, config v1.Config) (v1.Imag
 	if err != nil {
 		return nil, err
 	}
-	// Guests are slow and their disks are memory: not worth compressing.
-	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) {
-		return io.NopCloser(bytes.NewReader(content)), nil
-	}, tarball.WithCompression(compression.None))
-	if err != nil {
-		return nil, err
-	}
-	img, err := mutate.AppendLayers(empty.Image, layer)
+	// Every start of a node unpacks it: not compressed, that is only a copy.
+	img, err := mutate.AppendLayers(empty.Image, static.NewLayer(content, types.DockerUncompressedLayer))
 	if err != nil {
 		return nil, err
 	}
