@@ -127,7 +127,7 @@ func cpuinfo(field string) (string, error) {
 // machine, the images (whose paths name their contents), QEMU, the host's CPU.
 func stateKey(s Spec, hw []string) (string, error) {
 	h := sha256.New()
-	fmt.Fprintf(h, "state 1 %q\n", hw)
+	fmt.Fprintf(h, "state 2 %q\n", hw)
 	program, err := filepath.EvalSymlinks(s.Parts.Program)
 	if err != nil {
 		return "", err
@@ -196,7 +196,8 @@ func (m *machine) state(ctx context.Context, hw []string) (string, error) {
 	return file, os.Rename(tmp, file)
 }
 
-// save stops the machine behind a QMP monitor and writes its state to a file.
+// save writes the state of the machine behind a QMP monitor to a file and leaves
+// it stopped. It must run until then: a machine saved stopped is restored so.
 func save(monitor io.ReadWriter, file string) error {
 	q := qmp{w: monitor, r: json.NewDecoder(bufio.NewReader(monitor))}
 	var status struct {
@@ -205,7 +206,6 @@ func save(monitor io.ReadWriter, file string) error {
 	}
 	err := errors.Join(
 		q.do(nil, "qmp_capabilities", nil),
-		q.do(nil, "stop", nil),
 		q.do(nil, "migrate-set-parameters", map[string]any{"max-bandwidth": int64(20 << 30)}),
 		q.do(nil, "migrate", map[string]any{"uri": "file:" + file}),
 	)
