@@ -173,6 +173,7 @@ func (p *pass) do(ctx context.Context, work []*report) {
 			delete(p.retries, r.have.PCIAddress)
 		}
 		p.learn(r)
+		p.last[r.have.PCIAddress] = r.have
 		p.mu.Unlock()
 		if left--; left > 0 && ctx.Err() == nil {
 			p.publish(ctx)
@@ -368,6 +369,15 @@ func (p *pass) advertise(ctx context.Context) {
 	p.mu.Lock()
 	all := pools(p.reports)
 	p.mu.Unlock()
+	// Also when it fails: a part may have reached the kubelet. A device that is
+	// no longer healthy counts until it is withdrawn, which waits for the kubelet.
+	for _, pool := range all {
+		for _, d := range pool.Devices {
+			if d.Healthy {
+				p.offered[d.PCIAddress] = true
+			}
+		}
+	}
 	if err := p.Advertiser.Advertise(ctx, all); err != nil {
 		if ctx.Err() == nil {
 			p.unsold++
@@ -376,12 +386,6 @@ func (p *pass) advertise(ctx context.Context) {
 		return
 	}
 	p.unsold = 0
-	clear(p.offered)
-	for _, pool := range all {
-		for _, d := range pool.Devices {
-			p.offered[d.PCIAddress] = d.Healthy
-		}
-	}
 }
 
 // next is when to look again without being woken.

@@ -158,10 +158,10 @@ func status(reports []*report, unreadable error, generation int64, before []meta
 	return s
 }
 
-// shorten keeps a condition's message within the API's limit of 32768 bytes,
+// shorten keeps a message within the 1024 bytes that events may have,
 // and readable.
 func shorten(s string) string {
-	const limit = 2000
+	const limit = 1000
 	if len(s) <= limit {
 		return s
 	}

@@ -109,7 +109,7 @@ func (s *Server) ApplyStatus(ctx context.Context, status *v1.SriovNetworkNodeSta
 		return fmt.Errorf("encode the status of SriovNetworkNodeState %s: %w", s.key, err)
 	}
 	object := &unstructured.Unstructured{Object: map[string]any{"status": fields}}
-	object.SetGroupVersionKind(v1.GroupVersion.WithKind("SriovNetworkNodeState"))
+	object.SetGroupVersionKind(v1.SchemeGroupVersion.WithKind("SriovNetworkNodeState"))
 	object.SetNamespace(s.key.Namespace)
 	object.SetName(s.key.Name)
 	err = s.client.SubResource("status").Apply(ctx, client.ApplyConfigurationFromUnstructured(object), client.FieldOwner(FieldOwner), client.ForceOwnership)

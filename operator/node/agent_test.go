@@ -1,0 +1,715 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/go-logr/logr/testr"
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/internal/host/hostfake"
+)
+
+const (
+	nic0 = "0000:01:00.0"
+	nic1 = "0000:02:00.0"
+)
+
+var _ Kernel = (*host.Host)(nil)
+
+// server is the API server's side: one object.
+type server struct {
+	mu      sync.Mutex
+	state   *v1.SriovNetworkNodeState
+	watch   chan *v1.SriovNetworkNodeState
+	applied []v1.SriovNetworkNodeStateStatus
+	events  []string
+	fail    int
+}
+
+func (s *server) send() {
+	select {
+	case <-s.watch:
+	default:
+	}
+	if s.state == nil {
+		s.watch <- nil
+		return
+	}
+	s.watch <- s.state.DeepCopy()
+}
+
+func (s *server) Watch(context.Context) <-chan *v1.SriovNetworkNodeState { return s.watch }
+
+func (s *server) ApplyStatus(_ context.Context, status *v1.SriovNetworkNodeStateStatus) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fail > 0 {
+		s.fail--
+		return fmt.Errorf("the API server is away")
+	}
+	s.applied = append(s.applied, *status.DeepCopy())
+	s.state.Status = *status.DeepCopy()
+	s.send()
+	return nil
+}
+
+func (s *server) Event(_ *v1.SriovNetworkNodeState, kind, reason, message string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.events = append(s.events, kind+" "+reason+" "+message)
+}
+
+func (s *server) spec(interfaces ...v1.Interface) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.state.Generation++
+	s.state.Spec.Interfaces = interfaces
+	s.send()
+}
+
+func (s *server) status() v1.SriovNetworkNodeStateStatus {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return *s.state.Status.DeepCopy()
+}
+
+// plugin is the device plugin.
+type plugin struct {
+	mu        sync.Mutex
+	pools     []Pool
+	withdrawn []string
+	log       func(string)
+	fail      int
+}
+
+func (p *plugin) Withdraw(_ context.Context, addresses []string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.fail > 0 {
+		p.fail--
+		return fmt.Errorf("kubelet is away")
+	}
+	p.withdrawn = append(p.withdrawn, addresses...)
+	return nil
+}
+
+func (p *plugin) Advertise(_ context.Context, pools []Pool) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.pools = pools
+	return nil
+}
+
+// healthy lists the addresses offered under the resource.
+func (p *plugin) healthy(resource string) []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var out []string
+	for _, pool := range p.pools {
+		for _, d := range pool.Devices {
+			if pool.Resource == resource && d.Healthy {
+				out = append(out, d.PCIAddress)
+			}
+		}
+	}
+	return out
+}
+
+// usage is who holds what.
+type usage struct {
+	mu   sync.Mutex
+	pods map[string]string
+}
+
+func (u *usage) Holder(address string) (string, bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	pod, held := u.pods[address]
+	return pod, held
+}
+
+func (u *usage) set(address, pod string) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if pod == "" {
+		delete(u.pods, address)
+		return
+	}
+	u.pods[address] = pod
+}
+
+type rig struct {
+	t      *testing.T
+	kernel *hostfake.Kernel
+	server *server
+	plugin *plugin
+	usage  *usage
+	agent  *Agent
+	stop   func()
+}
+
+func newRig(t *testing.T) *rig {
+	r := &rig{
+		t:      t,
+		kernel: hostfake.New(hostfake.NIC(nic0, "ens1f0", 3, 8), hostfake.NIC(nic1, "ens2f0", 4, 8)),
+		server: &server{
+			watch: make(chan *v1.SriovNetworkNodeState, 1),
+			state: &v1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Name: "vm1", Namespace: "sluice", Generation: 1, UID: "1"}},
+		},
+		plugin: &plugin{}, usage: &usage{pods: map[string]string{}},
+	}
+	r.server.send()
+	r.start()
+	return r
+}
+
+// start makes a new agent, as after a restart.
+func (r *rig) start() {
+	r.agent = New(Config{Node: "vm1", Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Log: testr.New(r.t)})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := r.agent.Run(ctx); err != nil {
+			r.t.Error(err)
+		}
+	}()
+	r.stop = sync.OnceFunc(func() { cancel(); <-done })
+	r.t.Cleanup(r.stop)
+}
+
+func (r *rig) restart() {
+	r.stop()
+	r.server.mu.Lock()
+	r.server.send()
+	r.server.mu.Unlock()
+	r.start()
+}
+
+// eventually waits for ok to give nil.
+func (r *rig) eventually(ok func() error) {
+	r.t.Helper()
+	var err error
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if err = ok(); err == nil {
+			return
+		}
+	}
+	r.t.Fatalf("%v\nstatus: %+v\ncalls: %v", err, r.server.status(), r.kernel.Calls())
+}
+
+func (r *rig) condition(kind string) metav1.Condition {
+	c := meta.FindStatusCondition(r.server.status().Conditions, kind)
+	if c == nil {
+		return metav1.Condition{}
+	}
+	return *c
+}
+
+// ready waits until the newest spec is in effect.
+func (r *rig) ready() {
+	r.t.Helper()
+	r.eventually(func() error {
+		s := r.server.status()
+		if c := r.condition(v1.ConditionReady); c.Status != metav1.ConditionTrue || s.ObservedGeneration != r.server.state.Generation {
+			return fmt.Errorf("not ready: %+v", c)
+		}
+		return nil
+	})
+}
+
+// degraded waits until the status says part.
+func (r *rig) degraded(reason string, parts ...string) {
+	r.t.Helper()
+	r.eventually(func() error {
+		c := r.condition(v1.ConditionDegraded)
+		if c.Status != metav1.ConditionTrue || c.Reason != reason {
+			return fmt.Errorf("not degraded by %s: %+v", reason, c)
+		}
+		for _, part := range parts {
+			if !strings.Contains(c.Message, part) {
+				return fmt.Errorf("%q lacks %q", c.Message, part)
+			}
+		}
+		s := r.server.status()
+		if s.LastSyncError != c.Message {
+			return fmt.Errorf("lastSyncError %q", s.LastSyncError)
+		}
+		return nil
+	})
+}
+
+func wants(address string, numVfs int, groups ...v1.VfGroup) v1.Interface {
+	return v1.Interface{PciAddress: address, NumVfs: numVfs, VfGroups: groups}
+}
+
+func of(resource, vfRange string, mtu int) v1.VfGroup {
+	return v1.VfGroup{ResourceName: resource, VfRange: vfRange, DeviceType: v1.DeviceTypeNetDevice, PolicyName: resource, Mtu: mtu}
+}
+
+func vfAddress(nic string, i int) string { return fmt.Sprintf("%s10.%d", nic[:8], i) }
+
+func TestFromNothingToPools(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.ready()
+	if s := r.server.status(); len(s.Interfaces) != 2 || s.Interfaces[0].TotalVfs != 8 || s.SyncStatus != "Succeeded" {
+		t.Errorf("inventory: %+v", s)
+	}
+	jumbo := wants(nic0, 4, of("left", "0-2", 9000), of("spare", "3-3", 0))
+	jumbo.Mtu = 9000
+	r.server.spec(jumbo, wants(nic1, 2, of("right", "0-1", 0)))
+	r.ready()
+
+	s := r.server.status()
+	if s.VFs != "6/6" || s.Interfaces[0].NumVfs != 4 || s.Interfaces[0].Mtu != 9000 || s.LastSyncError != "" {
+		t.Errorf("status %+v", s)
+	}
+	pf := r.kernel.PF(nic0)
+	for _, vf := range pf.VFs {
+		mac, mtu, ok := r.agent.Baseline(vf.PCIAddress)
+		wantMTU := 9000
+		if vf.Index == 3 {
+			wantMTU = 1500
+		}
+		if !ok || mtu != wantMTU || vf.MAC.String() != mac.String() || vf.Admin.MAC.String() != mac.String() || vf.MTU != wantMTU {
+			t.Errorf("VF %+v, baseline %s %d %t", vf, mac, mtu, ok)
+		}
+	}
+	if got := r.plugin.healthy("left"); len(got) != 3 {
+		t.Errorf("left offers %v", got)
+	}
+	if got := r.plugin.healthy("right"); len(got) != 2 {
+		t.Errorf("right offers %v", got)
+	}
+	if len(r.server.events) == 0 || !strings.HasPrefix(r.server.events[len(r.server.events)-1], "Normal Configured 2 NICs are configured, all 6 VFs are ready") {
+		t.Errorf("events %v", r.server.events)
+	}
+
+	// Nothing changes, nothing is written or done; not after a restart either.
+	r.kernel.Calls()
+	n := len(r.server.applied)
+	r.kernel.Change(func([]host.PF) {})
+	time.Sleep(700 * time.Millisecond)
+	r.restart()
+	r.kernel.Change(func([]host.PF) {})
+	time.Sleep(700 * time.Millisecond)
+	if calls := r.kernel.Calls(); len(calls) > 0 || len(r.server.applied) != n {
+		t.Errorf("%d writes, calls %v", len(r.server.applied)-n, calls)
+	}
+}
+
+func TestOnlyTheChangedPFIsTouched(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)), wants(nic1, 2, of("right", "0-1", 0)))
+	r.ready()
+	r.kernel.Calls()
+	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)), wants(nic1, 3, of("right", "0-2", 0)))
+	r.ready()
+	for _, call := range r.kernel.Calls() {
+		if strings.Contains(call, "0000:01:") {
+			t.Errorf("%s", call)
+		}
+	}
+	if !slices.Equal(r.plugin.withdrawn, []string{vfAddress(nic1, 0), vfAddress(nic1, 1)}) {
+		t.Errorf("withdrawn %v", r.plugin.withdrawn)
+	}
+	// Another MTU touches the netdevs and nothing else.
+	r.server.spec(wants(nic0, 2, of("left", "0-1", 1400)), wants(nic1, 3, of("right", "0-2", 0)))
+	r.ready()
+	if calls := r.kernel.Calls(); len(calls) != 2 || !strings.HasPrefix(calls[0], "set MTU 1400 on 0000:01:10") {
+		t.Errorf("calls %v", calls)
+	}
+}
+
+// Every change of the kernel fails once: the status tells errno and object,
+// other PFs are not held up, and the next try puts all right.
+func TestEachOperationFails(t *testing.T) {
+	t.Parallel()
+	for _, op := range hostfake.Changes {
+		t.Run(string(op), func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t)
+			want := wants(nic0, 2, of("left", "0-1", 9000))
+			want.Mtu = 9000
+			other := wants(nic1, 2, of("right", "0-1", 0))
+			if op == hostfake.SetMAC || op == hostfake.Rename {
+				// These need VFs that drifted.
+				r.server.spec(want, other)
+				r.ready()
+				r.usage.set(vfAddress(nic0, 0), "default/p")
+				r.agent.HolderChanged()
+				r.eventually(func() error {
+					if got := r.server.status().Interfaces[0].VFs[0].Assigned; got != "default/p" {
+						return fmt.Errorf("assigned to %q", got)
+					}
+					return nil
+				})
+				r.kernel.Fail(op, unix.EBUSY)
+				r.usage.set(vfAddress(nic0, 0), "")
+				r.kernel.Change(func(pfs []host.PF) {
+					pfs[0].VFs[0].Name, pfs[0].VFs[0].MAC = "net1", []byte{2, 0, 0, 0, 0xaa, 1}
+				})
+			} else {
+				r.kernel.Change(func(pfs []host.PF) { pfs[0].AdminUp = false })
+				r.kernel.Fail(op, unix.EBUSY)
+				if op == hostfake.SetNumVFs || op == hostfake.BindDriver || op == hostfake.SetVFMAC {
+					other = wants(nic1, 0) // or it might take the failure
+				}
+				r.server.spec(want, other)
+			}
+			r.degraded(ReasonRefused, "EBUSY", "0000:01:")
+			if c := r.condition(v1.ConditionReady); c.Status != metav1.ConditionFalse {
+				t.Errorf("Ready is %+v", c)
+			}
+			s := r.server.status()
+			if s.SyncStatus != v1.SyncStatusFailed {
+				t.Errorf("syncStatus %s", s.SyncStatus)
+			}
+			if !strings.Contains(s.Interfaces[0].Message, "EBUSY") && !slices.ContainsFunc(s.Interfaces[0].VFs, func(vf v1.VirtualFunction) bool { return strings.Contains(vf.Message, "EBUSY") }) {
+				t.Errorf("no message on PF or VF: %+v", s.Interfaces[0])
+			}
+			if other.NumVfs > 0 && (s.Interfaces[1].NumVfs != 2 || s.Interfaces[1].Message != "") {
+				t.Errorf("the other NIC was held up: %+v", s.Interfaces[1])
+			}
+			r.ready()
+			pf := r.kernel.PF(nic0)
+			for _, vf := range pf.VFs {
+				if vf.MTU != 9000 || vf.Name != fmt.Sprintf("ens1f0v%d", vf.Index) || vf.MAC.String() != vf.Admin.MAC.String() {
+					t.Errorf("VF is %+v", vf)
+				}
+			}
+			if got := r.plugin.healthy("left"); len(got) != 2 || pf.MTU != 9000 || !pf.AdminUp {
+				t.Errorf("left offers %v, PF %+v", got, pf)
+			}
+		})
+	}
+}
+
+func TestNICsThatCannotBeRead(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+	r.ready()
+	for _, op := range []hostfake.Op{hostfake.Inventory, hostfake.ReadVFSettings} {
+		r.kernel.Fail(op, unix.EIO)
+		r.agent.HolderChanged()
+		r.degraded(ReasonUnreadable, "EIO")
+		if got := r.plugin.healthy("left"); len(got) != 2 {
+			t.Errorf("%s: left offers %v while the kernel cannot be read", op, got)
+		}
+		if s := r.server.status(); len(s.Interfaces) != 2 {
+			t.Errorf("%s: the status lost NICs: %+v", op, s)
+		}
+		r.ready()
+	}
+	if calls := r.kernel.Calls(); slices.ContainsFunc(calls, func(c string) bool { return strings.HasPrefix(c, "remove") }) {
+		t.Errorf("%v", calls)
+	}
+}
+
+func TestFailureIsNotRetriedByTheEventsItCauses(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.ready()
+	r.kernel.Fail(hostfake.SetNumVFs, slices.Repeat([]unix.Errno{unix.ENOMEM}, 100)...)
+	r.kernel.Calls()
+	r.server.spec(wants(nic0, 2))
+	for range 16 {
+		r.kernel.Change(func([]host.PF) {})
+		time.Sleep(100 * time.Millisecond)
+	}
+	if calls := r.kernel.Calls(); len(calls) > 2 { // at once, and after a second
+		t.Errorf("%d tries in 1.6 s: %v", len(calls), calls)
+	}
+}
+
+func TestSuccessThatChangesNothingIsTold(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.kernel.Ignore(hostfake.SetMTU, true)
+	r.server.spec(wants(nic0, 1, of("left", "0-0", 9000)))
+	r.degraded(ReasonRefused, "SetVFMTU 9000 on VF 0", "nothing changed")
+	r.kernel.Ignore(hostfake.SetMTU, false)
+	r.ready()
+}
+
+// A change that would destroy VFs of pods waits for them, names them, takes
+// their neighbours off offer, and happens when they let go.
+func TestChangeWaitsForPods(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.server.spec(wants(nic0, 4, of("left", "0-3", 0)))
+	r.ready()
+	held := vfAddress(nic0, 1)
+	r.usage.set(held, "default/client")
+	r.kernel.Change(func(pfs []host.PF) { vf := &pfs[0].VFs[1]; vf.Name, vf.IfIndex, vf.MAC, vf.MTU = "", 0, nil, 0 })
+	r.eventually(func() error {
+		s := r.server.status()
+		if s.Interfaces[0].VFs[1].Assigned != "default/client" || s.VFs != "4/4" {
+			return fmt.Errorf("not shown as held: %+v", s.Interfaces[0].VFs[1])
+		}
+		return nil
+	})
+	if got := r.plugin.healthy("left"); !slices.Contains(got, held) {
+		t.Errorf("the held VF is off offer: %v", got)
+	}
+	r.kernel.Calls()
+	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+	r.degraded(ReasonInUse, "SetNumVFs 2 on 0000:01:00.0", "default/client (VF 1)", "delete them or take the change back")
+	if calls := r.kernel.Calls(); len(calls) > 0 {
+		t.Errorf("touched: %v", calls)
+	}
+	r.eventually(func() error {
+		if got := r.plugin.healthy("left"); len(got) > 0 {
+			return fmt.Errorf("new pods would get %v", got)
+		}
+		return nil
+	})
+	r.usage.set(held, "")
+	r.agent.HolderChanged()
+	r.ready()
+	if pf := r.kernel.PF(nic0); pf.NumVFs != 2 {
+		t.Errorf("%d VFs", pf.NumVFs)
+	}
+}
+
+func TestDriftIsPutRightUnlessHeld(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.server.spec(wants(nic0, 3, of("left", "0-2", 1400)))
+	r.ready()
+	right := r.kernel.PF(nic0)
+	r.usage.set(vfAddress(nic0, 2), "default/p")
+	r.kernel.Change(func(pfs []host.PF) {
+		vfs := pfs[0].VFs
+		vfs[0].MTU = 1300
+		vfs[1].Admin.MAC = []byte{2, 0, 0, 0, 0xaa, 1}
+		vfs[2].Admin.MAC = []byte{2, 0, 0, 0, 0xaa, 2}
+	})
+	r.eventually(func() error {
+		got := r.kernel.PF(nic0)
+		if got.VFs[0].MTU != 1400 || got.VFs[1].Admin.MAC.String() != right.VFs[1].Admin.MAC.String() {
+			return fmt.Errorf("not put right: %+v", got.VFs)
+		}
+		return nil
+	})
+	if got := r.kernel.PF(nic0).VFs[2].Admin.MAC.String(); got != "02:00:00:00:aa:02" {
+		t.Errorf("the VF of a pod was changed: %s", got)
+	}
+	r.usage.set(vfAddress(nic0, 2), "")
+	r.kernel.Change(func(pfs []host.PF) { pfs[0].NumVFs, pfs[0].VFs = 0, nil })
+	r.eventually(func() error {
+		if d := cmp.Diff(vfFacts(right), vfFacts(r.kernel.PF(nic0))); d != "" {
+			return fmt.Errorf("not as before: %s", d)
+		}
+		return nil
+	})
+}
+
+func vfFacts(pf *host.PF) []string {
+	var out []string
+	for _, vf := range pf.VFs {
+		out = append(out, fmt.Sprint(vf.Index, vf.Name, vf.MAC, vf.Admin.MAC, vf.MTU))
+	}
+	return out
+}
+
+// The kernel brings a VF back when a pod's namespace ends, under the pod's
+// name; udev renames too, and that stays.
+func TestNames(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+	r.ready()
+	name := func(i int, want string) {
+		t.Helper()
+		r.eventually(func() error {
+			s := r.server.status()
+			if got := r.kernel.PF(nic0).VFs[i].Name; got != want || s.Interfaces[0].VFs[i].Name != want {
+				return fmt.Errorf("VF %d is %q, in status %q, want %q", i, got, s.Interfaces[0].VFs[i].Name, want)
+			}
+			return nil
+		})
+	}
+	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[0].Name = "byudev0" })
+	name(0, "byudev0")
+	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Name, pfs[0].VFs[1].IfIndex = "", 0 })
+	name(1, "")
+	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Name, pfs[0].VFs[1].IfIndex = "net1", 77 })
+	name(1, "ens1f0v1")
+
+	// A restart knows the names from the status.
+	r.stop()
+	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[0].Name = "net1" })
+	r.restart()
+	name(0, "byudev0")
+}
+
+func TestPolicyGoneVFsGo(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.kernel.Change(func(pfs []host.PF) { // someone else's VFs, on the other NIC
+		pfs[1].NumVFs, pfs[1].VFs = 1, []host.VF{{PCIAddress: vfAddress(nic1, 0), Driver: "fakenicvf", Name: "x", IfIndex: 9}}
+	})
+	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+	r.ready()
+	if _, _, ok := r.agent.Baseline(vfAddress(nic1, 0)); ok {
+		t.Error("a foreign VF has a baseline")
+	}
+	r.server.spec()
+	r.eventually(func() error {
+		if pf := r.kernel.PF(nic0); pf.NumVFs != 0 {
+			return fmt.Errorf("%d VFs left", pf.NumVFs)
+		}
+		return nil
+	})
+	if pf := r.kernel.PF(nic1); pf.NumVFs != 1 {
+		t.Error("VFs that are not ours were removed")
+	}
+}
+
+// A new object asks for nothing until the operator has rendered it: VFs stay.
+func TestNewObjectRemovesNothing(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+	r.ready()
+	r.server.mu.Lock()
+	r.server.state = &v1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Name: "vm1", Generation: 1, UID: "2"}}
+	r.server.send()
+	r.server.mu.Unlock()
+	r.eventually(func() error {
+		if len(r.server.status().Interfaces) != 2 {
+			return fmt.Errorf("no inventory yet")
+		}
+		return nil
+	})
+	if pf := r.kernel.PF(nic0); pf.NumVFs != 2 {
+		t.Errorf("%d VFs left", pf.NumVFs)
+	}
+	if _, _, ok := r.agent.Baseline(vfAddress(nic0, 0)); !ok {
+		t.Error("the baseline of a VF of ours is not known without a spec")
+	}
+}
+
+func TestBadSpecIsToldAndChangesNothing(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.ready()
+	for name, c := range map[string]struct {
+		want   v1.Interface
+		reason string
+		text   string
+	}{
+		"too many":  {wants(nic0, 9), ReasonInvalidSpec, "numVfs: 9 is more than the 8 VFs"},
+		"bad range": {wants(nic0, 4, of("left", "5-2", 0)), ReasonInvalidSpec, `vfRange "5-2" is not a range`},
+		"no NIC":    {wants("0000:09:00.0", 2), ReasonNotFound, "interface 0000:09:00.0"},
+	} {
+		r.server.spec(c.want)
+		r.degraded(c.reason, c.text)
+		if calls := r.kernel.Calls(); len(calls) > 0 {
+			t.Errorf("%s: %v", name, calls)
+		}
+	}
+}
+
+func TestStatusIsWrittenWhenTheServerIsBack(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.ready()
+	r.server.mu.Lock()
+	r.server.fail = 2
+	r.server.mu.Unlock()
+	r.server.spec(wants(nic0, 1, of("left", "0-0", 0)))
+	r.ready()
+}
+
+func TestNothingIsTouchedBeforeItIsWithdrawn(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+	r.ready()
+	r.kernel.Calls()
+	r.plugin.mu.Lock()
+	r.plugin.fail = 1
+	r.plugin.mu.Unlock()
+	r.server.spec(wants(nic0, 3, of("left", "0-2", 0)))
+	r.degraded(ReasonUnreadable, "withdraw 2 VFs", "kubelet is away")
+	if calls := r.kernel.Calls(); len(calls) > 0 {
+		t.Errorf("%v", calls)
+	}
+	r.ready()
+}
+
+// The agent is stopped at any moment of the work; the next one completes it.
+func TestRestartAtAnyMoment(t *testing.T) {
+	t.Parallel()
+	for _, op := range hostfake.Changes[:5] {
+		r := newRig(t)
+		r.ready()
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].AdminUp = false })
+		r.kernel.Fail(op, unix.EINTR)
+		r.server.spec(wants(nic0, 3, of("left", "0-2", 1400)))
+		r.eventually(func() error {
+			if len(r.kernel.Calls()) == 0 {
+				return fmt.Errorf("nothing was tried")
+			}
+			return nil
+		})
+		r.restart()
+		r.ready()
+		if got := r.plugin.healthy("left"); len(got) != 3 {
+			t.Errorf("%s: left offers %v", op, got)
+		}
+		r.stop()
+	}
+}
+
+func TestPools(t *testing.T) {
+	t.Parallel()
+	pf := hostfake.NIC(nic0, "ens1f0", 3, 8)
+	pf.NUMANode = 1
+	vf := func(i int, driver, name string) host.VF {
+		return host.VF{Index: i, PCIAddress: vfAddress(nic0, i), Driver: driver, Name: name, NUMANode: -1, IOMMUGroup: "7"}
+	}
+	pf.VFs = []host.VF{vf(0, "fakenicvf", "v0"), vf(1, "vfio-pci", ""), vf(2, "fakenicvf", ""), vf(3, "", ""), vf(4, "fakenicvf", "")}
+	pf.NumVFs = 5
+	vfio := of("left", "1-1", 0)
+	vfio.DeviceType, vfio.IsRdma = v1.DeviceTypeVfioPci, true
+	want := wants(nic0, 5, of("left", "0-0", 0), vfio, of("right", "2-4", 0))
+	r := &report{have: pf, want: &want, held: map[string]bool{vfAddress(nic0, 4): true}}
+	got := pools([]*report{r})
+	if len(got) != 2 || got[0].Resource != "left" || !got[0].RDMA || got[0].DeviceType != "netdevice" {
+		t.Fatalf("%+v", got)
+	}
+	d := got[0].Devices[0]
+	if !d.Healthy || d.NUMANode != 1 || d.IOMMUGroup != "7" || d.PFName != "ens1f0" || d.LinkType != host.Ethernet {
+		t.Errorf("%+v", d)
+	}
+	for _, c := range []struct {
+		d    Device
+		want string
+	}{
+		{got[0].Devices[1], "has VFs of deviceType netdevice already"},
+		{got[1].Devices[0], "no network device"},
+		{got[1].Devices[1], "has no driver"},
+		{got[1].Devices[2], ""}, // in a pod
+	} {
+		if c.d.Healthy != (c.want == "") || !strings.Contains(c.d.Reason, c.want) {
+			t.Errorf("%+v, want %q", c.d, c.want)
+		}
+	}
+}
