@@ -86,7 +86,7 @@ func (c card) vfPCI(t *testing.T, vf int) string {
 
 func (c card) vf(vf int) string { return fmt.Sprintf("%sv%d", c.pf, vf) }
 
-// fresh gives the card n VFs at their defaults, with PF and wire up.
+// fresh gives the card n VFs at their defaults, with PF and wire up and at theirs.
 func (c card) fresh(t *testing.T, n int) {
 	t.Helper()
 	if _, err := os.Stat(c.dev()); err != nil {
@@ -94,6 +94,9 @@ func (c card) fresh(t *testing.T, n int) {
 	}
 	if n > 0 || read(t, c.dev("sriov_numvfs")) != "0" {
 		c.setVFs(t, 0)
+	}
+	if err := netlink.SetPromiscOff(link(t, c.pf)); err != nil {
+		t.Fatal(err)
 	}
 	up(t, c.pf)
 	up(t, c.wire)

@@ -4,10 +4,10 @@
 // sysfs, rtnetlink, devlink and ethtool, and, by frames, what its switch
 // forwards and what it drops.
 //
-// The tests need a guest of their own with the module loaded for two cards or
-// more with eight VFs or more each, and run there as root:
+// The tests need a guest of their own with the module loaded for two cards of
+// four VFs or more, and run there as root:
 //
-//	go test -tags lab -exec "labrun ..." ./test/nic
+//	go test -tags lab -exec labrun ./test/nic
 //
 // README.md describes the card.
 package nic

@@ -27,9 +27,9 @@ const (
 	vfDriver = "/sys/bus/pci/drivers/sluicenicvf"
 )
 
-// TestFaults arms a fault of each operation: it fails as often as told, with
+// TestLabFaults arms a fault of each operation: it fails as often as told, with
 // the errno told, changes nothing, and then works again.
-func TestFaults(t *testing.T) {
+func TestLabFaults(t *testing.T) {
 	c := cards[0]
 	c.fresh(t, 1)
 	pf := link(t, c.pf)
@@ -90,7 +90,7 @@ func TestFaults(t *testing.T) {
 	write(t, c.debug("vf_op_delay_ms"), "0")
 }
 
-func TestFaultsOfCreation(t *testing.T) {
+func TestLabFaultsOfCreation(t *testing.T) {
 	c := cards[0]
 	c.fresh(t, 0)
 	write(t, c.debug("fail_sriov_enable"), "12")
@@ -112,7 +112,7 @@ func TestFaultsOfCreation(t *testing.T) {
 	}
 }
 
-func TestDriverBinding(t *testing.T) {
+func TestLabDriverBinding(t *testing.T) {
 	c := cards[0]
 	c.fresh(t, 0)
 	write(t, c.dev("sriov_drivers_autoprobe"), "0")
@@ -173,7 +173,7 @@ func TestDriverBinding(t *testing.T) {
 	}
 }
 
-func TestNameTaken(t *testing.T) {
+func TestLabNameTaken(t *testing.T) {
 	c := cards[0]
 	c.fresh(t, 0)
 	d := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Name: c.vf(0)}}
@@ -208,7 +208,7 @@ func newNS(t *testing.T) netns.NsHandle {
 	return ns
 }
 
-func TestNamespaces(t *testing.T) {
+func TestLabNamespaces(t *testing.T) {
 	c := cards[0]
 	c.fresh(t, 2)
 	ns := newNS(t)
@@ -292,9 +292,9 @@ func inNS(t *testing.T, ns netns.NsHandle, f func()) {
 	}
 }
 
-// TestBulk sends TCP data over every path and compares it: segmentation and
+// TestLabBulk sends TCP data over every path and compares it: segmentation and
 // checksums are left to the receiver, so this is where a wrong one shows.
-func TestBulk(t *testing.T) {
+func TestLabBulk(t *testing.T) {
 	for _, c := range cards {
 		c.fresh(t, 2)
 	}
@@ -369,8 +369,8 @@ func TestBulk(t *testing.T) {
 	}
 }
 
-// TestUnplug takes the PF off the bus with its VFs, as a surprise removal does.
-func TestUnplug(t *testing.T) {
+// TestLabUnplug takes the PF off the bus with its VFs, as a surprise removal does.
+func TestLabUnplug(t *testing.T) {
 	c := cards[1]
 	c.fresh(t, 3)
 	write(t, c.dev("remove"), "1")
@@ -382,9 +382,9 @@ func TestUnplug(t *testing.T) {
 	c.fresh(t, 1)
 }
 
-// TestTurmoil changes all that can change under traffic from every side. It
+// TestLabTurmoil changes all that can change under traffic from every side. It
 // asserts little itself: TestMain reads what the kernel had to say.
-func TestTurmoil(t *testing.T) {
+func TestLabTurmoil(t *testing.T) {
 	c := cards[0]
 	c.fresh(t, 4)
 	ctx, stop := context.WithCancel(context.Background())
@@ -449,8 +449,8 @@ func TestTurmoil(t *testing.T) {
 	wg.Wait()
 }
 
-// TestReload unloads the module with VFs in use and loads it as it was.
-func TestReload(t *testing.T) {
+// TestLabReload unloads the module with VFs in use and loads it as it was.
+func TestLabReload(t *testing.T) {
 	const file = "/lib/sluice/sluicenic.ko" // where the guest keeps its own modules
 	ko, err := os.Open(file)
 	if err != nil {

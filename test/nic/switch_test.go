@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"syscall"
 	"testing"
 	"time"
 
@@ -169,10 +170,10 @@ func (b *bench) check(t *testing.T, m model, frames []sent) (problem string) {
 	return problem
 }
 
-// TestSwitch sends random frames through random settings and wants exactly
+// TestLabSwitch sends random frames through random settings and wants exactly
 // what the model says: unicast, flooding, isolation of VLANs, tags, spoof
 // check, link state, promiscuity.
-func TestSwitch(t *testing.T) {
+func TestLabSwitch(t *testing.T) {
 	const vfs = 4
 	b := newBench(t, cards[0], vfs)
 	pfMAC := b.pf.Attrs().HardwareAddr.String()
@@ -313,9 +314,9 @@ func waitLink(t *testing.T, name string, up bool) {
 	})
 }
 
-// TestSwitchPlain holds the cases a reader looks for by name, in the model's
+// TestLabSwitchPlain holds the cases a reader looks for by name, in the model's
 // stead: what the random test finds must not rest on the model alone.
-func TestSwitchPlain(t *testing.T) {
+func TestLabSwitchPlain(t *testing.T) {
 	b := newBench(t, cards[0], 3)
 	const a0, a1, a2 = "02:00:00:00:01:00", "02:00:00:00:01:01", "02:00:00:00:01:02"
 	for vf, addr := range []string{a0, a1, a2} {
@@ -378,10 +379,20 @@ func TestSwitchPlain(t *testing.T) {
 	expect("the same id of the other kind of tag is another VLAN", vf0, frame{dst: a1, src: a0}, map[int][]tag{wirePort: {{unix.ETH_P_8021AD, 10, 3}}})
 	vlan(0, 0, 0)
 	expect("a tag of a VF without VLAN goes out as it is", vf0, frame{dst: broadcast, src: a0, tags: vid10}, map[int][]tag{wirePort: vid10, vf1: nil})
+
+	// VF 1 is in port VLAN 10 still: no 802.1Q VLAN netdev on it, but an 802.1ad one.
+	for proto, want := range map[netlink.VlanProtocol]syscall.Errno{unix.ETH_P_8021Q: unix.EPERM, unix.ETH_P_8021AD: 0} {
+		v := &netlink.Vlan{
+			LinkAttrs:    netlink.LinkAttrs{Name: "v1", ParentIndex: link(t, b.card.vf(1)).Attrs().Index},
+			VlanId:       20,
+			VlanProtocol: proto,
+		}
+		wantErrno(t, fmt.Sprintf("VLAN netdev of protocol %v inside a port VLAN", proto), netlink.LinkAdd(v), want)
+	}
 }
 
-// TestCable joins two cards by a bridge, as two guests are joined.
-func TestCable(t *testing.T) {
+// TestLabCable joins two cards by a bridge, as two guests are joined.
+func TestLabCable(t *testing.T) {
 	for _, c := range cards {
 		c.fresh(t, 1)
 		up(t, c.vf(0))

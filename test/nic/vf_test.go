@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func TestSysfs(t *testing.T) {
+func TestLabSysfs(t *testing.T) {
 	c := cards[0]
 	c.fresh(t, 0)
 	total := read(t, c.dev("sriov_totalvfs"))
@@ -74,9 +74,9 @@ func parseHex(t *testing.T, s string) (v uint) {
 	return v
 }
 
-// TestVFSettings sets each setting through the PF and reads it back from
+// TestLabVFSettings sets each setting through the PF and reads it back from
 // rtnetlink and from the module's own dump.
-func TestVFSettings(t *testing.T) {
+func TestLabVFSettings(t *testing.T) {
 	c := cards[0]
 	c.fresh(t, 2)
 	pf := link(t, c.pf)
@@ -145,7 +145,7 @@ func TestVFSettings(t *testing.T) {
 	}
 }
 
-func TestVFMAC(t *testing.T) {
+func TestLabVFMAC(t *testing.T) {
 	c := cards[0]
 	c.fresh(t, 1)
 	pf := link(t, c.pf)
@@ -207,7 +207,7 @@ func (c card) rebind(t *testing.T, vf int) {
 	write(t, "/sys/bus/pci/drivers/sluicenicvf/bind", pci)
 }
 
-func TestLink(t *testing.T) {
+func TestLabLink(t *testing.T) {
 	c := cards[0]
 	c.fresh(t, 1)
 	pf := link(t, c.pf)
@@ -241,7 +241,7 @@ func TestLink(t *testing.T) {
 	want("PF up again", true, true, true)
 }
 
-func TestMTU(t *testing.T) {
+func TestLabMTU(t *testing.T) {
 	c := cards[0]
 	c.fresh(t, 1)
 	for _, name := range []string{c.pf, c.vf(0)} {
@@ -269,7 +269,7 @@ func TestMTU(t *testing.T) {
 	eventually(t, "the long frame is counted as dropped", func() bool { return c.dump(t, 0)["rx_dropped"] == "1" })
 }
 
-func TestIdentity(t *testing.T) {
+func TestLabIdentity(t *testing.T) {
 	c := cards[0]
 	c.fresh(t, 1)
 	e, err := ethtool.NewEthtool()
