@@ -26,7 +26,7 @@ func installShim(source, dir string) error {
 	if err != nil {
 		return fmt.Errorf("install the CNI shim: %w", err)
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // the CNI directory is world-readable
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("install the CNI shim: %w", err)
 	}
 	target := filepath.Join(dir, shimName)

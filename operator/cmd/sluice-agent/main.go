@@ -1,0 +1,206 @@
+// Command sluice-agent is the node half of Sluice: one process that owns the
+// life of every VF of its node, from configuration to attachment and back.
+//
+// It only wires the rooms together: internal/host (the kernel), operator/node
+// (inventory and configuration), deviceplugin (towards the kubelet) and
+// cni/server (towards the container runtime, through the shim that it installs
+// into the node's CNI directory).
+//
+// What an earlier agent left unfinished is undone, from the journal of
+// attachments, before any VF is configured or offered. On SIGTERM requests in
+// progress are finished, new ones are refused (the runtime tries again), and
+// the kubelet is told by closing the device plugin's sockets; pods keep their
+// interfaces.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"golang.org/x/sync/errgroup"
+	"k8s.io/klog/v2"
+	ctrl "sigs.k8s.io/controller-runtime"
+
+	"github.com/sluice-network/sluice/cni/server"
+	"github.com/sluice-network/sluice/deviceplugin"
+	"github.com/sluice-network/sluice/deviceplugin/podresources"
+	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/operator/node"
+)
+
+func main() {
+	c, err := parse(os.Args[1:], os.Getenv)
+	if errors.Is(err, flag.ErrHelp) {
+		return
+	}
+	if err == nil {
+		ctrl.SetLogger(klog.Background())
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		err = run(ctx, c)
+		stop()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "sluice-agent:", err)
+		os.Exit(1)
+	}
+}
+
+// config is what the agent is told by flags and environment.
+type config struct {
+	node, namespace, prefix string
+
+	stateDir, socket, shim, cniDir          string
+	devicePlugins, podResources, deviceInfo string
+	sysfs, listen                           string
+	replaceSriovCNI                         bool
+}
+
+func parse(args []string, env func(string) string) (*config, error) {
+	c := &config{}
+	f := flag.NewFlagSet("sluice-agent", flag.ContinueOnError)
+	logging := flag.NewFlagSet("", flag.ContinueOnError)
+	klog.InitFlags(logging)
+	f.Var(logging.Lookup("v").Value, "v", "log verbosity: 0 for what people act on, 1 for every CNI call")
+	def := func(name, otherwise string) string {
+		if v := env(name); v != "" {
+			return v
+		}
+		return otherwise
+	}
+	f.StringVar(&c.node, "node-name", env("NODE_NAME"), "name of the node this agent is on (environment NODE_NAME)")
+	f.StringVar(&c.namespace, "namespace", env("POD_NAMESPACE"), "namespace of the node states (environment POD_NAMESPACE)")
+	f.StringVar(&c.prefix, "resource-prefix", def("RESOURCE_PREFIX", "openshift.io"), "prefix of the resource names (environment RESOURCE_PREFIX)")
+	f.StringVar(&c.stateDir, "state-dir", "/var/lib/sluice", "directory for what must survive a reboot")
+	f.StringVar(&c.socket, "socket", "/var/run/sluice/cni.sock", "socket that the CNI shim calls")
+	f.StringVar(&c.shim, "shim", "/sluice-cni", "CNI shim to install")
+	f.StringVar(&c.cniDir, "cni-bin-dir", "/opt/cni/bin", "directory of the node's CNI plugins")
+	f.BoolVar(&c.replaceSriovCNI, "replace-sriov-cni", false, `take the place of another project's CNI plugin "sriov"`)
+	f.StringVar(&c.devicePlugins, "device-plugin-dir", "/var/lib/kubelet/device-plugins", "the kubelet's device-plugin directory")
+	f.StringVar(&c.podResources, "pod-resources-socket", "/var/lib/kubelet/pod-resources/kubelet.sock", "the kubelet's pod-resources socket")
+	f.StringVar(&c.deviceInfo, "device-info-dir", "/var/run/k8s.cni.cncf.io/devinfo/dp", "directory for device-info files")
+	f.StringVar(&c.sysfs, "sysfs", "/sys", "where sysfs is mounted")
+	f.StringVar(&c.listen, "listen", ":8082", "address for /healthz, /readyz and /metrics")
+	if err := f.Parse(args); err != nil {
+		return nil, err
+	}
+	if f.NArg() > 0 {
+		return nil, fmt.Errorf("unexpected argument %q: all settings are flags", f.Arg(0))
+	}
+	for _, required := range []struct{ value, flag, env string }{
+		{c.node, "--node-name", "NODE_NAME"}, {c.namespace, "--namespace", "POD_NAMESPACE"},
+	} {
+		if required.value == "" {
+			return nil, fmt.Errorf("%s is empty: set it, or %s from the pod's fields in the DaemonSet", required.flag, required.env)
+		}
+	}
+	return c, nil
+}
+
+// run is the agent until ctx ends, or one of its parts fails.
+func run(ctx context.Context, c *config) error {
+	log := klog.Background()
+	kernel, err := host.Open(c.sysfs)
+	if err != nil {
+		return err
+	}
+	defer kernel.Close()
+	attacher, err := host.OpenAttacher(c.sysfs)
+	if err != nil {
+		return err
+	}
+	defer attacher.Close()
+	kubelet, err := podresources.New(c.podResources, c.prefix)
+	if err != nil {
+		return err
+	}
+	defer kubelet.Close()
+	apiServer, err := ctrl.GetConfig()
+	if err != nil {
+		return fmt.Errorf("find the API server: %w", err)
+	}
+	objects, stopEvents, err := node.Connect(apiServer, c.namespace, c.node)
+	if err != nil {
+		return err
+	}
+	defer stopEvents()
+
+	if err = installShim(c.shim, c.cniDir); err != nil {
+		return err
+	}
+	aliasErr := installAlias(c.cniDir, c.replaceSriovCNI)
+	if aliasErr != nil && !errors.Is(aliasErr, errForeignAlias) {
+		return aliasErr
+	}
+	if aliasErr != nil {
+		log.Error(aliasErr, "the CNI plugin \"sriov\" of this node is not Sluice")
+	}
+
+	// The parts need one another: who holds a VF is known to the CNI server,
+	// what a VF goes back to is known to the node's configuration.
+	var agent *node.Agent
+	cni, err := server.New(server.Options{
+		Socket: c.socket, StateDir: c.stateDir, Kernel: attacher, IPAMDirs: []string{c.cniDir}, Log: log.WithName("cni"),
+		Baselines: baselines(func() *node.Agent { return agent }),
+	})
+	if err != nil {
+		return err
+	}
+	holders := newUsage(cni.Holder, kubelet.Devices, log.WithName("usage"))
+	plugin, err := deviceplugin.New(deviceplugin.Options{
+		Prefix: c.prefix, Dir: c.devicePlugins, DeviceInfoDir: c.deviceInfo, SysFS: c.sysfs, Log: log.WithName("deviceplugin"),
+		Exists: exists(attacher), Allocated: holders.allocated,
+	})
+	if err != nil {
+		return err
+	}
+	before, _ := os.Lstat(c.socket) // of an earlier agent, if any
+	recovered := make(chan struct{})
+	agent = node.New(node.Config{
+		Node: c.node, Kernel: kernel, States: states{objects, aliasErr},
+		Advertiser: advertiser{plugin, recovered}, Usage: holders, Log: log.WithName("node"),
+	})
+
+	metrics := prometheus.NewRegistry()
+	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), plugin)
+	health := handler([]check{
+		{"nics", closed(agent.Looked(), "have not been read yet")},
+		{"cni", closed(recovered, "attachments of an earlier agent are being finished")},
+		{"kubelet", registered(plugin)},
+	}, metrics)
+
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return serveHTTP(ctx, c.listen, health) })
+	group.Go(func() error { return plugin.Run(ctx) })
+	group.Go(func() error { return agent.Run(ctx) })
+	group.Go(func() error {
+		holders.watch(ctx, agent.HolderChanged)
+		return nil
+	})
+	group.Go(func() error {
+		// An ADD needs the baselines.
+		select {
+		case <-agent.Looked():
+			return cni.Run(ctx)
+		case <-ctx.Done():
+			return nil
+		}
+	})
+	group.Go(func() error {
+		if replaced(ctx, c.socket, before) == nil {
+			close(recovered)
+			agent.HolderChanged()
+			log.Info("ready", "node", c.node)
+		}
+		return nil
+	})
+	err = group.Wait()
+	log.Info("stopped")
+	return err
+}

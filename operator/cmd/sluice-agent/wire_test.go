@@ -1,0 +1,139 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/deviceplugin"
+	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/operator/node"
+)
+
+func TestDevicePools(t *testing.T) {
+	d := node.Device{
+		PCIAddress: "0000:01:00.1", PFAddress: "0000:01:00.0", PFName: "ens1f0", VFIndex: 1, Driver: "d", NUMANode: 1,
+		IOMMUGroup: "7", LinkType: host.Ethernet, Healthy: true, Reason: "r",
+	}
+	got := devicePools([]node.Pool{
+		{Resource: "a", ExcludeTopology: true, DeviceType: "vfio-pci", Devices: []node.Device{d}},
+		{Resource: "b", RDMA: true, VhostNet: true},
+	})
+	want := []deviceplugin.Pool{
+		{Resource: "a", ExcludeTopology: true, DeviceType: deviceplugin.DeviceTypeVFIO, Devices: []deviceplugin.Device{{
+			PCIAddress: "0000:01:00.1", PFAddress: "0000:01:00.0", PFName: "ens1f0", VFIndex: 1, Driver: "d", NUMANode: 1,
+			IOMMUGroup: "7", LinkType: host.Ethernet, Healthy: true, Reason: "r",
+		}}},
+		{Resource: "b", RDMA: true, VhostNet: true, Devices: []deviceplugin.Device{}},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestNothingIsAdvertisedBeforeRecovery(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	err := advertiser{nil, make(chan struct{})}.Advertise(ctx, nil) // would panic if it went on
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Advertise: %v", err)
+	}
+}
+
+func TestReplacedWaitsForTheNewSocket(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	write(t, path, "", 0o600)
+	before := stat(t, path)
+	done := make(chan error, 1)
+	go func() { done <- replaced(t.Context(), path, before) }()
+	select {
+	case <-done:
+		t.Fatal("took the old socket for the new")
+	case <-time.After(50 * time.Millisecond):
+	}
+	write(t, path+".new", "", 0o600)
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if err := replaced(t.Context(), path, nil); err != nil {
+		t.Error(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := replaced(ctx, path+".absent", nil); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
+
+// recorder keeps the last applied status.
+type recorder struct {
+	node.States
+	status *v1.SriovNetworkNodeStateStatus
+}
+
+func (r *recorder) ApplyStatus(_ context.Context, s *v1.SriovNetworkNodeStateStatus) error {
+	r.status = s
+	return nil
+}
+
+func TestAliasCondition(t *testing.T) {
+	for _, c := range []struct {
+		alias  error
+		status metav1.ConditionStatus
+		text   string
+	}{
+		{nil, metav1.ConditionTrue, "Sluice"},
+		{errForeignAlias, metav1.ConditionFalse, "another project's plugin"},
+	} {
+		r := &recorder{}
+		err := states{r, c.alias}.ApplyStatus(t.Context(), &v1.SriovNetworkNodeStateStatus{ObservedGeneration: 3})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := meta.FindStatusCondition(r.status.Conditions, conditionAlias)
+		if got == nil || got.Status != c.status || !strings.Contains(got.Message, c.text) || got.ObservedGeneration != 3 {
+			t.Errorf("alias %v: condition %+v", c.alias, got)
+		}
+	}
+}
+
+func TestParse(t *testing.T) {
+	env := map[string]string{"NODE_NAME": "n1", "POD_NAMESPACE": "sys"}
+	c, err := parse([]string{"--cni-bin-dir", "/x", "-v=2"}, func(k string) string { return env[k] })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.node != "n1" || c.namespace != "sys" || c.prefix != "openshift.io" || c.cniDir != "/x" || c.stateDir != "/var/lib/sluice" || c.replaceSriovCNI {
+		t.Errorf("%+v", c)
+	}
+	env["RESOURCE_PREFIX"] = "intel.com"
+	if c, err = parse([]string{"--node-name=n2"}, func(k string) string { return env[k] }); err != nil || c.prefix != "intel.com" || c.node != "n2" {
+		t.Errorf("%+v, %v", c, err)
+	}
+	for _, bad := range []struct {
+		args []string
+		env  map[string]string
+		want string
+	}{
+		{nil, map[string]string{"POD_NAMESPACE": "sys"}, "NODE_NAME"},
+		{nil, map[string]string{"NODE_NAME": "n1"}, "POD_NAMESPACE"},
+		{[]string{"what"}, env, `"what"`},
+		{[]string{"--nope"}, env, "nope"},
+	} {
+		if _, err := parse(bad.args, func(k string) string { return bad.env[k] }); err == nil || !strings.Contains(err.Error(), bad.want) {
+			t.Errorf("%v: %v, want %s", bad.args, err, bad.want)
+		}
+	}
+}
