@@ -383,7 +383,7 @@ func TestLabSwitchPlain(t *testing.T) {
 	// VF 1 is in port VLAN 10 still: no 802.1Q VLAN netdev on it, but an 802.1ad one.
 	for proto, want := range map[netlink.VlanProtocol]syscall.Errno{unix.ETH_P_8021Q: unix.EPERM, unix.ETH_P_8021AD: 0} {
 		v := &netlink.Vlan{
-			LinkAttrs:    netlink.LinkAttrs{Name: "v1", ParentIndex: link(t, b.card.vf(1)).Attrs().Index},
+			LinkAttrs:    netlink.LinkAttrs{Name: fmt.Sprintf("v1.%d", proto), ParentIndex: link(t, b.card.vf(1)).Attrs().Index},
 			VlanId:       20,
 			VlanProtocol: proto,
 		}
