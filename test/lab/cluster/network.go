@@ -6,10 +6,9 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"runtime"
+	"path/filepath"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-network/sluice/test/lab/guest"
@@ -59,36 +58,55 @@ func AddNetwork(name string, nodes int) error {
 // RemoveNetwork removes the namespace and all that is in it, once the last
 // process there has ended. A namespace that is not there is no error.
 func RemoveNetwork(name string) error {
-	// netns.DeleteNamed gives up when the mount is gone but the file is not,
-	// as after a reboot with a persistent /run.
-	path := "/run/netns/" + name
-	if err := unix.Unmount(path, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("unmount network namespace %s: %w", path, err)
+	path := filepath.Join(netnsDir, name)
+	for {
+		err := unix.Unmount(path, unix.MNT_DETACH)
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) { // no file, no more mount
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("unmount network namespace %s: %w", path, err)
+		}
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	// The file is busy when someone has since mounted over the directory, and
+	// with it over a mount that cannot be reached any more. It is empty then,
+	// and addNamespace takes it as it is.
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EBUSY) {
 		return fmt.Errorf("remove network namespace %s: %w", path, err)
 	}
 	return nil
 }
 
+// netnsDir is where ip-netns(8) looks for namespaces.
+const netnsDir = "/run/netns"
+
+// addNamespace makes a named network namespace as ip-netns(8) does, so that
+// the two may be used side by side.
 func addNamespace(name string) error {
-	runtime.LockOSThread() // NewNamed moves the thread into the new namespace
-	defer runtime.UnlockOSThread()
-	home, err := netns.Get()
-	if err != nil {
+	if err := os.MkdirAll(netnsDir, 0o755); err != nil {
 		return err
 	}
-	defer home.Close()
-	made, err := netns.NewNamed(name)
+	// A shared mount of its own, or the first "ip netns add" makes it one and
+	// hides the namespaces that are there.
+	err := unix.Mount("", netnsDir, "", unix.MS_SHARED|unix.MS_REC, "")
+	if errors.Is(err, unix.EINVAL) {
+		if err = unix.Mount(netnsDir, netnsDir, "", unix.MS_BIND|unix.MS_REC, ""); err == nil {
+			err = unix.Mount("", netnsDir, "", unix.MS_SHARED|unix.MS_REC, "")
+		}
+	}
 	if err != nil {
+		return fmt.Errorf("make %s a shared mount: %w", netnsDir, err)
+	}
+	path := filepath.Join(netnsDir, name)
+	if err := os.WriteFile(path, nil, 0o444); err != nil {
 		return err
 	}
-	defer made.Close()
-	if err := netns.Set(home); err != nil {
-		runtime.LockOSThread() // one lock more than unlocks: the strayed thread ends with its goroutine
-		return fmt.Errorf("return to the previous namespace: %w", err)
-	}
-	return nil
+	return guest.InNetns("", func() error { // on a thread of its own
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("unshare (are you root?): %w", err)
+		}
+		return unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
+	})
 }
 
 func addBridge(name string) error {
