@@ -30,19 +30,20 @@ func (e *Failure) Unwrap() error { return e.Err }
 // causes maps what appears on a console, or in an error, to what a person can
 // do about it; the first that matches counts.
 var causes = []struct{ sign, cause string }{
-	{"/dev/net/tun", "no /dev/net/tun on this machine, or no right to use it: the guest's network needs root and the tun device"},
-	{"could not configure", "the tap is missing from the lab's network namespace: start the lab's network first"},
 	{"version magic", "module mismatch: the module was built for another kernel; remove its directory from the cache and start again"},
-	{"module mismatch", "module mismatch: the module was built for another kernel, or it has no such parameter"},
 	{"Unknown symbol", "module mismatch: the kernel lacks what the module calls; add the option to uml.config"},
+	{"module mismatch", "the module was built for another kernel: remove its directory from the cache and start again"},
+	{"load module", "the module does not take these parameters: its own message is on the console"},
+	{"uml_load_file: Failed to allocate", "the guest has too little memory to boot: give it more"},
+	{"Too few physical memory", "the guest has too little memory to boot: give it more"},
 	{"Out of memory", "the guest ran out of memory: give it more"},
 	{"oom-kill", "the guest ran out of memory: give it more"},
 	{"Cannot allocate memory", "this machine has too little free memory for the guest"},
-	{"no space left on device", "this machine's /dev/shm, which holds the guest's memory, is full"},
+	{"No space left on device", "this machine's /dev/shm, which holds the guest's memory, is full"},
 	{"find the root image", "the root image could not be read: remove its directory from the cache and start again"},
+	{"valid erofs superblock", "the root image is damaged: remove its directory from the cache and start again"},
 	{"Kernel panic", "the guest's kernel panicked: the lines above say why; a fault in the module of test/nic is the first suspect"},
 	{"BUG:", "a fault in the guest's kernel: the lines above say where; the module of test/nic is the first suspect"},
-	{"no such file or directory", "a file the guest boots from is missing: remove the cache and start again"},
 	{"ptrace", "this machine forbids ptrace, which User-Mode Linux needs"},
 	{"deadline exceeded", "the guest was too slow: is this machine overloaded?"},
 }

@@ -20,7 +20,9 @@ type Guest interface {
 	// an [*ExitError].
 	Run(ctx context.Context, script string) (string, error)
 	// Exec runs a command with its own streams. A command that ends with
-	// another status than 0 gives an [*ExitError] without output.
+	// another status than 0 gives an [*ExitError] without output. The end of
+	// ctx kills the command, and ends a guest without a network, whose control
+	// line cannot carry anything after a command cut short.
 	Exec(ctx context.Context, cmd Command) error
 	// Put writes a file, by rename, making missing directories.
 	Put(ctx context.Context, r io.Reader, mode fs.FileMode, path string) error

@@ -25,6 +25,7 @@ type machine struct {
 	spec Spec
 	proc *process        // nil if another process started the guest
 	line *control.Client // nil if commands go over the network
+	hold *control.Client // the control line of a guest that is to end with us
 }
 
 // startLimit bounds a start, on a machine that does much else.
@@ -51,6 +52,9 @@ func Start(ctx context.Context, spec Spec) (Guest, error) {
 	if err := Sweep(spec.Dir); err != nil {
 		return nil, fmt.Errorf("clear the directory of guest %s: %w", spec.Name, err)
 	}
+	if err := check(spec); err != nil {
+		return nil, fmt.Errorf("start guest %s: %w", spec.Name, err)
+	}
 	ctx, cancel := context.WithTimeout(ctx, startLimit[spec.Kind])
 	defer cancel()
 	m := &machine{spec: spec}
@@ -61,25 +65,55 @@ func Start(ctx context.Context, spec Spec) (Guest, error) {
 	return m, nil
 }
 
+// check finds out beforehand what a guest could only fail of obscurely.
+func check(s Spec) error {
+	if s.Kind != UML && s.Kind != QEMU {
+		return fmt.Errorf("kind %q is neither %q nor %q", s.Kind, UML, QEMU)
+	}
+	for _, f := range []struct{ what, path string }{
+		{"program", s.Parts.Program}, {"kernel", s.Parts.Kernel}, {"initramfs", s.Parts.Initrd}, {"modules' image", s.Parts.Modules},
+		{"root image", s.Root}, {"directory of files", s.Files},
+	} {
+		if f.path == "" {
+			continue
+		}
+		if _, err := os.Stat(f.path); err != nil {
+			return fmt.Errorf("find its %s: %w; remove the cache directory it is in, and start again", f.what, err)
+		}
+	}
+	return InNetns(s.Net.Namespace, func() error {
+		for _, tap := range []string{s.Net.Mgmt, s.Net.Data[0], s.Net.Data[1]} {
+			if tap == "" {
+				continue
+			}
+			if _, err := os.Stat("/dev/net/tun"); err != nil {
+				return fmt.Errorf("use tap %s: %w; load the host's tun module, or make the device (character, 10:200)", tap, err)
+			}
+			// Opening a tap that is not there would make one, joined to nothing.
+			if _, err := net.InterfaceByName(tap); err != nil {
+				return fmt.Errorf("find tap %s in network namespace %q: %w; start the lab's network first", tap, s.Net.Namespace, err)
+			}
+		}
+		return nil
+	})
+}
+
 func (m *machine) start(ctx context.Context) error {
-	switch m.spec.Kind {
-	case UML:
-		if err := m.bootUML(ctx); err != nil {
-			return err
-		}
-	case QEMU:
-		if err := m.bootQEMU(ctx); err != nil {
-			return err
-		}
-	default:
-		return fmt.Errorf("start: kind %q is neither %q nor %q", m.spec.Kind, UML, QEMU)
+	boot := m.bootUML
+	if m.spec.Kind == QEMU {
+		boot = m.bootQEMU
+	}
+	if err := boot(ctx); err != nil {
+		return err
 	}
 	if err := m.line.Setup(ctx, m.setup()); err != nil {
 		return fmt.Errorf("set up: %w", m.orEnded(err))
 	}
 	if m.networked() {
 		// From here on over the network, as everyone does who comes later.
-		if !m.spec.Attached {
+		if m.spec.Attached {
+			m.hold = m.line
+		} else {
 			m.line.Close()
 		}
 		m.line = nil
@@ -308,10 +342,12 @@ func (m *machine) Get(ctx context.Context, path string, w io.Writer) error {
 func (m *machine) ConsoleTail(n int) string { return consoleTail(m.spec.Dir, n) }
 
 func (m *machine) Stop(context.Context) error {
-	if m.line != nil {
-		m.line.Close()
-		m.line = nil
+	for _, line := range []*control.Client{m.line, m.hold} {
+		if line != nil {
+			line.Close()
+		}
 	}
+	m.line, m.hold = nil, nil
 	// Nothing in a guest needs to be saved, so it is not asked to shut down.
 	if err := Sweep(m.spec.Dir); err != nil {
 		return fmt.Errorf("stop guest %s: %w", m.spec.Name, err)

@@ -59,6 +59,8 @@ func hardware(s Spec) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	// User-Mode Linux guests may have the same image, locked in another way.
+	const disk = "format=raw,readonly=on,cache=unsafe,file.locking=off,file="
 	args := []string{
 		"-machine", "q35,hpet=off", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,la57=off",
 		"-m", strconv.Itoa(s.Memory), "-smp", "2", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
@@ -66,8 +68,8 @@ func hardware(s Spec) ([]string, error) {
 		// An emulated CPU on a busy host measures its clock wrongly: it is told.
 		"-append", fmt.Sprintf("console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off tsc=reliable tsc_early_khz=%d no_timer_check rcupdate.rcu_cpu_stall_suppress=1 random.trust_cpu=on", khz),
 		"-device", "virtio-serial-pci", "-device", "virtserialport,chardev=control,name=control",
-		"-drive", "if=none,id=root,format=raw,readonly=on,cache=unsafe,file=" + s.Root, "-device", "virtio-blk-pci,drive=root",
-		"-drive", "if=none,id=modules,format=raw,readonly=on,cache=unsafe,file=" + s.Parts.Modules, "-device", "virtio-blk-pci,drive=modules",
+		"-drive", "if=none,id=root," + disk + s.Root, "-device", "virtio-blk-pci,drive=root",
+		"-drive", "if=none,id=modules," + disk + s.Parts.Modules, "-device", "virtio-blk-pci,drive=modules",
 		"-device", "pcie-root-port,id=port0,slot=1", "-device", "igb,netdev=data0,bus=port0,romfile=,mac=" + mac(1, s.Number),
 		"-device", "pcie-root-port,id=port1,slot=2", "-device", "igb,netdev=data1,bus=port1,romfile=,mac=" + mac(2, s.Number),
 	}

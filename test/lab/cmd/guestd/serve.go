@@ -247,10 +247,14 @@ func wire(n int) error {
 	if err := netlink.LinkAdd(bridge); err != nil {
 		return fmt.Errorf("make bridge %s: %w", bridge.Name, err)
 	}
-	if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+bridge.Name+"/disable_ipv6", []byte("1"), 0o644); err != nil {
-		return err
+	ends := []string{fmt.Sprintf("wire%d", n), fmt.Sprintf("vec%d", n+1)}
+	for _, name := range append(ends, bridge.Name) {
+		// A cable says nothing of its own.
+		if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/disable_ipv6", []byte("1"), 0o644); err != nil {
+			return fmt.Errorf("prepare cable %d: %w", n, err)
+		}
 	}
-	for _, name := range []string{fmt.Sprintf("wire%d", n), fmt.Sprintf("vec%d", n+1)} {
+	for _, name := range ends {
 		l, err := netlink.LinkByName(name)
 		if err != nil {
 			return fmt.Errorf("find %s, an end of cable %d: %w", name, n, err)

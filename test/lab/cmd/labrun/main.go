@@ -115,6 +115,10 @@ func run(spec guest.Spec, args []string) (int, error) {
 	if ctx.Err() != nil {
 		return 0, fmt.Errorf("%s: %w; end of the console:\n%s", filepath.Base(program), context.Cause(ctx), g.ConsoleTail(20))
 	}
+	var ended *guest.Failure
+	if errors.As(err, &ended) {
+		return 0, err // with the console
+	}
 	fmt.Fprintf(os.Stderr, "labrun: %s guest up in %.2f s, %s ran %.2f s\n", spec.Kind, up.Seconds(), filepath.Base(program), time.Since(began).Seconds())
 	if bad := trouble(g.ConsoleTail(1000)); bad != "" {
 		fmt.Fprintf(os.Stderr, "labrun: the guest's kernel complained: %s; end of the console:\n%s\n", bad, g.ConsoleTail(60))
