@@ -1,0 +1,677 @@
+//go:build lab
+
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-network/sluice/cni/attach"
+	"github.com/sluice-network/sluice/cni/wire"
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// These run in a lab guest, on a kernel with SR-IOV NICs. They have real VFs and
+// real agents, which are processes that can be killed.
+
+// lab is the guest: its VFs, and what they look like when they are at home.
+type lab struct {
+	kernel *host.Attacher
+	vfs    []string // PCI addresses, of all PFs
+	home   map[string]string
+	bin    string
+}
+
+const vfsPerPF = 4
+
+func newLab(t *testing.T) *lab {
+	t.Helper()
+	kernel, err := host.OpenAttacher(host.DefaultSysfs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(kernel.Close)
+	h, err := host.Open(host.DefaultSysfs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.Close)
+	l := &lab{kernel: kernel, home: map[string]string{}, bin: pluginDir(t)}
+	pfs, err := h.Inventory(t.Context())
+	if err != nil || len(pfs) < 2 {
+		t.Fatalf("the guest has %d PFs, %v", len(pfs), err)
+	}
+	for _, pf := range pfs {
+		if err := h.SetLinkUp(t.Context(), pf.Link()); err != nil {
+			t.Fatal(err)
+		}
+		numVFs := filepath.Join(host.DefaultSysfs, "bus/pci/devices", pf.PCIAddress, "sriov_numvfs")
+		for _, n := range []string{"0", fmt.Sprint(vfsPerPF)} {
+			if err := os.WriteFile(numVFs, []byte(n), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		t.Cleanup(func() { _ = os.WriteFile(numVFs, []byte("0"), 0) })
+	}
+	var now []host.PF
+	eventually(t, "VFs with netdevs", func() error {
+		if now, err = h.Inventory(t.Context()); err != nil {
+			return err
+		}
+		for _, pf := range now {
+			if len(pf.VFs) != vfsPerPF || slices.ContainsFunc(pf.VFs, func(v host.VF) bool { return v.Name == "" }) {
+				return fmt.Errorf("%s has %+v", pf.Name, pf.VFs)
+			}
+		}
+		return nil
+	})
+	for _, pf := range now {
+		for _, vf := range pf.VFs {
+			// The baseline, as the node's configuration sets it.
+			ref, err := kernel.VF(vf.PCIAddress)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := kernel.SetVFSettings(t.Context(), ref, attach.Baseline{MAC: vf.MAC.String()}.Settings(), 0); err != nil {
+				t.Fatal(err)
+			}
+			_ = kernel.ChangeLink(t.Context(), nil, vf.IfIndex, host.LinkChange{State: host.SetDown})
+			l.vfs = append(l.vfs, vf.PCIAddress)
+			l.home[vf.PCIAddress] = l.state(t, vf.PCIAddress)
+		}
+	}
+	return l
+}
+
+// state is all there is to see of a VF in the host.
+func (l *lab) state(t *testing.T, vf string) string {
+	t.Helper()
+	ref, err := l.kernel.VF(vf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := l.kernel.VFSettings(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ref.Name == "" {
+		return fmt.Sprintf("%+v, not in the host", s)
+	}
+	dev, err := l.kernel.Link(nil, ref.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev.Index, dev.Carrier = 0, false
+	return fmt.Sprintf("%+v %+v", s, dev)
+}
+
+// atHome fails unless all VFs are at their baseline.
+func (l *lab) atHome(t *testing.T, when string) {
+	t.Helper()
+	for _, vf := range l.vfs {
+		if now := l.state(t, vf); now != l.home[vf] {
+			t.Errorf("%s: VF %s is\n%s, was\n%s", when, vf, now, l.home[vf])
+		}
+	}
+}
+
+// newPod makes a network namespace bound at a path, as container runtimes do.
+func newPod(t *testing.T, dir, name string) (path string) {
+	t.Helper()
+	path = filepath.Join(dir, name)
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		home, err := os.Open("/proc/thread-self/ns/net")
+		if err == nil {
+			err = unix.Unshare(unix.CLONE_NEWNET)
+		}
+		if err == nil {
+			err = unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
+			if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil {
+				home.Close()
+				runtime.UnlockOSThread()
+			}
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { endPod(path) })
+	return path
+}
+
+func endPod(path string) {
+	_ = unix.Unmount(path, unix.MNT_DETACH)
+	_ = os.Remove(path)
+}
+
+// inPod returns the pod's link of the VF.
+func (l *lab) inPod(t *testing.T, pod, name string) (host.Netdev, error) {
+	t.Helper()
+	ns, err := host.OpenNetns(pod)
+	if err != nil {
+		return host.Netdev{}, err
+	}
+	defer ns.Close()
+	return l.kernel.Link(ns, name)
+}
+
+// agentProcess is a running agent.
+type agentProcess struct {
+	cmd   *exec.Cmd
+	stdin io.Closer
+	dir   string
+}
+
+// startAgent starts an agent and waits until it serves or is dead.
+func startAgent(t *testing.T, dir string, dieAt int) *agentProcess {
+	t.Helper()
+	_ = os.Remove(filepath.Join(dir, "cni.sock"))
+	c := exec.Command("/proc/self/exe")
+	c.Env = append(os.Environ(), "SLUICE_TEST_AGENT="+dir, fmt.Sprintf("SLUICE_TEST_DIE_AT=%d", dieAt))
+	c.Stderr = os.Stderr
+	stdin, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	a := &agentProcess{c, stdin, dir}
+	t.Cleanup(a.stop)
+	eventually(t, "agent", func() error {
+		if a.died() {
+			return nil
+		}
+		conn, err := net.Dial("unix", filepath.Join(dir, "cni.sock"))
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	})
+	return a
+}
+
+// died tells whether the agent has killed itself.
+func (a *agentProcess) died() bool {
+	_, err := os.Stat(filepath.Join(a.dir, "died-at"))
+	return err == nil
+}
+
+// stop ends the agent in an orderly way and returns the step it died at, if any.
+func (a *agentProcess) stop() {
+	a.stdin.Close()
+	_ = a.cmd.Wait()
+}
+
+// step returns the step that the agent died at and forgets it.
+func (a *agentProcess) step() string {
+	b, _ := os.ReadFile(filepath.Join(a.dir, "died-at"))
+	_ = os.Remove(filepath.Join(a.dir, "died-at"))
+	return string(b)
+}
+
+func (a *agentProcess) call(req wire.Request) ([]byte, error) {
+	resp, err := call(filepath.Join(a.dir, "cni.sock"), req)
+	if err == nil && resp.Failed {
+		err = errors.New(string(resp.Stdout))
+	}
+	return resp.Stdout, err
+}
+
+func eventually(t *testing.T, what string, ok func() error) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		err := ok()
+		if err == nil {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("did not happen: %s: %v", what, err)
+		}
+	}
+}
+
+const labSettings = `,"vlan":100,"vlanQoS":3,"spoofchk":"off","mac":"02:00:00:00:0a:%02x","ipam":{"type":"testipam","dir":%q}`
+
+func (l *lab) request(command string, i int, container, pod, leases string) wire.Request {
+	return wire.Request{
+		Command: command, ContainerID: container, IfName: "net1", Netns: pod, Path: l.bin,
+		Args:  "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=" + container,
+		Stdin: conf(l.vfs[i], fmt.Sprintf(labSettings, i, leases)),
+	}
+}
+
+func TestLabAllVFsAtOnce(t *testing.T) {
+	l, dir, leases, pods := newLab(t), t.TempDir(), t.TempDir(), t.TempDir()
+	a := startAgent(t, dir, -1)
+	var took []time.Duration
+	var mu sync.Mutex
+	for round := range 5 {
+		var all sync.WaitGroup
+		for i := range l.vfs {
+			pod := newPod(t, pods, fmt.Sprintf("pod%d-%d", round, i))
+			req := l.request("ADD", i, fmt.Sprintf("c%d-%d", round, i), pod, leases)
+			all.Go(func() {
+				begin := time.Now()
+				out, err := a.call(req)
+				if err != nil {
+					t.Errorf("ADD %d: %v", i, err)
+					return
+				}
+				mu.Lock()
+				took = append(took, time.Since(begin))
+				mu.Unlock()
+				r, err := types100.NewResult(out)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				want := r.(*types100.Result).Interfaces[0]
+				dev, err := l.inPod(t, pod, "net1")
+				if err != nil || dev.MAC.String() != fmt.Sprintf("02:00:00:00:0a:%02x", i) || dev.MAC.String() != want.Mac || !dev.Up || dev.PCIAddress != l.vfs[i] || dev.MTU != want.Mtu {
+					t.Errorf("VF %s in the pod is %+v, result %s, %v", l.vfs[i], dev, out, err)
+				}
+				ref, _ := l.kernel.VF(l.vfs[i])
+				if s, err := l.kernel.VFSettings(ref); err != nil || s.VLAN != 100 || s.VLANQoS != 3 || s.SpoofChk {
+					t.Errorf("VF %s has %+v, %v", l.vfs[i], s, err)
+				}
+				check := req
+				check.Command, check.Stdin = "CHECK", []byte(strings.TrimSuffix(string(req.Stdin), "}")+`,"prevResult":`+string(out)+"}")
+				if _, err := a.call(check); err != nil {
+					t.Errorf("CHECK: %v", err)
+				}
+				for range 2 {
+					req.Command = "DEL"
+					if _, err := a.call(req); err != nil {
+						t.Errorf("DEL: %v", err)
+					}
+				}
+			})
+		}
+		all.Wait()
+		l.atHome(t, fmt.Sprintf("round %d", round))
+	}
+	if files, _ := filepath.Glob(filepath.Join(leases, "*")); len(files) > 0 {
+		t.Errorf("leases left: %v", files)
+	}
+	slices.Sort(took)
+	if len(took) > 0 {
+		t.Logf("%d ADDs, %d at a time: median %v, longest %v", len(took), len(l.vfs), took[len(took)/2], took[len(took)-1])
+	}
+}
+
+func TestLabRefusals(t *testing.T) {
+	l, dir, leases := newLab(t), t.TempDir(), t.TempDir()
+	pod := newPod(t, t.TempDir(), "pod")
+	a := startAgent(t, dir, -1)
+	own, err := os.ReadDir("/sys/bus/pci/devices")
+	if err != nil || len(own) == 0 {
+		t.Fatal(err)
+	}
+	pf, err := l.kernel.VF(l.vfs[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		ifName, conf, says string
+	}{
+		"unknown key":             {"net1", string(conf(l.vfs[0], `,"vlna":100`)), `unknown key \"vlna\" with value 100: did you mean \"vlan\"?`},
+		"VLAN 5000":               {"net1", string(conf(l.vfs[0], `,"vlan":5000`)), "vlan 5000 is not in the range 0-4094"},
+		"VF that does not exist":  {"net1", string(conf("0000:7f:10.0", "")), "there is no PCI device 0000:7f:10.0"},
+		"PF for a VF":             {"net1", string(conf(pf.PF, "")), "is not a virtual function"},
+		"name that is in the pod": {"lo", string(conf(l.vfs[0], "")), "has an interface lo already"},
+		"no IPAM plugin":          {"net1", string(conf(l.vfs[0], `,"vlan":5,"ipam":{"type":"nosuch"}`)), "nosuch"},
+		"IPAM says no":            {"net1", string(conf(l.vfs[0], `,"vlan":5,"ipam":{"type":"testipam","fail":"ADD"}`)), "no address is free"},
+		"MTU the driver refuses":  {"net1", string(conf(l.vfs[0], `,"vlan":5,"mtu":65000`)), "MTU 65000"},
+	} {
+		_, err := a.call(wire.Request{Command: "ADD", ContainerID: "c1", IfName: c.ifName, Netns: pod, Path: l.bin, Stdin: []byte(c.conf)})
+		if err == nil || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), "blue") {
+			t.Errorf("%s: %v", name, err)
+		}
+		l.atHome(t, name)
+		if _, err := l.inPod(t, pod, "net1"); !errors.Is(err, unix.ENODEV) {
+			t.Errorf("%s: net1 in the pod: %v", name, err)
+		}
+	}
+	// a VF that another pod has
+	add := l.request("ADD", 0, "c1", pod, leases)
+	if _, err := a.call(add); err != nil {
+		t.Fatal(err)
+	}
+	other := l.request("ADD", 0, "c2", newPod(t, t.TempDir(), "other"), leases)
+	if _, err := a.call(other); err == nil || !strings.Contains(err.Error(), "held by pod ns/c1") {
+		t.Errorf("held VF: %v", err)
+	}
+	add.Command = "DEL"
+	if _, err := a.call(add); err != nil {
+		t.Error(err)
+	}
+	l.atHome(t, "the end")
+}
+
+// TestLabInjectedErrno makes the driver of the emulated NIC refuse one kind of
+// setting after the other.
+func TestLabInjectedErrno(t *testing.T) {
+	l, dir, leases := newLab(t), t.TempDir(), t.TempDir()
+	ref, err := l.kernel.VF(l.vfs[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	debug := filepath.Join("/sys/kernel/debug/sluicenic", ref.PF)
+	if _, err := os.Stat(debug); err != nil {
+		if ref.Driver == "sluicenicvf" {
+			t.Fatal(err)
+		}
+		t.Skipf("driver %s cannot be told to fail", ref.Driver)
+	}
+	pod := newPod(t, t.TempDir(), "pod")
+	a := startAgent(t, dir, -1)
+	for _, attr := range []string{"mac", "vlan", "rate", "spoofchk", "trust", "link_state"} {
+		fault := filepath.Join(debug, "fail_vf_"+attr)
+		arm := func(s string) {
+			if err := os.WriteFile(fault, []byte(s), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		req := l.request("ADD", 0, "c-"+attr, pod, leases)
+		req.Stdin = conf(l.vfs[0], fmt.Sprintf(`,"vlan":7,"mac":"02:00:00:00:0b:01","spoofchk":"off","trust":"on","link_state":"enable","max_tx_rate":50,"ipam":{"type":"testipam","dir":%q}`, leases))
+		arm("5 0")
+		_, err := a.call(req)
+		if err == nil || !strings.Contains(err.Error(), attr) || !strings.Contains(err.Error(), "input/output error") || !strings.Contains(err.Error(), ref.PFName) {
+			t.Errorf("%s: %v", attr, err)
+		}
+		l.atHome(t, attr+" refused")
+		arm("0")
+		if _, err := a.call(req); err != nil {
+			t.Errorf("%s: ADD after it: %v", attr, err)
+		}
+		// A DEL that cannot reset the VF says so, and the next one does it.
+		req.Command = "DEL"
+		arm("5 0")
+		_, err = a.call(req)
+		if err == nil {
+			t.Errorf("%s: DEL says nothing of a refused reset", attr)
+		}
+		arm("0")
+		if _, err := a.call(req); err != nil {
+			t.Errorf("%s: second DEL: %v", attr, err)
+		}
+		l.atHome(t, attr+" reset")
+	}
+}
+
+// TestLabAgentKilledAtEachStep kills the agent (SIGKILL) at each step of ADD and
+// DEL, and its successor at each step of the recovery from the worst of them.
+func TestLabAgentKilledAtEachStep(t *testing.T) {
+	l, dir, leases := newLab(t), t.TempDir(), t.TempDir()
+	pods := t.TempDir()
+	for at, done := 0, false; !done; at++ {
+		pod := newPod(t, pods, fmt.Sprintf("pod%d", at))
+		add := l.request("ADD", 0, fmt.Sprintf("c%d", at), pod, leases)
+		del := add
+		del.Command = "DEL"
+		a := startAgent(t, dir, at)
+		out, err := a.call(add)
+		if err == nil {
+			_, err = a.call(del)
+		}
+		done = err == nil
+		step := ""
+		if !done {
+			_ = a.cmd.Wait()
+			if step = a.step(); step == "" {
+				t.Fatalf("the agent failed without being killed: %v", err)
+			}
+		} else {
+			a.stop()
+		}
+
+		// Kill the successors as well, at each step they take.
+		kills := 0
+		for died := !done; died; kills++ {
+			b := startAgent(t, dir, kills)
+			if died = b.died(); died {
+				_ = b.cmd.Wait()
+				b.step()
+			} else {
+				b.stop()
+			}
+			if kills > 20 {
+				t.Fatal("recovery does not come to an end")
+			}
+		}
+		b := startAgent(t, dir, -1)
+		held := l.holder(t, dir, l.vfs[0])
+		if !held {
+			l.atHome(t, fmt.Sprintf("killed at %q", step))
+		} else if dev, err := l.inPod(t, pod, "net1"); err != nil || !dev.Up {
+			t.Errorf("killed at %q: half attached: %+v, %v, %s", step, dev, err, out)
+		}
+		t.Logf("killed at %-25q then %2d times: attached %v", step, kills, held)
+		if _, err := b.call(add); err != nil {
+			t.Errorf("killed at %q: retry of ADD: %v", step, err)
+		}
+		if dev, err := l.inPod(t, pod, "net1"); err != nil || !dev.Up {
+			t.Errorf("killed at %q: after the retry: %+v, %v", step, dev, err)
+		}
+		if _, err := b.call(del); err != nil {
+			t.Errorf("killed at %q: DEL after it: %v", step, err)
+		}
+		l.atHome(t, fmt.Sprintf("killed at %q, deleted", step))
+		b.stop()
+		endPod(pod)
+	}
+	if files, _ := filepath.Glob(filepath.Join(leases, "*")); len(files) > 0 {
+		t.Errorf("leases left: %v", files)
+	}
+}
+
+// holder reads the journal on the disk.
+func (l *lab) holder(t *testing.T, dir, vf string) bool {
+	t.Helper()
+	files, _ := filepath.Glob(filepath.Join(dir, "attachments", "*.json"))
+	for _, file := range files {
+		var r attach.Record
+		b, err := os.ReadFile(file)
+		if err == nil {
+			err = json.Unmarshal(b, &r)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.VF == vf && r.Phase == attach.Attached {
+			return true
+		}
+		t.Errorf("after recovery the journal has %s", b)
+	}
+	return false
+}
+
+// TestLabPodsThatVanish ends network namespaces before, instead of and during
+// DEL, and renames things in the pod.
+func TestLabPodsThatVanish(t *testing.T) {
+	l, dir, leases := newLab(t), t.TempDir(), t.TempDir()
+	pods := t.TempDir()
+	a := startAgent(t, dir, -1)
+	attachTo := func(i int, container string) (pod string, del wire.Request) {
+		pod = newPod(t, pods, container)
+		del = l.request("ADD", i, container, pod, leases)
+		if _, err := a.call(del); err != nil {
+			t.Fatal(err)
+		}
+		del.Command = "DEL"
+		return pod, del
+	}
+	deleted := func(what string, del wire.Request) {
+		for range 2 {
+			if _, err := a.call(del); err != nil {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+		l.atHome(t, what)
+	}
+
+	pod, del := attachTo(0, "ended")
+	endPod(pod)
+	deleted("DEL after the end of the pod", del)
+
+	_, del = attachTo(0, "no-path")
+	del.Netns = ""
+	deleted("DEL without a path", del)
+
+	// both come home as net1: one of them gets another name by the kernel
+	pod, del = attachTo(0, "twin-1")
+	pod2, del2 := attachTo(1, "twin-2")
+	endPod(pod)
+	endPod(pod2)
+	if _, err := a.call(del); err != nil {
+		t.Error(err)
+	}
+	deleted("two pods at once", del2)
+
+	pod, del = attachTo(0, "renamer")
+	if err := inside(pod, func(h *netlink.Handle) error {
+		dev, err := h.LinkByName("net1")
+		if err != nil {
+			return err
+		}
+		return errors.Join(h.LinkSetName(dev, "mine"), h.LinkAddAltName(dev, "wire0"), h.LinkSetMTU(dev, 1300))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	deleted("renamed by the pod", del)
+
+	// the VF goes to another pod, then the DEL of the first comes
+	pod, late := attachTo(0, "first")
+	endPod(pod)
+	second, del := attachTo(0, "second")
+	before, err := l.inPod(t, second, "net1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	state := l.state(t, l.vfs[0])
+	if _, err := a.call(late); err != nil {
+		t.Error(err)
+	}
+	if after, err := l.inPod(t, second, "net1"); err != nil || fmt.Sprint(after) != fmt.Sprint(before) || l.state(t, l.vfs[0]) != state {
+		t.Errorf("the late DEL changed %+v to %+v, %v", before, after, err)
+	}
+	deleted("the second pod", del)
+
+	// the agent is away while the pod ends, and nobody sends a DEL
+	pod, _ = attachTo(1, "forgotten")
+	a.stop()
+	endPod(pod)
+	a = startAgent(t, dir, -1)
+	l.atHome(t, "pod ended while the agent was away")
+
+	// the runtime says which attachments are valid
+	_, keep := attachTo(2, "keep")
+	attachTo(3, "collect")
+	gc := wire.Request{Command: "GC", Path: l.bin, Stdin: conf("", fmt.Sprintf(`,"ipam":{"type":"testipam","dir":%q},"cni.dev/valid-attachments":[{"containerID":"keep","ifname":"net1"}]`, leases))}
+	if _, err := a.call(gc); err != nil {
+		t.Error(err)
+	}
+	if !l.holder(t, dir, l.vfs[2]) || l.state(t, l.vfs[3]) != l.home[l.vfs[3]] {
+		t.Errorf("after GC: %s", l.state(t, l.vfs[3]))
+	}
+	deleted("the kept one", keep)
+	if files, _ := filepath.Glob(filepath.Join(leases, "*")); len(files) > 0 {
+		t.Errorf("leases left: %v", files)
+	}
+}
+
+// inside runs f with a netlink handle of the pod's namespace.
+func inside(pod string, f func(*netlink.Handle) error) error {
+	ns, err := host.OpenNetns(pod)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	return ns.Do(func() error {
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return err
+		}
+		defer h.Close()
+		return f(h)
+	})
+}
+
+// TestLabOneMessage holds what an ADD costs: VF lists, which drivers answer one
+// firmware call at a time, are not read for it.
+func TestLabOneMessage(t *testing.T) {
+	l := newLab(t)
+	ref, err := l.kernel.VF(l.vfs[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ref.Driver != "sluicenicvf" {
+		t.Skipf("driver %s does not take all settings in one message", ref.Driver)
+	}
+	counting := &countingKernel{Attacher: l.kernel}
+	a, err := attach.New(attach.Options{Kernel: counting, Baselines: l, IPAM: attach.ExecIPAM{}, Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod := newPod(t, t.TempDir(), "pod")
+	req := attach.Request{ContainerID: "c", IfName: "net1", Netns: pod, Stdin: conf(l.vfs[0], `,"vlan":9,"mac":"02:00:00:00:0c:01","trust":"on"`)}
+	if _, err := a.Add(context.Background(), req, nil); err != nil {
+		t.Fatal(err)
+	}
+	if counting.lists != 0 || counting.changes != 1 {
+		t.Errorf("ADD read %d VF lists and changed the link %d times", counting.lists, counting.changes)
+	}
+	if err := a.Del(context.Background(), req, nil); err != nil {
+		t.Fatal(err)
+	}
+	l.atHome(t, "DEL")
+}
+
+// Baseline is that of the lab's VFs.
+func (l *lab) Baseline(vf string) (net.HardwareAddr, int, bool) {
+	ref, err := l.kernel.VF(vf)
+	if err != nil {
+		return nil, 0, false
+	}
+	dev, err := l.kernel.Link(nil, ref.Name)
+	return dev.MAC, dev.MTU, err == nil
+}
+
+type countingKernel struct {
+	*host.Attacher
+	lists, changes int
+}
+
+func (k *countingKernel) VFSettings(vf host.VFRef) (host.VFSettings, error) {
+	k.lists++
+	return k.Attacher.VFSettings(vf)
+}
+
+func (k *countingKernel) ChangeLink(ctx context.Context, from *host.Netns, index int, c host.LinkChange) error {
+	k.changes++
+	return k.Attacher.ChangeLink(ctx, from, index, c)
+}

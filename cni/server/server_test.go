@@ -1,0 +1,302 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/go-logr/logr"
+
+	"github.com/sluice-network/sluice/cni/attach"
+	"github.com/sluice-network/sluice/cni/wire"
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// contextUntilEOF ends when the reader does.
+func contextUntilEOF(r io.Reader) (context.Context, context.CancelFunc) {
+	ctx, stop := context.WithCancel(context.Background())
+	go func() {
+		_, _ = io.Copy(io.Discard, r)
+		stop()
+	}()
+	return ctx, stop
+}
+
+// noVFs is a kernel without VFs. Looking for one can block or panic.
+type noVFs struct {
+	attach.Kernel
+	block chan struct{}
+	asked *atomic.Int32
+}
+
+func (noVFs) HostNetns() *host.Netns                     { return &host.Netns{} }
+func (noVFs) OpenNetns(path string) (*host.Netns, error) { return host.OpenNetns(path) }
+
+func (k noVFs) VF(pci string) (host.VFRef, error) {
+	if strings.HasSuffix(pci, ".7") {
+		panic("a defect")
+	}
+	if k.block != nil {
+		k.asked.Add(1)
+		<-k.block
+	}
+	return host.VFRef{}, host.ErrNoVF
+}
+
+func start(t *testing.T, kernel attach.Kernel) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	serve(t, dir, kernel)
+	return dir
+}
+
+func serve(t *testing.T, dir string, kernel attach.Kernel) *Server {
+	t.Helper()
+	s, err := New(Options{Socket: filepath.Join(dir, "cni.sock"), StateDir: dir, Kernel: kernel, Baselines: noBaselines{}, Log: logr.Discard()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	var done sync.WaitGroup
+	done.Go(func() {
+		if err := s.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(func() { stop(); done.Wait() })
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		conn, err := net.Dial("unix", filepath.Join(dir, "cni.sock"))
+		if err == nil {
+			conn.Close()
+			return s
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the server does not start")
+		}
+	}
+}
+
+func errorOf(t *testing.T, resp wire.Response, err error) (code int, msg string) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var e struct {
+		Code int
+		Msg  string
+	}
+	if resp.Failed {
+		if err := json.Unmarshal(resp.Stdout, &e); err != nil {
+			t.Fatalf("%s: %v", resp.Stdout, err)
+		}
+	}
+	return e.Code, e.Msg
+}
+
+func conf(vf, more string) []byte {
+	return []byte(`{"cniVersion":"1.1.0","name":"blue","type":"sriov","deviceID":"` + vf + `"` + more + `}`)
+}
+
+func TestServerAnswers(t *testing.T) {
+	dir := start(t, noVFs{})
+	socket := filepath.Join(dir, "cni.sock")
+	for name, c := range map[string]struct {
+		req  wire.Request
+		code int
+		says string
+	}{
+		"no such VF":  {wire.Request{Command: "ADD", ContainerID: "c", IfName: "net1", Netns: "/proc/self/ns/net", Stdin: conf("0000:01:10.0", "")}, 7, "no such VF"},
+		"unknown key": {wire.Request{Command: "ADD", ContainerID: "c", IfName: "net1", Netns: "/proc/self/ns/net", Stdin: conf("0000:01:10.0", `,"vlna":1`)}, 7, `did you mean "vlan"`},
+		"panic":       {wire.Request{Command: "ADD", ContainerID: "c", IfName: "net1", Netns: "/proc/self/ns/net", Stdin: conf("0000:01:10.7", "")}, 999, "a defect"},
+		"DEL":         {wire.Request{Command: "DEL", ContainerID: "c", IfName: "net1", Stdin: conf("0000:01:10.0", "")}, 0, ""},
+		"STATUS":      {wire.Request{Command: "STATUS", Stdin: conf("0000:01:10.0", "")}, 0, ""},
+		"no verb":     {wire.Request{Command: "MOVE"}, 4, "MOVE"},
+	} {
+		for range 2 { // a panic leaves no lock behind
+			resp, err := call(socket, c.req)
+			code, msg := errorOf(t, resp, err)
+			if code != c.code || !strings.Contains(msg, c.says) {
+				t.Errorf("%s: code %d, %s", name, code, msg)
+			}
+		}
+	}
+	if st, err := os.Stat(socket); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("socket: %v, %v", st.Mode(), err)
+	}
+}
+
+func TestBadFramesHurtNobody(t *testing.T) {
+	dir := start(t, noVFs{})
+	socket := filepath.Join(dir, "cni.sock")
+	for _, frame := range []string{"", "x", "\xff\xff\xff\xff", "\x00\x00\x00\x02[]", "\x00\x00\x10\x00{"} {
+		conn, err := net.Dial("unix", socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Write([]byte(frame)); err != nil {
+			t.Error(err)
+		}
+		conn.Close()
+	}
+	if resp, err := call(socket, wire.Request{Command: "STATUS", Stdin: conf("", "")}); err != nil || resp.Failed {
+		t.Errorf("STATUS: %s, %v", resp.Stdout, err)
+	}
+}
+
+func TestOthersThanRootAreRefused(t *testing.T) {
+	if os.Getuid() != 0 {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("needs root")
+		}
+		t.Skip("needs root")
+	}
+	dir := start(t, noVFs{})
+	socket := filepath.Join(dir, "cni.sock")
+	for _, path := range []string{filepath.Dir(dir), dir, socket} {
+		if err := os.Chmod(path, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A process of another user, which gets no further than its connection.
+	exe := filepath.Join(dir, "probe")
+	if err := copyFile(exe, "/proc/self/exe"); err != nil {
+		t.Fatal(err)
+	}
+	c := exec.Command(exe, "-test.run", "^TestProbe$", "-test.v")
+	c.Env = []string{"SLUICE_TEST_PROBE=" + socket}
+	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	out, err := c.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "refused: ") || strings.Contains(string(out), "<nil>") {
+		t.Errorf("%s, %v", out, err)
+	}
+}
+
+// TestProbe is the process of another user in the test above.
+func TestProbe(t *testing.T) {
+	socket := os.Getenv("SLUICE_TEST_PROBE")
+	if socket == "" {
+		return
+	}
+	_, err := call(socket, wire.Request{Command: "STATUS", Stdin: conf("", "")})
+	t.Log("refused:", err)
+}
+
+func copyFile(to, from string) error {
+	b, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, b, 0o755)
+}
+
+// TestCallersThatGoAway hangs up during an ADD that waits for its VF's lock.
+func TestCallersThatGoAway(t *testing.T) {
+	block := make(chan struct{})
+	var asked atomic.Int32
+	dir := start(t, noVFs{block: block, asked: &asked})
+	socket := filepath.Join(dir, "cni.sock")
+	add := wire.Request{Command: "ADD", ContainerID: "c", IfName: "net1", Netns: "/proc/self/ns/net", Stdin: conf("0000:01:10.0", "")}
+	first := make(chan error)
+	go func() { _, err := call(socket, add); first <- err }()
+	time.Sleep(50 * time.Millisecond)
+	add.ContainerID = "c2"
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	frame, _ := wire.Encode(add)
+	if _, err := conn.Write(frame); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(conn, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	time.Sleep(50 * time.Millisecond)
+	close(block)
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	time.Sleep(50 * time.Millisecond)
+	if n := asked.Load(); n != 1 {
+		t.Errorf("%d ADDs were begun, want that of the caller who waited", n)
+	}
+}
+
+// TestQueuedDelIsWorkedOff leaves a DEL as the shim does when there is no agent.
+func TestQueuedDelIsWorkedOff(t *testing.T) {
+	dir := t.TempDir()
+	queue := filepath.Join(dir, "del-queue")
+	if err := os.MkdirAll(queue, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	leases := t.TempDir()
+	lease := filepath.Join(leases, "c-net1")
+	if err := os.WriteFile(lease, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	bin := pluginDir(t)
+	req := wire.Request{Command: "DEL", ContainerID: "c", IfName: "net1", Path: bin, Stdin: conf("0000:01:10.0", `,"ipam":{"type":"testipam","dir":"`+leases+`"}`)}
+	b, _ := json.Marshal(req)
+	for name, content := range map[string][]byte{"a.json": b, "b.json": []byte("{torn"), "c.json.1.tmp": b} {
+		if err := os.WriteFile(filepath.Join(queue, name), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	serve(t, dir, noVFs{})
+	if _, err := os.Stat(lease); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("lease: %v", err)
+	}
+	if files, _ := filepath.Glob(filepath.Join(queue, "*.json")); len(files) != 1 || filepath.Base(files[0]) != "b.json" {
+		t.Errorf("left: %v", files)
+	}
+}
+
+// pluginDir is a folder in which this program is the IPAM plugin "testipam".
+func pluginDir(t *testing.T) string {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := os.Symlink(exe, filepath.Join(dir, "testipam")); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func TestIPAMPlugins(t *testing.T) {
+	leases, ctx := t.TempDir(), context.Background()
+	ipam := attach.ExecIPAM{Dirs: []string{pluginDir(t)}}
+	req := attach.Request{Command: attach.Add, ContainerID: "c", IfName: "net1", Netns: "/n", Path: "/nonexistent",
+		Stdin: conf("0000:02:10.3", `,"ipam":{"type":"testipam","dir":"`+leases+`","fail":"CHECK"}`)}
+	r, err := ipam.Exec(ctx, "testipam", req)
+	if err != nil || r.IPs[0].Address.String() != "10.20.2.131/16" || r.CNIVersion != types100.ImplementedSpecVersion {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	req.Command = attach.Check
+	if _, err := ipam.Exec(ctx, "testipam", req); attach.CNIError(err).Code != 11 || !strings.Contains(err.Error(), "no address is free") {
+		t.Errorf("failing plugin: %v", err)
+	}
+	if _, err := ipam.Exec(ctx, "nosuch", req); attach.CNIError(err).Code != attach.CodeIPAM || !strings.Contains(err.Error(), "nosuch") {
+		t.Errorf("missing plugin: %v", err)
+	}
+	ended, cancel := context.WithCancel(ctx)
+	cancel()
+	if _, err := ipam.Exec(ended, "testipam", req); !errors.Is(err, context.Canceled) {
+		t.Errorf("ended context: %v", err)
+	}
+}
