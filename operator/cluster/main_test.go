@@ -2,65 +2,119 @@ package cluster
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
-	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/runtime"
-	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
+	"k8s.io/klog/v2"
+	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
-
-	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"sigs.k8s.io/controller-runtime/pkg/metrics/server"
 )
 
-// The tests of this package that need an API server share one real kube-apiserver and
-// etcd, found through KUBEBUILDER_ASSETS.
+// The tests of this package share one real kube-apiserver and etcd, found through
+// KUBEBUILDER_ASSETS, on which Sluice is installed as a user would: by
+// kubectl apply -k config/default. The controllers run with the rights that this gives
+// them and no more. There is no kubelet, no garbage collector and, at first, no Multus.
 var (
 	apiConfig *rest.Config
-	api       client.Client
+	api       client.Client // may do everything
+	kubectl   func(ctx context.Context, args ...string) ([]byte, error)
 )
 
 const operatorNamespace = "sriov-network-operator"
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
-
-func run(m *testing.M) int {
+func TestMain(m *testing.M) {
 	if os.Getenv("KUBEBUILDER_ASSETS") == "" {
-		return m.Run()
+		os.Exit(m.Run())
 	}
-	env := &envtest.Environment{
-		CRDDirectoryPaths:     []string{filepath.Join("..", "..", "config", "crd", "bases")},
-		ErrorIfCRDPathMissing: true,
-	}
-	config, err := env.Start()
+	code, err := withCluster(m.Run)
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "start the API server:", err)
-		return 1
+		fmt.Fprintln(os.Stderr, "set up the test cluster:", err)
+		code = 1
 	}
-	defer env.Stop() //nolint:errcheck // the process ends
-	scheme := runtime.NewScheme()
-	for _, add := range []func(*runtime.Scheme) error{clientgoscheme.AddToScheme, sriovv1.AddToScheme} {
-		if err := add(scheme); err != nil {
-			fmt.Fprintln(os.Stderr, "register kinds:", err)
-			return 1
-		}
+	os.Exit(code)
+}
+
+func withCluster(run func() int) (code int, err error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	ctrl.SetLogger(klog.Background())
+	env := &envtest.Environment{}
+	if apiConfig, err = env.Start(); err != nil {
+		return 0, fmt.Errorf("start the API server: %w", err)
 	}
-	apiConfig = config
-	if api, err = client.New(config, client.Options{Scheme: scheme}); err != nil {
-		fmt.Fprintln(os.Stderr, "make a client:", err)
-		return 1
+	defer func() { err = errors.Join(err, env.Stop()) }()
+	if err := findKubectl(env); err != nil {
+		return 0, err
 	}
-	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: operatorNamespace}}
-	if err := api.Create(context.Background(), ns); err != nil {
-		fmt.Fprintln(os.Stderr, "create the operator's namespace:", err)
-		return 1
+	if out, err := kubectl(ctx, "apply", "-k", filepath.Join("..", "..", "config", "default")); err != nil {
+		return 0, fmt.Errorf("install: %w\n%s", err, out)
 	}
-	return m.Run()
+	if out, err := kubectl(ctx, "wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"); err != nil {
+		return 0, fmt.Errorf("wait for the kinds: %w\n%s", err, out)
+	}
+	scheme, err := NewScheme()
+	if err != nil {
+		return 0, err
+	}
+	if api, err = client.New(apiConfig, client.Options{Scheme: scheme}); err != nil {
+		return 0, fmt.Errorf("make a client: %w", err)
+	}
+	config := Config{Namespace: operatorNamespace, ResourcePrefix: "openshift.io"}
+	mgr, err := ctrl.NewManager(as("sluice-operator", nil), ctrl.Options{
+		Scheme: scheme, Cache: CacheOptions(config), Metrics: server.Options{BindAddress: "0"},
+	})
+	if err != nil {
+		return 0, fmt.Errorf("make the manager: %w", err)
+	}
+	if err := Setup(mgr, config); err != nil {
+		return 0, err
+	}
+	stopped := make(chan error, 1)
+	go func() { stopped <- mgr.Start(ctx) }()
+	code = run()
+	cancel()
+	return code, <-stopped
+}
+
+// findKubectl makes kubectl speak to the API server with all rights.
+func findKubectl(env *envtest.Environment) error {
+	admin, err := env.AddUser(envtest.User{Name: "admin", Groups: []string{"system:masters"}}, nil)
+	if err != nil {
+		return fmt.Errorf("make an administrator: %w", err)
+	}
+	kubeconfig, err := admin.KubeConfig()
+	if err != nil {
+		return fmt.Errorf("write a kubeconfig: %w", err)
+	}
+	path := filepath.Join(env.ControlPlane.APIServer.CertDir, "admin.kubeconfig")
+	if err := os.WriteFile(path, kubeconfig, 0o600); err != nil {
+		return fmt.Errorf("write a kubeconfig: %w", err)
+	}
+	kubectl = func(ctx context.Context, args ...string) ([]byte, error) {
+		c := exec.CommandContext(ctx, filepath.Join(os.Getenv("KUBEBUILDER_ASSETS"), "kubectl"), args...)
+		c.Env = append(os.Environ(), "KUBECONFIG="+path)
+		return c.CombinedOutput()
+	}
+	return nil
+}
+
+// as speaks to the API server with the rights of a service account of the installation.
+func as(serviceAccount string, extra map[string][]string) *rest.Config {
+	config := rest.CopyConfig(apiConfig)
+	config.Impersonate = rest.ImpersonationConfig{
+		UserName: "system:serviceaccount:" + operatorNamespace + ":" + serviceAccount,
+		Groups:   []string{"system:serviceaccounts", "system:serviceaccounts:" + operatorNamespace, "system:authenticated"},
+		Extra:    extra,
+	}
+	return config
 }
 
 // needAPI skips a test that needs an API server when there is none, except in CI, where
@@ -75,4 +129,16 @@ func needAPI(t *testing.T) {
 		t.Fatal(why)
 	}
 	t.Skip(why)
+}
+
+// eventually waits until check has nothing to complain about.
+func eventually(t *testing.T, check func() error) {
+	t.Helper()
+	var err error
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		if err = check(); err == nil {
+			return
+		}
+	}
+	t.Fatal(err)
 }

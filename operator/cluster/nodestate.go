@@ -85,7 +85,11 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 	if !missing && equality.Semantic.DeepEqual(spec, state.Spec) {
 		return ctrl.Result{}, nil
 	}
-	desired, err := applyPart("SriovNetworkNodeState", request.NamespacedName, "spec", &spec)
+	// Interfaces are always given, if only as an empty list: what is left out of an apply
+	// stays when somebody else has written it too. The rest of the spec is not ours.
+	desired, err := applyPart("SriovNetworkNodeState", request.NamespacedName, "spec", &struct {
+		Interfaces []sriovv1.Interface `json:"interfaces"`
+	}{append([]sriovv1.Interface{}, spec.Interfaces...)})
 	if err != nil {
 		return ctrl.Result{}, err
 	}

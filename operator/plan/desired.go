@@ -72,7 +72,7 @@ func Desired(policies []sriovv1.SriovNetworkNodePolicy, nodeLabels map[string]st
 	if len(inventory) == 0 {
 		return *prior.DeepCopy(), node.findings
 	}
-	return node.spec(), node.findings
+	return node.spec(prior), node.findings
 }
 
 // byStrength sorts policies, strongest first.
@@ -399,9 +399,11 @@ func (p *pfPlan) String() string {
 	return p.pf.Name + " (" + p.pf.PciAddress + ")"
 }
 
-// spec writes the claims down.
-func (n *nodePlan) spec() sriovv1.SriovNetworkNodeStateSpec {
-	var spec sriovv1.SriovNetworkNodeStateSpec
+// spec writes the claims down. Bridges and system settings are not decided here: they
+// stay as they were.
+func (n *nodePlan) spec(prior sriovv1.SriovNetworkNodeStateSpec) sriovv1.SriovNetworkNodeStateSpec {
+	spec := *prior.DeepCopy()
+	spec.Interfaces = nil
 	for _, p := range n.pfs {
 		if len(p.claims) > 0 {
 			spec.Interfaces = append(spec.Interfaces, p.spec())

@@ -1,0 +1,94 @@
+package cluster
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+)
+
+// An unknown key beside a known one would, if it were dropped, select more NICs.
+func TestUnknownSelectorKeyIsRefused(t *testing.T) {
+	needAPI(t)
+	const want = "spec.nicSelector.pfName: unknown field: use vendor, deviceID, rootDevices, pfNames or netFilter"
+	p := object(t, "SriovNetworkNodePolicy", "unknown-key", "nodeSelector: {a: b}\nresourceName: r\nnumVfs: 4\nnicSelector: {vendor: '8086', pfName: [ens1f0]}")
+	// The API server takes a moment to act on an admission policy.
+	eventually(t, func() error { return refusedWith(api.Create(t.Context(), p.DeepCopy(), client.DryRunAll), want) })
+
+	file := filepath.Join(t.TempDir(), "policy.json")
+	data, err := p.MarshalJSON()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, validate := range []string{"strict", "ignore"} {
+		out, err := kubectl(t.Context(), "apply", "-f", file, "--validate="+validate)
+		if err == nil || !strings.Contains(string(out), want) {
+			t.Errorf("kubectl apply --validate=%s says %s", validate, out)
+		}
+	}
+}
+
+// The operator must see the key too, in case the admission policy is not installed.
+func TestUnknownSelectorKeyIsSeen(t *testing.T) {
+	var s sriovv1.SriovNetworkNicSelector
+	if err := s.UnmarshalJSON([]byte(`{"vendor": "8086", "pfName": ["x"], "a": 1}`)); err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(s.UnknownKeys, " "); got != "a pfName" || s.Vendor != "8086" {
+		t.Errorf("the selector is %+v", s)
+	}
+}
+
+func TestAgentWritesOnlyItsOwnNodesState(t *testing.T) {
+	needAPI(t)
+	for _, name := range []string{"adm-1", "adm-2"} {
+		makeNode(t, name, nil)
+		eventually(t, func() error {
+			return api.Get(t.Context(), client.ObjectKey{Namespace: operatorNamespace, Name: name}, &sriovv1.SriovNetworkNodeState{})
+		})
+	}
+	agent, err := client.New(as("sluice-agent", map[string][]string{"authentication.kubernetes.io/node-name": {"adm-1"}}), client.Options{Scheme: api.Scheme()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	unbound, err := client.New(as("sluice-agent", nil), client.Options{Scheme: api.Scheme()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	status := sriovv1.SriovNetworkNodeStateStatus{SyncStatus: sriovv1.SyncStatusSucceeded}
+	write := func(c client.Client, node string) error {
+		patch, err := applyPart("SriovNetworkNodeState", client.ObjectKey{Namespace: operatorNamespace, Name: node}, "status", &status)
+		if err != nil {
+			return err
+		}
+		return c.Status().Apply(t.Context(), patch, client.FieldOwner("sluice-agent"), client.ForceOwnership)
+	}
+	eventually(t, func() error {
+		return refusedWith(write(agent, "adm-2"), "SriovNetworkNodeState adm-2: an agent writes the state of its own node only, and this one is on adm-1")
+	})
+	if err := refusedWith(write(unbound, "adm-1"), "this one is on no known node"); err != nil {
+		t.Error(err)
+	}
+	if err := write(agent, "adm-1"); err != nil {
+		t.Errorf("its own state: %v", err)
+	}
+	if err := agent.List(t.Context(), &sriovv1.SriovNetworkNodeStateList{}, client.InNamespace(operatorNamespace), client.MatchingFields{"metadata.name": "adm-1"}); err != nil {
+		t.Errorf("read its own state: %v", err)
+	}
+	event := &corev1.Event{ObjectMeta: metav1.ObjectMeta{GenerateName: "e", Namespace: operatorNamespace}, InvolvedObject: corev1.ObjectReference{Namespace: operatorNamespace}}
+	if err := agent.Create(t.Context(), event); err != nil {
+		t.Errorf("make an event: %v", err)
+	}
+	if err := agent.Delete(t.Context(), &sriovv1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "adm-1"}}); err == nil {
+		t.Error("an agent may delete a node's state")
+	}
+}

@@ -1,0 +1,428 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+	corev1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/yaml"
+
+	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+)
+
+func refusedWith(err error, want string) error {
+	if err == nil || !strings.Contains(err.Error(), want) {
+		return fmt.Errorf("the error is %w, want %q", errors.Join(err), want)
+	}
+	return nil
+}
+
+// makeNode makes a Linux node; labels are added.
+func makeNode(t *testing.T, name string, labels map[string]string) *corev1.Node {
+	t.Helper()
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{corev1.LabelOSStable: "linux"}}}
+	for k, v := range labels {
+		node.Labels[k] = v
+	}
+	if err := api.Create(t.Context(), node); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = api.Delete(t.Context(), node) })
+	return node
+}
+
+// makePolicy makes a policy for ens1f0 of the nodes that carry the label test=<name>.
+func makePolicy(t *testing.T, name, test string, numVfs int, edit ...func(*sriovv1.SriovNetworkNodePolicy)) *sriovv1.SriovNetworkNodePolicy {
+	t.Helper()
+	p := &sriovv1.SriovNetworkNodePolicy{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: name}}
+	p.Spec.ResourceName, p.Spec.NumVfs, p.Spec.NodeSelector = name, numVfs, map[string]string{"test": test}
+	p.Spec.NicSelector.PfNames = []sriovv1.PfName{"ens1f0"}
+	for _, e := range edit {
+		e(p)
+	}
+	if err := api.Create(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = api.Delete(t.Context(), p) })
+	return p
+}
+
+// change edits an object, whoever else writes to it meanwhile.
+func change[T client.Object](t *testing.T, object T, edit func(T)) {
+	t.Helper()
+	eventually(t, func() error {
+		if err := api.Get(t.Context(), client.ObjectKeyFromObject(object), object); err != nil {
+			return err
+		}
+		edit(object)
+		return api.Update(t.Context(), object)
+	})
+}
+
+func getState(t *testing.T, node string) (*sriovv1.SriovNetworkNodeState, error) {
+	state := &sriovv1.SriovNetworkNodeState{}
+	return state, api.Get(t.Context(), client.ObjectKey{Namespace: operatorNamespace, Name: node}, state)
+}
+
+// agentReports writes a node's status as its agent would, for the spec's generation.
+func agentReports(t *testing.T, node string, edit func(*sriovv1.SriovNetworkNodeState)) {
+	t.Helper()
+	eventually(t, func() error {
+		state, err := getState(t, node)
+		if err != nil {
+			return err
+		}
+		state.Status.ObservedGeneration = state.Generation
+		state.Status.Interfaces = []sriovv1.InterfaceExt{{Name: "ens1f0", PciAddress: "0000:01:00.0", TotalVfs: 7, Mtu: 1500, LinkType: "ETH"}}
+		edit(state)
+		return api.Status().Update(t.Context(), state)
+	})
+}
+
+func condition(kind string, status metav1.ConditionStatus) metav1.Condition {
+	return metav1.Condition{Type: kind, Status: status, Reason: "Test", LastTransitionTime: metav1.Now()}
+}
+
+// groups writes what a node's spec has, in short.
+func groups(t *testing.T, node string) (string, error) {
+	state, err := getState(t, node)
+	var all []string
+	for _, i := range state.Spec.Interfaces {
+		for _, g := range i.VfGroups {
+			all = append(all, fmt.Sprintf("%s %d %s=%s", i.Name, i.NumVfs, g.PolicyName, g.VfRange))
+		}
+	}
+	return strings.Join(all, ", "), err
+}
+
+func wantGroups(t *testing.T, node, want string) {
+	t.Helper()
+	eventually(t, func() error {
+		got, err := groups(t, node)
+		if err == nil && got != want {
+			err = fmt.Errorf("the spec of %s is %q, want %q", node, got, want)
+		}
+		return err
+	})
+}
+
+func wantCondition(t *testing.T, object client.Object, conditions func() []metav1.Condition, kind string, status metav1.ConditionStatus, reason, message string) {
+	t.Helper()
+	eventually(t, func() error {
+		if err := api.Get(t.Context(), client.ObjectKeyFromObject(object), object); err != nil {
+			return err
+		}
+		c := meta.FindStatusCondition(conditions(), kind)
+		if c == nil || c.Status != status || c.Reason != reason || !strings.Contains(c.Message, message) || c.ObservedGeneration != object.GetGeneration() {
+			return fmt.Errorf("condition %s is %+v, want %s %s %q", kind, c, status, reason, message)
+		}
+		return nil
+	})
+}
+
+func TestNodeState(t *testing.T) {
+	needAPI(t)
+	node := makeNode(t, "ns-1", map[string]string{"test": "ns"})
+	makeNode(t, "ns-windows", map[string]string{"test": "ns", corev1.LabelOSStable: "windows"})
+	wantGroups(t, "ns-1", "")
+	policy := makePolicy(t, "ns-a", "ns", 4)
+	agentReports(t, "ns-1", func(*sriovv1.SriovNetworkNodeState) {})
+	wantGroups(t, "ns-1", "ens1f0 4 ns-a=0-3")
+
+	// Nothing that changes nothing is written.
+	before, err := getState(t, "ns-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3 {
+		patch := client.MergeFrom(node.DeepCopy())
+		node.Labels["other"] = fmt.Sprint(i)
+		if err := api.Patch(t.Context(), node, patch); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unrelated := makePolicy(t, "ns-b", "ns", 4, func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.NicSelector.PfNames = []sriovv1.PfName{"eth9"} })
+	wantCondition(t, unrelated, func() []metav1.Condition { return unrelated.Status.Conditions }, sriovv1.ConditionReady, metav1.ConditionFalse, "NoNICSelected", "not PF ens1f0 (0000:01:00.0): its name is not among nicSelector.pfNames eth9")
+	time.Sleep(time.Second)
+	after, err := getState(t, "ns-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if after.ResourceVersion != before.ResourceVersion {
+		t.Errorf("the node's state was written without a change: resourceVersion %s is now %s", before.ResourceVersion, after.ResourceVersion)
+	}
+
+	// What a hand changes is put right.
+	change(t, after, func(s *sriovv1.SriovNetworkNodeState) { s.Spec.Interfaces[0].NumVfs = 1 })
+	wantGroups(t, "ns-1", "ens1f0 4 ns-a=0-3")
+
+	// A policy that no longer selects the node, and one that is gone, leave it.
+	change(t, policy, func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.NodeSelector["test"] = "other" })
+	wantGroups(t, "ns-1", "")
+	change(t, policy, func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.NodeSelector["test"] = "ns" })
+	wantGroups(t, "ns-1", "ens1f0 4 ns-a=0-3")
+	if err := api.Delete(t.Context(), policy); err != nil {
+		t.Fatal(err)
+	}
+	wantGroups(t, "ns-1", "")
+
+	if _, err := getState(t, "ns-windows"); !apierrors.IsNotFound(err) {
+		t.Errorf("a Windows node has a state: %v", err)
+	}
+	if err := api.Delete(t.Context(), node); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		if _, err := getState(t, "ns-1"); !apierrors.IsNotFound(err) {
+			return fmt.Errorf("the state of a node that is gone is there: %w", errors.Join(err))
+		}
+		return nil
+	})
+}
+
+func TestPolicyStatus(t *testing.T) {
+	needAPI(t)
+	policy := makePolicy(t, "ps-a", "ps", 4)
+	conditions := func() []metav1.Condition { return policy.Status.Conditions }
+	ready := func(status metav1.ConditionStatus, reason, message string) {
+		t.Helper()
+		wantCondition(t, policy, conditions, sriovv1.ConditionReady, status, reason, message)
+	}
+	ready(metav1.ConditionFalse, "NoNodeSelected", "nodeSelector selects no Linux node")
+
+	makeNode(t, "ps-1", map[string]string{"test": "ps"})
+	ready(metav1.ConditionFalse, "InventoryPending", "node ps-1: the node has not reported any SR-IOV NIC")
+	agentReports(t, "ps-1", func(*sriovv1.SriovNetworkNodeState) {})
+	ready(metav1.ConditionFalse, "NodesInProgress", "node ps-1: the node's agent has yet to act on the spec")
+	wantCondition(t, policy, conditions, sriovv1.ConditionProgressing, metav1.ConditionTrue, "NodesInProgress", "")
+	wantGroups(t, "ps-1", "ens1f0 4 ps-a=0-3")
+
+	agentReports(t, "ps-1", func(s *sriovv1.SriovNetworkNodeState) {
+		s.Status.Interfaces[0].Message = "write sriov_numvfs: cannot allocate memory: boot with pci=realloc"
+		s.Status.Conditions = []metav1.Condition{condition(sriovv1.ConditionReady, metav1.ConditionFalse), condition(sriovv1.ConditionProgressing, metav1.ConditionFalse)}
+	})
+	ready(metav1.ConditionFalse, "NodeFailed", "node ps-1: PF ens1f0: write sriov_numvfs: cannot allocate memory: boot with pci=realloc")
+	wantCondition(t, policy, conditions, sriovv1.ConditionDegraded, metav1.ConditionTrue, "NodeFailed", "")
+
+	works := func(s *sriovv1.SriovNetworkNodeState) {
+		s.Status.Conditions = []metav1.Condition{condition(sriovv1.ConditionReady, metav1.ConditionTrue)}
+	}
+	agentReports(t, "ps-1", works)
+	ready(metav1.ConditionTrue, "AllNodesReady", "in effect on 1 of 1 selected nodes")
+	if policy.Status.MatchedNodeCount != 1 || policy.Status.ReadyNodeCount != 1 || policy.Status.ObservedGeneration != policy.Generation {
+		t.Errorf("the status is %+v", policy.Status)
+	}
+	version := policy.ResourceVersion
+	agentReports(t, "ps-1", works) // the times differ, what they say does not
+	time.Sleep(500 * time.Millisecond)
+	if err := api.Get(t.Context(), client.ObjectKeyFromObject(policy), policy); err != nil || policy.ResourceVersion != version {
+		t.Errorf("the status was written without a change: %v", err)
+	}
+
+	// An edit that cannot be right takes nothing away.
+	change(t, policy, func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.NumVfs = 8 })
+	ready(metav1.ConditionFalse, "TotalVFsExceeded", "node ps-1: numVfs 8 is above the 7 VFs (totalvfs) that PF ens1f0 (0000:01:00.0) can have: set numVfs to 7 or less; until then it keeps the VFs it had")
+	wantGroups(t, "ps-1", "ens1f0 4 ps-a=0-3")
+
+	// Two policies over the same VFs: the second is told.
+	change(t, policy, func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.NumVfs = 4 })
+	ready(metav1.ConditionTrue, "AllNodesReady", "")
+	second := makePolicy(t, "ps-b", "ps", 4)
+	wantCondition(t, second, func() []metav1.Condition { return second.Status.Conditions }, sriovv1.ConditionReady, metav1.ConditionFalse, "Conflict",
+		"node ps-1: VFs 0-3 of PF ens1f0 (0000:01:00.0) stay with policy ps-a (resourceName ps-a, not ps-b): policies ps-a and ps-b have the same priority 99 and ps-a was there first")
+	ready(metav1.ConditionTrue, "AllNodesReady", "")
+
+	eventually(t, func() error {
+		list := &eventsv1.EventList{}
+		if err := api.List(t.Context(), list, client.InNamespace(operatorNamespace)); err != nil {
+			return err
+		}
+		seen := map[string]string{}
+		for _, e := range list.Items {
+			if e.Regarding.Name == "ps-a" {
+				seen[e.Reason] = e.Type
+			}
+		}
+		if seen["TotalVFsExceeded"] != corev1.EventTypeWarning || seen["AllNodesReady"] != corev1.EventTypeNormal {
+			return fmt.Errorf("the events are %v", seen)
+		}
+		return nil
+	})
+}
+
+// nadKind is as much of Multus' kind as matters here.
+const nadKind = `
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: network-attachment-definitions.k8s.cni.cncf.io}
+spec:
+  group: k8s.cni.cncf.io
+  scope: Namespaced
+  names: {plural: network-attachment-definitions, singular: network-attachment-definition, kind: NetworkAttachmentDefinition}
+  versions:
+  - name: v1
+    served: true
+    storage: true
+    schema:
+      openAPIV3Schema:
+        type: object
+        properties: {spec: {type: object, properties: {config: {type: string}}}}
+`
+
+func makeNamespace(t *testing.T, name string) {
+	t.Helper()
+	if err := api.Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func makeNetwork(t *testing.T, namespace, name, target string) *sriovv1.SriovNetwork {
+	t.Helper()
+	n := &sriovv1.SriovNetwork{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}}
+	n.Spec.ResourceName, n.Spec.NetworkNamespace = "intel", target
+	if err := api.Create(t.Context(), n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func TestNetwork(t *testing.T) {
+	needAPI(t)
+	for _, ns := range []string{"apps", "more", "tenant"} {
+		makeNamespace(t, ns)
+	}
+	ready := func(n *sriovv1.SriovNetwork, status metav1.ConditionStatus, reason, message string) {
+		t.Helper()
+		wantCondition(t, n, func() []metav1.Condition { return n.Status.Conditions }, sriovv1.ConditionReady, status, reason, message)
+	}
+	nad := func(namespace, name string) (*nadv1.NetworkAttachmentDefinition, error) {
+		n := &nadv1.NetworkAttachmentDefinition{}
+		return n, api.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: name}, n)
+	}
+	gone := func(namespace, name string) {
+		t.Helper()
+		eventually(t, func() error {
+			if _, err := nad(namespace, name); !apierrors.IsNotFound(err) {
+				return fmt.Errorf("NetworkAttachmentDefinition %s/%s is not gone: %w", namespace, name, errors.Join(err))
+			}
+			return nil
+		})
+	}
+
+	// Without Multus a network says so, and comes to life when Multus does.
+	own := makeNetwork(t, operatorNamespace, "own", "")
+	ready(own, metav1.ConditionFalse, sriovv1.ReasonNADNotFound, "the cluster has no kind NetworkAttachmentDefinition: install Multus")
+	kind := &unstructured.Unstructured{}
+	if err := yaml.Unmarshal([]byte(nadKind), &kind.Object); err != nil {
+		t.Fatal(err)
+	}
+	if err := api.Create(t.Context(), kind); err != nil {
+		t.Fatal(err)
+	}
+	ready(own, metav1.ConditionTrue, sriovv1.ReasonNetworkReady, "")
+	made, err := nad(operatorNamespace, "own")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if made.Spec.Config != `{"cniVersion":"1.0.0","name":"own","type":"sriov","vlan":0,"vlanQoS":0,"logLevel":"info","ipam":{}}` ||
+		made.Annotations[sriovv1.AnnotationResourceName] != "openshift.io/intel" || !metav1.IsControlledBy(made, own) {
+		t.Errorf("it is %+v", made)
+	}
+
+	t.Run("another namespace", func(t *testing.T) {
+		n := makeNetwork(t, operatorNamespace, "moving", "apps")
+		ready(n, metav1.ConditionTrue, sriovv1.ReasonNetworkReady, "")
+		made, err := nad("apps", "moving")
+		if err != nil {
+			t.Fatal(err)
+		}
+		version := made.ResourceVersion
+
+		// Status and metadata changes write nothing; a changed or deleted one is put right.
+		change(t, n, func(n *sriovv1.SriovNetwork) { n.Labels = map[string]string{"touched": "yes"} })
+		time.Sleep(500 * time.Millisecond)
+		if made, err = nad("apps", "moving"); err != nil || made.ResourceVersion != version {
+			t.Errorf("it was written without a change: %v", err)
+		}
+		change(t, made, func(n *nadv1.NetworkAttachmentDefinition) { n.Spec.Config = "{}" })
+		eventually(t, func() error {
+			if made, err = nad("apps", "moving"); err == nil && made.Spec.Config == "{}" {
+				err = errors.New("the configuration is not put right")
+			}
+			return err
+		})
+		if err := api.Delete(t.Context(), made); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, func() error { _, err := nad("apps", "moving"); return err })
+
+		// Bad JSON leaves what is there.
+		change(t, n, func(n *sriovv1.SriovNetwork) { n.Spec.IPAM = `{"type": "static"` })
+		ready(n, metav1.ConditionFalse, sriovv1.ReasonNADInvalid, "SriovNetwork sriov-network-operator/moving: spec.ipam: invalid JSON at line 1, column 17")
+		if _, err := nad("apps", "moving"); err != nil {
+			t.Error(err)
+		}
+
+		// It moves, and leaves nothing behind.
+		change(t, n, func(n *sriovv1.SriovNetwork) { n.Spec.IPAM, n.Spec.NetworkNamespace = "", "more" })
+		ready(n, metav1.ConditionTrue, sriovv1.ReasonNetworkReady, "more/moving")
+		gone("apps", "moving")
+		if err := api.Delete(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+		gone("more", "moving")
+		eventually(t, func() error {
+			if err := api.Get(t.Context(), client.ObjectKeyFromObject(n), n); !apierrors.IsNotFound(err) {
+				return fmt.Errorf("the network is held: %w", errors.Join(err))
+			}
+			return nil
+		})
+	})
+
+	t.Run("a namespace that comes later", func(t *testing.T) {
+		n := makeNetwork(t, operatorNamespace, "early", "later")
+		ready(n, metav1.ConditionFalse, sriovv1.ReasonNamespaceNotFound, "spec.networkNamespace later: there is no such namespace")
+		makeNamespace(t, "later")
+		ready(n, metav1.ConditionTrue, sriovv1.ReasonNetworkReady, "")
+	})
+
+	t.Run("a tenant's network", func(t *testing.T) {
+		n := makeNetwork(t, "tenant", "tenants", "")
+		ready(n, metav1.ConditionTrue, sriovv1.ReasonNetworkReady, "")
+		n = makeNetwork(t, "tenant", "reaching", "apps")
+		ready(n, metav1.ConditionFalse, sriovv1.ReasonNADInvalid, "spec.networkNamespace apps: only networks in namespace sriov-network-operator may name another namespace")
+		gone("apps", "reaching")
+	})
+
+	t.Run("what is another's is left alone", func(t *testing.T) {
+		foreign := &nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{Namespace: "apps", Name: "taken"}}
+		foreign.Spec.Config = `{"type":"bridge"}`
+		if err := api.Create(t.Context(), foreign); err != nil {
+			t.Fatal(err)
+		}
+		n := makeNetwork(t, operatorNamespace, "taken", "apps")
+		ready(n, metav1.ConditionFalse, sriovv1.ReasonNADInvalid, "NetworkAttachmentDefinition apps/taken belongs to somebody else and is left as it is")
+		if err := api.Delete(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, func() error {
+			if err := api.Get(t.Context(), client.ObjectKeyFromObject(n), n); !apierrors.IsNotFound(err) {
+				return fmt.Errorf("the network is held: %w", errors.Join(err))
+			}
+			return nil
+		})
+		if left, err := nad("apps", "taken"); err != nil || left.Spec.Config != `{"type":"bridge"}` {
+			t.Errorf("it is %+v: %v", left, err)
+		}
+	})
+}
