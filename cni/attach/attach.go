@@ -214,6 +214,11 @@ func (a *Attacher) attach(ctx context.Context, key Key, cfg *Config, req Request
 	if err != nil {
 		return nil, err
 	}
+	if cfg.IPAM != "" {
+		if err := a.IPAM.Find(cfg.IPAM, req); err != nil {
+			return nil, fmt.Errorf("network %q: ipam.type %q: %w", cfg.Network, cfg.IPAM, err)
+		}
+	}
 	r := Record{
 		Key: key, Pod: cfg.Pod, VF: cfg.DeviceID, Phase: Intent,
 		NetnsPath: req.Netns, Netns: ns.ID, Userspace: vf.Userspace,

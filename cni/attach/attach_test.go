@@ -353,6 +353,7 @@ func TestRefusals(t *testing.T) {
 			request(Add, "c1", pod1, vf0, ""), CodeNameTaken, "alternative name enp1s0f0v0"},
 		"no namespace":   {nil, request(Add, "c1", "/tmp/none", vf0, ""), 8, "/tmp/none"},
 		"host namespace": {func(w *world) { w.netns[pod1] = hostNS }, request(Add, "c1", pod1, vf0, ""), 8, "the host's own"},
+		"no IPAM plugin": {nil, request(Add, "c1", pod1, vf0, `"ipam":{"type":"nosuch"}`), CodeIPAM, `network "blue": ipam.type "nosuch": find IPAM plugin`},
 		"unknown key":    {nil, request(Add, "c1", pod1, vf0, `"vlna":5`), 7, `network "blue": unknown key "vlna" with value 5: did you mean "vlan"?`},
 		"VLAN":           {nil, request(Add, "c1", pod1, vf0, `"vlan":5000`), 7, `network "blue": vlan 5000 is not in the range 0-4094`},
 	} {

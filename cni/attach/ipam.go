@@ -18,8 +18,11 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 )
 
-// IPAM runs IPAM plugins. The result is that of ADD and nil for other verbs.
+// IPAM runs IPAM plugins.
 type IPAM interface {
+	// Find tells whether there is such a plugin.
+	Find(plugin string, req Request) error
+	// Exec runs the plugin. The result is that of ADD, nil for other verbs.
 	Exec(ctx context.Context, plugin string, req Request) (*types100.Result, error)
 }
 
@@ -29,11 +32,25 @@ type ExecIPAM struct {
 	Dirs []string
 }
 
+// Find implements IPAM.
+func (e ExecIPAM) Find(plugin string, req Request) error {
+	_, err := e.find(plugin, req)
+	return err
+}
+
+func (e ExecIPAM) find(plugin string, req Request) (path string, err error) {
+	path, err = invoke.FindInPath(plugin, append(filepath.SplitList(req.Path), e.Dirs...))
+	if err != nil {
+		return "", fail(CodeIPAM, "find IPAM plugin: %w", err)
+	}
+	return path, nil
+}
+
 // Exec implements IPAM.
 func (e ExecIPAM) Exec(ctx context.Context, plugin string, req Request) (*types100.Result, error) {
-	path, err := invoke.FindInPath(plugin, append(filepath.SplitList(req.Path), e.Dirs...))
+	path, err := e.find(plugin, req)
 	if err != nil {
-		return nil, fail(CodeIPAM, "find IPAM plugin %q: %w", plugin, err)
+		return nil, err
 	}
 	args := &invoke.Args{
 		Command: string(req.Command), ContainerID: req.ContainerID, NetNS: req.Netns,

@@ -270,6 +270,14 @@ func (w *world) HasRoute(_ *host.Netns, index int, r host.Route) (bool, error) {
 
 func (w *world) Announce(context.Context, *host.Netns, string, []net.IPNet) error { return nil }
 
+// Find finds every plugin but one.
+func (w *world) Find(plugin string, _ Request) error {
+	if plugin == "nosuch" {
+		return fail(CodeIPAM, "find IPAM plugin: nosuch")
+	}
+	return nil
+}
+
 // Exec is the world's IPAM plugin.
 func (w *world) Exec(_ context.Context, plugin string, req Request) (*types100.Result, error) {
 	lease := req.ContainerID + "/" + req.IfName

@@ -1,0 +1,56 @@
+package wire
+
+import (
+	"bytes"
+	"reflect"
+	"strings"
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+func TestRoundTrip(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		want := Request{
+			Command: rapid.SampledFrom([]string{"ADD", "DEL"}).Draw(t, "command"),
+			Netns:   rapid.StringMatching(`[ -~]*`).Draw(t, "netns"), Args: rapid.String().Draw(t, "args"),
+			Stdin: rapid.SliceOfN(rapid.Byte(), 1, 100).Draw(t, "stdin"),
+		}
+		if strings.ToValidUTF8(want.Args, "") != want.Args {
+			t.Skip()
+		}
+		frame, err := Encode(want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got Request
+		if err := Decode(bytes.NewReader(frame), &got); err != nil || !reflect.DeepEqual(got, want) {
+			t.Fatalf("%+v, %v", got, err)
+		}
+		if err := Decode(bytes.NewReader(frame[:len(frame)-1]), &got); err == nil {
+			t.Fatal("a frame that is cut off was read")
+		}
+	})
+}
+
+func TestLimits(t *testing.T) {
+	if _, err := Encode(Request{Stdin: make([]byte, maxFrame)}); err == nil {
+		t.Error("encoded a message that no one reads")
+	}
+	if err := Decode(strings.NewReader("\xff\xff\xff\xff"), &Request{}); err == nil || !strings.Contains(err.Error(), "limit") {
+		t.Errorf("a length of four gigabytes: %v", err)
+	}
+}
+
+// The shim waits for the server
+// longer than the server takes, and not as long as runtimes wait.
+func TestTimeoutsAreInOrder(t *testing.T) {
+	if AckTimeout.Seconds() > 2 || ServeTimeout >= AnswerTimeout || AnswerTimeout.Minutes() >= 2 {
+		t.Error(AckTimeout, ServeTimeout, AnswerTimeout)
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	f.Add([]byte("\x00\x00\x00\x02{}"))
+	f.Fuzz(func(t *testing.T, b []byte) { _ = Decode(bytes.NewReader(b), &Request{}) })
+}
