@@ -1,6 +1,7 @@
 package host
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -79,16 +80,25 @@ func (h *Host) SetVFMAC(ctx context.Context, pf Link, index int, mac net.Hardwar
 	})
 }
 
-// SetMAC sets the link's own address. A link whose driver cannot do it while up
-// is taken down and stays down.
+// SetMAC sets the own address of a link that nobody uses. Some drivers change it
+// only while the link is down, and some VFs take the address that their PF has
+// just given them only by a reset, which they do when the link goes down
+// (igbvf): for them the link goes up and down, and stays down.
 func (h *Host) SetMAC(ctx context.Context, l Link, mac net.HardwareAddr) error {
 	return l.change(ctx, fmt.Sprintf("set the MAC to %s", mac), macHints, func(d netlink.Link) error {
-		err := h.rt.LinkSetHardwareAddr(d, mac)
-		if !errors.Is(err, unix.EBUSY) {
+		refused := h.rt.LinkSetHardwareAddr(d, mac)
+		if !errors.Is(refused, unix.EBUSY) && !errors.Is(refused, unix.EADDRNOTAVAIL) {
+			return refused
+		}
+		if err := cmp.Or(h.rt.LinkSetUp(d), h.rt.LinkSetDown(d)); err != nil {
+			return errors.Join(refused, err)
+		}
+		now, err := h.rt.LinkByIndex(l.Index)
+		if err != nil {
 			return err
 		}
-		if err := h.rt.LinkSetDown(d); err != nil {
-			return err
+		if bytes.Equal(now.Attrs().HardwareAddr, mac) {
+			return nil
 		}
 		return h.rt.LinkSetHardwareAddr(d, mac)
 	})

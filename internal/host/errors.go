@@ -78,7 +78,7 @@ var mtuHints = []hint{
 }
 
 var macHints = []hint{
-	{unix.EADDRNOTAVAIL, "the address is multicast or all zero: use a unicast address"},
+	{unix.EADDRNOTAVAIL, "the address is multicast or all zero, or the VF takes no other than its PF gave it: see the kernel log of the node"},
 	{unix.EINVAL, "the driver does not take this address, or the VF is gone: see the kernel log of the node"},
 	{unix.EPERM, "the PF gave the VF another address: the PF's setting must change first"},
 	{unix.EBUSY, "the driver changes the address only while the link is down"},

@@ -79,7 +79,7 @@ func (s *Server) Watch(ctx context.Context) <-chan *v1.SriovNetworkNodeState {
 		}
 	}
 	_, controller := cache.NewInformerWithOptions(cache.InformerOptions{
-		ListerWatcher: &cache.ListWatch{
+		ListerWatcher: cache.ToListWatcherWithWatchListSemantics(&cache.ListWatch{
 			ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 				list := &v1.SriovNetworkNodeStateList{}
 				return list, s.client.List(ctx, list, own(o))
@@ -87,7 +87,7 @@ func (s *Server) Watch(ctx context.Context) <-chan *v1.SriovNetworkNodeState {
 			WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 				return s.client.Watch(ctx, &v1.SriovNetworkNodeStateList{}, own(o))
 			},
-		},
+		}, s.client),
 		ObjectType: &v1.SriovNetworkNodeState{},
 		Handler: cache.ResourceEventHandlerFuncs{
 			AddFunc:    take,

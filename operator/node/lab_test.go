@@ -1,0 +1,298 @@
+//go:build lab
+
+package node
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/go-logr/logr/testr"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// These run the agent in a lab guest, on a kernel with SR-IOV NICs; only the
+// API server and the kubelet are stand-ins.
+
+type lab struct {
+	*testing.T
+	host   *host.Host
+	server *server
+	plugin *plugin
+	usage  *usage
+	agent  *Agent
+	stop   func()
+}
+
+func newLab(t *testing.T) *lab {
+	h, err := host.Open(host.DefaultSysfs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.Close)
+	l := &lab{
+		T: t, host: h, plugin: &plugin{}, usage: &usage{pods: map[string]string{}},
+		server: &server{
+			watch: make(chan *v1.SriovNetworkNodeState, 1),
+			state: &v1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Name: "guest", Generation: 1, UID: "1"}},
+		},
+	}
+	pfs, err := h.Inventory(t.Context())
+	if err != nil || len(pfs) < 2 {
+		t.Fatalf("the guest has %d SR-IOV NICs, want 2: %v", len(pfs), err)
+	}
+	empty := func() {
+		for _, pf := range pfs {
+			if err := h.SetNumVFs(context.Background(), pf.PCIAddress, 0); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	empty()
+	t.Cleanup(empty)
+	l.server.send()
+	l.start()
+	return l
+}
+
+func (l *lab) start() {
+	l.agent = New(Config{Node: "guest", Kernel: l.host, States: l.server, Advertiser: l.plugin, Usage: l.usage, Log: testr.New(l.T)})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := l.agent.Run(ctx); err != nil {
+			l.Error(err)
+		}
+	}()
+	l.stop = sync.OnceFunc(func() { cancel(); <-done })
+	l.Cleanup(l.stop)
+}
+
+// until waits for the status to be as wanted and tells how long it took.
+func (l *lab) until(what string, ok func(v1.SriovNetworkNodeStateStatus) error) v1.SriovNetworkNodeStateStatus {
+	l.Helper()
+	start := time.Now()
+	for {
+		s := l.server.status()
+		err := ok(s)
+		if err == nil {
+			l.Logf("%s: %s", what, time.Since(start).Round(time.Millisecond))
+			return s
+		}
+		if time.Since(start) > 40*time.Second {
+			l.Fatalf("%s: %v\n%+v", what, err, s)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+func (l *lab) succeeded(what, vfs string) v1.SriovNetworkNodeStateStatus {
+	l.Helper()
+	return l.until(what, func(s v1.SriovNetworkNodeStateStatus) error {
+		if s.SyncStatus != v1.SyncStatusSucceeded || s.VFs != vfs {
+			return fmt.Errorf("%s, VFs %s, %s", s.SyncStatus, s.VFs, s.LastSyncError)
+		}
+		return nil
+	})
+}
+
+func TestLabAgent(t *testing.T) {
+	l := newLab(t)
+	s := l.until("inventory", func(s v1.SriovNetworkNodeStateStatus) error {
+		if len(s.Interfaces) < 2 {
+			return fmt.Errorf("%d NICs", len(s.Interfaces))
+		}
+		return nil
+	})
+	if pf := s.Interfaces[0]; pf.Name != "ens1f0" || pf.PciAddress != nic0 || pf.TotalVfs == 0 || pf.Mac == "" || pf.Driver == "" || pf.Mtu != 1500 {
+		t.Errorf("incomplete: %+v", pf)
+	}
+
+	left, right := wants(nic0, 3, of("left", "0-2", 1400)), wants(nic1, 2, of("right", "0-1", 0))
+	l.server.spec(left, right)
+	s = l.succeeded("3 and 2 VFs", "5/5")
+	for _, vf := range s.Interfaces[0].VFs {
+		mac, mtu, ok := l.agent.Baseline(vf.PciAddress)
+		if !ok || mtu != 1400 || vf.Mtu != 1400 || vf.Mac != mac.String() || vf.Name == "" || vf.Message != "" {
+			t.Errorf("%+v, baseline %s %d %t", vf, mac, mtu, ok)
+		}
+	}
+	if a, b := l.plugin.healthy("left"), l.plugin.healthy("right"); len(a) != 3 || len(b) != 2 {
+		t.Errorf("offered %v %v", a, b)
+	}
+
+	vf := s.Interfaces[0].VFs[1]
+	t.Run("drift", func(t *testing.T) {
+		run(t, "ip", "link", "set", vf.Name, "mtu", "1300")
+		run(t, "ip", "link", "set", "ens1f0", "vf", "1", "mac", "02:00:00:00:aa:01")
+		l.until("put right", func(v1.SriovNetworkNodeStateStatus) error {
+			pf := l.read(nic0)
+			if got := pf.VFs[1]; got.MTU != 1400 || got.Admin.MAC.String() != vf.Mac || got.MAC.String() != vf.Mac {
+				return fmt.Errorf("VF is %+v", got)
+			}
+			return nil
+		})
+	})
+	t.Run("namespace of a pod ends", func(t *testing.T) {
+		run(t, "ip", "netns", "add", "pod")
+		l.usage.set(vf.PciAddress, "default/p")
+		run(t, "ip", "link", "set", vf.Name, "netns", "pod", "name", "net1")
+		l.until("held", func(s v1.SriovNetworkNodeStateStatus) error {
+			if got := s.Interfaces[0].VFs[1]; got.Assigned != "default/p" || got.Name != "" || s.VFs != "5/5" {
+				return fmt.Errorf("%+v, %s", got, s.VFs)
+			}
+			return nil
+		})
+		if got := l.plugin.healthy("left"); len(got) != 3 {
+			t.Errorf("the held VF is off offer: %v", got)
+		}
+		// A change of the number waits for the pod.
+		l.server.spec(wants(nic0, 2, of("left", "0-1", 1400)), right)
+		l.until("refused", func(s v1.SriovNetworkNodeStateStatus) error {
+			if !strings.Contains(s.LastSyncError, "default/p (VF 1)") || s.Interfaces[0].NumVfs != 3 {
+				return fmt.Errorf("%q", s.LastSyncError)
+			}
+			return nil
+		})
+		l.server.spec(left, right)
+		run(t, "ip", "netns", "del", "pod")
+		l.usage.set(vf.PciAddress, "")
+		l.agent.HolderChanged()
+		l.until("name and MAC back", func(s v1.SriovNetworkNodeStateStatus) error {
+			if got := s.Interfaces[0].VFs[1]; got.Name != vf.Name || got.Mac != vf.Mac || got.Assigned != "" {
+				return fmt.Errorf("%+v", got)
+			}
+			return nil
+		})
+	})
+	t.Run("restart changes nothing", func(t *testing.T) {
+		before := l.read(nic0)
+		l.stop()
+		l.server.mu.Lock()
+		l.server.send()
+		l.server.mu.Unlock()
+		l.start()
+		l.server.spec(left, right)
+		l.succeeded("seen", "5/5")
+		if after := l.read(nic0); after.VFs[0].IfIndex != before.VFs[0].IfIndex {
+			t.Error("the VFs were made anew")
+		}
+	})
+	t.Run("growing one leaves the other", func(t *testing.T) {
+		before := l.read(nic0)
+		l.server.spec(left, wants(nic1, 4, of("right", "0-3", 0)))
+		l.succeeded("4 VFs", "7/7")
+		if after := l.read(nic0); after.VFs[0].IfIndex != before.VFs[0].IfIndex {
+			t.Error("the other NIC's VFs were made anew")
+		}
+	})
+	t.Run("someone removes the VFs", func(t *testing.T) {
+		if err := os.WriteFile("/sys/bus/pci/devices/"+nic1+"/sriov_numvfs", []byte("0"), 0); err != nil {
+			t.Fatal(err)
+		}
+		l.until("made again", func(s v1.SriovNetworkNodeStateStatus) error {
+			if pf := l.read(nic1); len(pf.VFs) != 4 || pf.VFs[3].Name == "" {
+				return fmt.Errorf("%+v", pf.VFs)
+			}
+			return nil
+		})
+		l.succeeded("told", "7/7")
+	})
+	t.Run("policies gone, VFs gone", func(t *testing.T) {
+		l.server.spec()
+		l.succeeded("told", "0/0")
+		if pf := l.read(nic0); pf.NumVFs != 0 {
+			t.Errorf("%d VFs", pf.NumVFs)
+		}
+	})
+}
+
+// What the driver answers is in the status within a second, the other NIC is
+// not held up, and when the cause is gone all comes right by itself.
+func TestLabAgentTellsErrno(t *testing.T) {
+	l := newLab(t)
+	if driver := l.read(nic0).Driver; driver != "sluicenic" {
+		t.Skipf("driver %s injects no errors", driver)
+	}
+	knobs := map[string]struct {
+		errno int
+		want  string
+	}{
+		"fail_sriov_enable": {12, "ENOMEM"},
+		"fail_vf_probe":     {5, "no driver took the VF"},
+		"fail_vf_mac":       {22, "EINVAL"},
+	}
+	for name, c := range knobs {
+		t.Run(name, func(t *testing.T) {
+			l.server.spec()
+			l.succeeded("empty", "0/0")
+			knob := filepath.Join("/sys/kernel/debug/sluicenic", nic0, name)
+			set := func(errno int) {
+				if err := os.WriteFile(knob, []byte(strconv.Itoa(errno)), 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			set(c.errno)
+			defer set(0)
+			start := time.Now()
+			l.server.spec(wants(nic0, 2, of("left", "0-1", 0)), wants(nic1, 2, of("right", "0-1", 0)))
+			l.until("told", func(s v1.SriovNetworkNodeStateStatus) error {
+				told := s.Interfaces[0].Message
+				for _, vf := range s.Interfaces[0].VFs {
+					told += vf.Message
+				}
+				if !strings.Contains(told, c.want) {
+					return fmt.Errorf("%q", told)
+				}
+				return nil
+			})
+			if d := time.Since(start); d > 2*time.Second {
+				t.Errorf("told after %s", d)
+			}
+			l.until("other NIC", func(s v1.SriovNetworkNodeStateStatus) error {
+				if pf := s.Interfaces[1]; pf.NumVfs != 2 || pf.Message != "" {
+					return fmt.Errorf("%+v", pf)
+				}
+				return nil
+			})
+			set(0)
+			l.succeeded("recovered", "4/4")
+		})
+	}
+}
+
+func (l *lab) read(address string) host.PF {
+	l.Helper()
+	pfs, err := l.host.Inventory(context.Background())
+	if err != nil {
+		l.Fatal(err)
+	}
+	for _, pf := range pfs {
+		if pf.PCIAddress == address {
+			if err := l.host.ReadVFSettings(context.Background(), &pf); err != nil {
+				l.Fatal(err)
+			}
+			return pf
+		}
+	}
+	l.Fatalf("%s is gone", address)
+	return host.PF{}
+}
+
+func run(t *testing.T, name string, args ...string) {
+	t.Helper()
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+}
