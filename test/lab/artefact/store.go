@@ -195,21 +195,12 @@ func (s *Store) build(ctx context.Context, st *Step, place string) error {
 }
 
 // lock takes the lock of one artefact across processes; waiting runs once if
-// another process has it. The kernel drops the lock of a process that dies.
+// another process has it.
 func (s *Store) lock(ctx context.Context, id string, waiting func()) (unlock func(), err error) {
-	path := filepath.Join(s.dir, ".lock-"+id)
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
-	if err != nil {
-		return nil, fmt.Errorf("open the lock %s: %w", path, err)
-	}
 	for told := false; ; {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			f.Close()
-			return nil, fmt.Errorf("lock %s: %w", path, err)
+		unlock, err := s.tryLock(id)
+		if unlock != nil || err != nil {
+			return unlock, err
 		}
 		if !told {
 			told = true
@@ -217,10 +208,28 @@ func (s *Store) lock(ctx context.Context, id string, waiting func()) (unlock fun
 		}
 		select {
 		case <-ctx.Done():
-			f.Close()
-			return nil, fmt.Errorf("wait for the lock %s: %w", path, ctx.Err())
+			return nil, fmt.Errorf("wait for the process that builds %s: %w", id, ctx.Err())
 		case <-time.After(100 * time.Millisecond):
 		}
+	}
+}
+
+// tryLock takes the lock of one artefact; unlock is nil if another process has
+// it. The kernel drops the lock of a process that dies.
+func (s *Store) tryLock(id string) (unlock func(), err error) {
+	path := filepath.Join(s.dir, ".lock-"+id)
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("open the lock %s: %w", path, err)
+	}
+	switch err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
+	case err == nil:
+		return func() { f.Close() }, nil
+	case errors.Is(err, unix.EWOULDBLOCK), errors.Is(err, unix.EINTR):
+		return nil, f.Close()
+	default:
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
 }
 

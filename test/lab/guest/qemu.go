@@ -172,7 +172,8 @@ func (m *machine) state(ctx context.Context, hw []string) (string, error) {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
-	if _, err := os.Stat(file); err == nil {
+	now := time.Now()
+	if err := os.Chtimes(file, now, now); err == nil { // used now: the cache keeps it
 		return file, nil
 	}
 	ours, theirs, err := socketPair()
