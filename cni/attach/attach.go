@@ -154,7 +154,8 @@ func (a *Attacher) Add(ctx context.Context, req Request, ns *host.Netns) ([]byte
 		return nil, err
 	}
 	defer unlock()
-	if done, err := a.repeated(ctx, key, cfg, ns); done != nil || err != nil {
+	done, err := a.repeated(ctx, key, cfg, ns)
+	if done != nil || err != nil {
 		return done, err
 	}
 	unlockVF, err := a.lock(ctx, vfLock(cfg.DeviceID))
@@ -198,12 +199,12 @@ func (a *Attacher) claim(ctx context.Context, cfg *Config) error {
 		return fail(CodeVFHeld, "network %q: deviceID %s: the VF is held by %s", cfg.Network, cfg.DeviceID, r.holder())
 	}
 	err := a.release(ctx, r, nil)
-	if r, still := a.journal.owner(cfg.DeviceID); still {
+	if r, held = a.journal.owner(cfg.DeviceID); held {
 		return fail(CodeVFHeld, "network %q: deviceID %s: the VF was held by %s, which is gone, and cannot be taken back yet: %w",
 			cfg.Network, cfg.DeviceID, r.holder(), err)
 	}
 	if err != nil {
-		a.Log.Error(err, "Cannot finish an attachment whose pod is gone", "attachment", r.Key.String())
+		a.Log.Error(err, "Cannot finish an attachment whose pod is gone", "attachment", r.Key)
 	}
 	return nil
 }
@@ -215,7 +216,7 @@ func (a *Attacher) attach(ctx context.Context, key Key, cfg *Config, req Request
 		return nil, err
 	}
 	if cfg.IPAM != "" {
-		if err := a.IPAM.Find(cfg.IPAM, req); err != nil {
+		if err = a.IPAM.Find(cfg.IPAM, req); err != nil {
 			return nil, fmt.Errorf("network %q: ipam.type %q: %w", cfg.Network, cfg.IPAM, err)
 		}
 	}
@@ -237,7 +238,7 @@ func (a *Attacher) attach(ctx context.Context, key Key, cfg *Config, req Request
 
 	a.step("add: write intent")
 	r.Generation = a.journal.next()
-	if err := a.journal.put(r); err != nil {
+	if err = a.journal.put(r); err != nil {
 		return nil, fail(types.ErrIOFailure, "network %q: %w", cfg.Network, err)
 	}
 	undo := r
@@ -384,7 +385,7 @@ func (a *Attacher) make(ctx context.Context, undo *Record, r Record, cfg *Config
 		a.step("add: announce")
 		// Neighbours without it find out by themselves, later.
 		if err := a.Kernel.Announce(ctx, ns, r.IfName, nets(result.IPs)); err != nil {
-			a.Log.Error(err, "Cannot announce the addresses of an interface", "attachment", r.Key.String())
+			a.Log.Error(err, "Cannot announce the addresses of an interface", "attachment", r.Key)
 		}
 	}
 	a.step("add: answer")

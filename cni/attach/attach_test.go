@@ -228,7 +228,7 @@ func TestAgentDiesAtEachStep(t *testing.T) {
 		if held {
 			rec, _ := b.journal.get(Key{"blue", "c1", "net1"})
 			check := request(Check, "c1", pod1, vf0, full+`,"prevResult":`+string(rec.Result))
-			if err := b.Check(ctx, check, nil); err != nil {
+			if err = b.Check(ctx, check, nil); err != nil {
 				t.Errorf("dead at %q: half attached: %v", step, err)
 			}
 		}

@@ -57,7 +57,7 @@ func (e ExecIPAM) Exec(ctx context.Context, plugin string, req Request) (*types1
 		PluginArgsStr: req.Args, IfName: req.IfName, Path: req.Path,
 	}
 	if req.Command != Add {
-		if err := invoke.ExecPluginWithoutResult(ctx, path, req.Stdin, args, &process{}); err != nil {
+		if err = invoke.ExecPluginWithoutResult(ctx, path, req.Stdin, args, &process{}); err != nil {
 			return nil, ipamError(plugin, req.Command, err)
 		}
 		return nil, nil

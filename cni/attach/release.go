@@ -212,7 +212,7 @@ func (a *Attacher) resetLink(ctx context.Context, vf host.VFRef, b Baseline) err
 		change.MTU = b.MTU
 	}
 	if changed {
-		if err := a.Kernel.ChangeLink(ctx, nil, link.Index, change); err != nil {
+		if err = a.Kernel.ChangeLink(ctx, nil, link.Index, change); err != nil {
 			return fmt.Errorf("set %s to name %s and MTU %d: %w", link.Name, b.Name, b.MTU, err)
 		}
 		if link, err = a.Kernel.Link(nil, b.Name); err != nil {
@@ -221,7 +221,7 @@ func (a *Attacher) resetLink(ctx context.Context, vf host.VFRef, b Baseline) err
 	}
 	for _, alt := range link.AltNames {
 		if !slices.Contains(b.AltNames, alt) {
-			if err := a.Kernel.DeleteAltName(nil, link.Index, alt); err != nil {
+			if err = a.Kernel.DeleteAltName(nil, link.Index, alt); err != nil {
 				return err
 			}
 		}

@@ -59,12 +59,12 @@ func newLab(t *testing.T) *lab {
 		t.Fatalf("the guest has %d PFs, %v", len(pfs), err)
 	}
 	for _, pf := range pfs {
-		if err := h.SetLinkUp(t.Context(), pf.Link()); err != nil {
+		if err = h.SetLinkUp(t.Context(), pf.Link()); err != nil {
 			t.Fatal(err)
 		}
 		numVFs := filepath.Join(host.DefaultSysfs, "bus/pci/devices", pf.PCIAddress, "sriov_numvfs")
 		for _, n := range []string{"0", fmt.Sprint(vfsPerPF)} {
-			if err := os.WriteFile(numVFs, []byte(n), 0); err != nil {
+			if err = os.WriteFile(numVFs, []byte(n), 0); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -405,7 +405,7 @@ func TestLabInjectedErrno(t *testing.T) {
 		}
 		l.atHome(t, attr+" refused")
 		arm("0")
-		if _, err := a.call(req); err != nil {
+		if _, err = a.call(req); err != nil {
 			t.Errorf("%s: ADD after it: %v", attr, err)
 		}
 		// A DEL that cannot reset the VF says so, and the next one does it.

@@ -142,9 +142,9 @@ func (s *Server) drain(ctx context.Context) {
 			if err := json.Unmarshal(b, &req); err != nil {
 				return err
 			}
-			ctx, cancel := context.WithTimeout(ctx, wire.ServeTimeout)
+			one, cancel := context.WithTimeout(ctx, wire.ServeTimeout)
 			defer cancel()
-			if _, err := s.do(ctx, req, nil); err != nil {
+			if _, err := s.do(one, req, nil); err != nil {
 				return err
 			}
 			return durable.Remove(file)
@@ -172,7 +172,7 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) {
 		return
 	}
 	// A shim that is gone has told the runtime that the call failed.
-	if _, err := conn.Write([]byte{wire.Ack}); err != nil {
+	if _, err = conn.Write([]byte{wire.Ack}); err != nil {
 		s.log.Info("A CNI caller went away before its call was taken", "command", req.Command, "container", req.ContainerID)
 		return
 	}

@@ -125,7 +125,7 @@ func (a *Attacher) ChangeLink(ctx context.Context, from *Netns, index int, c Lin
 		if c.MTU > 0 {
 			attrs = append(attrs, nl.NewRtAttr(unix.IFLA_MTU, u32(uint32(c.MTU))))
 		}
-		_, err := conn.link(unix.RTM_NEWLINK, 0, index, msg, attrs...)
+		_, err := conn.link(unix.RTM_NEWLINK, index, msg, attrs...)
 		return err
 	})
 }
@@ -168,7 +168,7 @@ func (a *Attacher) DeleteAltName(ns *Netns, index int, name string) error {
 	}
 	props := nl.NewRtAttr(unix.IFLA_PROP_LIST|unix.NLA_F_NESTED, nil)
 	props.AddRtAttr(unix.IFLA_ALT_IFNAME, nl.ZeroTerminated(name))
-	if _, err := conn.link(unix.RTM_DELLINKPROP, 0, index, nil, props); err != nil {
+	if _, err := conn.link(unix.RTM_DELLINKPROP, index, nil, props); err != nil {
 		return fmt.Errorf("delete alternative name %s: %w", name, err)
 	}
 	return nil

@@ -90,7 +90,7 @@ func (n *Netns) Do(f func() error) error {
 			return
 		}
 		defer home.Close()
-		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
+		if err = unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
 			runtime.UnlockOSThread()
 			done <- fmt.Errorf("enter network namespace: %w", err)
 			return
@@ -147,8 +147,8 @@ func (r *rtnl) close() {
 
 // link sends one message about the link with the given index and returns the
 // kernel's answers.
-func (r *rtnl) link(kind, flags, index int, msg *nl.IfInfomsg, attrs ...*nl.RtAttr) ([][]byte, error) {
-	req := nl.NewNetlinkRequest(kind, flags|unix.NLM_F_ACK)
+func (r *rtnl) link(kind, index int, msg *nl.IfInfomsg, attrs ...*nl.RtAttr) ([][]byte, error) {
+	req := nl.NewNetlinkRequest(kind, unix.NLM_F_ACK)
 	req.Sockets = r.raw
 	if msg == nil {
 		msg = nl.NewIfInfomsg(unix.AF_UNSPEC)

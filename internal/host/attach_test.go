@@ -164,7 +164,7 @@ func veth(t *testing.T, a *Attacher, name string) Netdev {
 		t.Fatal(err)
 	}
 	v := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: name + "p"}
-	if err := conn.handle.LinkAdd(v); err != nil {
+	if err = conn.handle.LinkAdd(v); err != nil {
 		t.Fatal(err)
 	}
 	p, err := conn.handle.LinkByName(name + "p")
@@ -196,7 +196,7 @@ func TestMoveThereAndBack(t *testing.T) {
 	if err != nil || !bytes.Equal(in.MAC, mac) || in.MTU != 1400 || !in.Up {
 		t.Fatalf("in the pod: %+v, %v", in, err)
 	}
-	if err := a.ChangeLink(ctx, pod, in.Index, LinkChange{To: a.HostNetns(), Name: "vf0", State: SetDown}); err != nil {
+	if err = a.ChangeLink(ctx, pod, in.Index, LinkChange{To: a.HostNetns(), Name: "vf0", State: SetDown}); err != nil {
 		t.Fatal(err)
 	}
 	back, err := a.Link(nil, "vf0")
@@ -225,13 +225,13 @@ func TestMoveToTakenNames(t *testing.T) {
 	if !errors.Is(err, unix.EEXIST) {
 		t.Fatalf("move to a taken name: %v", err)
 	}
-	if _, err := a.Link(pod, "vf0"); err != nil {
+	if _, err = a.Link(pod, "vf0"); err != nil {
 		t.Errorf("the link is not in the pod under its old name: %v", err)
 	}
 
 	l = veth(t, a, "vf1")
 	conn, _ := a.rtnl(nil)
-	if err := conn.handle.LinkAddAltName(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: l.Index}}, "net1"); err != nil {
+	if err = conn.handle.LinkAddAltName(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: l.Index}}, "net1"); err != nil {
 		t.Fatal(err)
 	}
 	if l, err = a.Link(nil, "vf1"); err != nil || !slices.Equal(l.AltNames, []string{"net1"}) {

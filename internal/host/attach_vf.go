@@ -103,7 +103,7 @@ func (a *Attacher) VF(pciAddress string) (VFRef, error) {
 		return ref, fmt.Errorf("list VFs of %s: %w", pf, err)
 	}
 	for _, i := range vfIndexes(entries) {
-		if vf, err := linkBase(filepath.Join(pfDevice, fmt.Sprintf("virtfn%d", i))); err == nil && vf == pciAddress {
+		if vf, _ := linkBase(filepath.Join(pfDevice, fmt.Sprintf("virtfn%d", i))); vf == pciAddress {
 			ref.Index = i
 			break
 		}
@@ -253,7 +253,7 @@ func (a *Attacher) setVF(ctx context.Context, pf, vf int, want VFSettings, attrs
 		for _, attr := range attrs {
 			attr.encode(info, uint32(vf), want)
 		}
-		_, err := conn.link(unix.RTM_SETLINK, 0, pf, nil, list)
+		_, err := conn.link(unix.RTM_SETLINK, pf, nil, list)
 		return err
 	})
 }
@@ -285,7 +285,7 @@ func (a *Attacher) VFSettings(vf VFRef) (VFSettings, error) {
 		return VFSettings{}, err
 	}
 	const filterVF, skipStats = 1 << 0, 1 << 3 // RTEXT_FILTER_VF, RTEXT_FILTER_SKIP_STATS
-	msgs, err := conn.link(unix.RTM_GETLINK, 0, pf, nil, nl.NewRtAttr(unix.IFLA_EXT_MASK, u32(filterVF|skipStats)))
+	msgs, err := conn.link(unix.RTM_GETLINK, pf, nil, nl.NewRtAttr(unix.IFLA_EXT_MASK, u32(filterVF|skipStats)))
 	if err != nil {
 		return VFSettings{}, fmt.Errorf("read VFs of %s: %w", vf.PFName, err)
 	}
