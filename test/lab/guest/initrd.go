@@ -37,10 +37,10 @@ func writeInitrd(to, init string, files map[string]string) error {
 	}
 	mkdir("dev")
 	add("dev/console", device, 5, 1, nil) // pid 1's standard files
-	files = maps.Clone(files)
-	files["init"] = init
-	for _, name := range slices.Sorted(maps.Keys(files)) {
-		content, err := os.ReadFile(files[name])
+	all := map[string]string{"init": init}
+	maps.Copy(all, files)
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		content, err := os.ReadFile(all[name])
 		if err != nil {
 			return fmt.Errorf("write the initramfs: %w", err)
 		}
