@@ -465,7 +465,7 @@ func TestLabReload(t *testing.T) {
 	for _, p := range dir {
 		params = append(params, p.Name()+"="+read(t, "/sys/module/sluicenic/parameters/"+p.Name()))
 	}
-	for range 3 {
+	for range 2 {
 		for _, c := range cards {
 			c.fresh(t, 2)
 			up(t, c.vf(0))

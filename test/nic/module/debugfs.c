@@ -101,7 +101,8 @@ static void dump_port(struct seq_file *s, struct snic_port *port)
 			   !!(dev->flags & IFF_UP), netif_carrier_ok(dev), dev->mtu);
 	if (port->vf >= 0)
 		seq_printf(s, " admin_mac=%pM vlan=%u qos=%u proto=%s spoofchk=%d trust=%d link=%s min_rate=%d max_rate=%d",
-			   admin, snic_vst_vid(port->vst), snic_vst_tci(port->vst) >> VLAN_PRIO_SHIFT,
+			   admin, snic_vst_vid(port->vst),
+			   snic_vst_tci(port->vst) >> VLAN_PRIO_SHIFT,
 			   snic_vst_proto(port->vst) == htons(ETH_P_8021AD) ? "802.1ad" : "802.1Q",
 			   port->spoofchk, port->trusted, links[port->link_state],
 			   port->min_rate, port->max_rate);

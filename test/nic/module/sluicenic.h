@@ -60,7 +60,7 @@ enum snic_fault_op {
 };
 
 struct snic_fault {
-	spinlock_t lock;
+	spinlock_t lock;	/* of all fields: some ops run without RTNL */
 	unsigned int err;	/* positive errno, 0: no fault armed */
 	unsigned int count;	/* failures left, 0: until disarmed */
 	unsigned int skip;	/* calls to let through first */
