@@ -135,6 +135,16 @@ func TestNodeState(t *testing.T) {
 	node := makeNode(t, "ns-1", map[string]string{"test": "ns"})
 	makeNode(t, "ns-windows", map[string]string{"test": "ns", corev1.LabelOSStable: "windows"})
 	wantGroups(t, "ns-1", "")
+	state := &sriovv1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "ns-1"}}
+	eventually(t, func() error {
+		if err := api.Get(t.Context(), client.ObjectKeyFromObject(state), state); err != nil {
+			return err
+		}
+		if ready := meta.FindStatusCondition(state.Status.Conditions, sriovv1.ConditionReady); ready == nil || ready.Reason != "AgentPending" {
+			return fmt.Errorf("a new state says %+v", state.Status.Conditions)
+		}
+		return nil
+	})
 	policy := makePolicy(t, "ns-a", "ns", 4)
 	agentReports(t, "ns-1", func(*sriovv1.SriovNetworkNodeState) {})
 	wantGroups(t, "ns-1", "ens1f0 4 ns-a=0-3")

@@ -70,6 +70,7 @@ func withCluster(run func() int) (code int, err error) {
 	config := Config{Namespace: operatorNamespace, ResourcePrefix: "openshift.io"}
 	mgr, err := ctrl.NewManager(as("sluice-operator", nil), ctrl.Options{
 		Scheme: scheme, Cache: CacheOptions(config), Metrics: server.Options{BindAddress: "0"},
+		LeaderElection: true, LeaderElectionID: "sluice-operator", LeaderElectionNamespace: operatorNamespace, LeaderElectionReleaseOnCancel: true,
 	})
 	if err != nil {
 		return 0, fmt.Errorf("make the manager: %w", err)

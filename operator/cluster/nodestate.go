@@ -6,6 +6,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -97,7 +98,28 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 		return ctrl.Result{}, fmt.Errorf("apply the spec of SriovNetworkNodeState %s: %w", request.Name, err)
 	}
 	ctrl.LoggerFrom(ctx).Info("Applied the node's spec", "node", request.Name, "interfaces", len(spec.Interfaces))
+	if missing {
+		return ctrl.Result{}, r.awaitAgent(ctx, request.NamespacedName)
+	}
 	return ctrl.Result{}, nil
+}
+
+// awaitAgent says in a new state what to look at should nothing else ever be said there.
+func (r *nodeState) awaitAgent(ctx context.Context, key client.ObjectKey) error {
+	status, err := applyPart("SriovNetworkNodeState", key, "status", &struct {
+		Conditions []metav1.Condition `json:"conditions"`
+	}{[]metav1.Condition{{
+		Type: sriovv1.ConditionReady, Status: metav1.ConditionUnknown, Reason: "AgentPending", LastTransitionTime: metav1.Now(),
+		Message: "no agent has reported from this node yet: see that its sluice-agent pod runs (kubectl get pods -o wide)",
+	}}})
+	if err != nil {
+		return err
+	}
+	// Not forced: if the agent was faster, its word stands.
+	if err := r.Status().Apply(ctx, status, fieldOwner); err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("apply the first status of SriovNetworkNodeState %s: %w", key.Name, err)
+	}
+	return nil
 }
 
 // inEffect leaves out policies that are being deleted.

@@ -37,6 +37,17 @@ type policyStatus struct {
 	client.Client
 	namespace string
 	events    events.EventRecorder
+
+	// judged remembers the verdicts of nodes that have not changed since, because a report
+	// of one node wakes all policies. Only one worker runs, so nothing guards it.
+	judged map[string]judgement
+}
+
+// judgement is what became of all policies on one node, and the versions of the objects
+// that says so of.
+type judgement struct {
+	node, state, policies string
+	verdicts              map[string]verdict // by policy; only those that select the node
 }
 
 func (r *policyStatus) setup(mgr ctrl.Manager) error {
@@ -81,7 +92,7 @@ func (r *policyStatus) Reconcile(ctx context.Context, request ctrl.Request) (ctr
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	status := summarise(policy, inEffect(policies.Items), nodes, states.Items)
+	status := summarise(policy, r.judgeAll(inEffect(policies.Items), nodes, states.Items))
 	if equality.Semantic.DeepEqual(status, policy.Status) {
 		return ctrl.Result{}, nil
 	}
@@ -105,33 +116,60 @@ type verdict struct {
 	degraded bool // somebody has to mend something
 }
 
-// summarise makes a policy's status from what became of it on every node.
-func summarise(policy *sriovv1.SriovNetworkNodePolicy, policies []sriovv1.SriovNetworkNodePolicy,
-	nodes []metav1.PartialObjectMetadata, states []sriovv1.SriovNetworkNodeState,
-) sriovv1.SriovNetworkNodePolicyStatus {
+// judgeAll gives the judgements of all Linux nodes, by node.
+func (r *policyStatus) judgeAll(policies []sriovv1.SriovNetworkNodePolicy, nodes []metav1.PartialObjectMetadata,
+	states []sriovv1.SriovNetworkNodeState,
+) map[string]judgement {
+	var versions strings.Builder
+	for _, p := range policies {
+		fmt.Fprintf(&versions, "%s/%d ", p.UID, p.Generation)
+	}
 	byName := map[string]*sriovv1.SriovNetworkNodeState{}
 	for i := range states {
 		byName[states[i].Name] = &states[i]
 	}
+	all := make(map[string]judgement, len(nodes))
+	for i := range nodes {
+		node, state := &nodes[i], byName[nodes[i].Name]
+		if !runsLinux(node) {
+			continue
+		}
+		j := judgement{node: string(node.UID) + node.ResourceVersion, policies: versions.String()}
+		if state != nil {
+			j.state = string(state.UID) + state.ResourceVersion
+		}
+		if old := r.judged[node.Name]; old.node == j.node && old.state == j.state && old.policies == j.policies {
+			j.verdicts = old.verdicts
+		} else {
+			j.verdicts = judge(policies, node, state)
+		}
+		all[node.Name] = j
+	}
+	r.judged = all
+	return all
+}
+
+// summarise makes a policy's status from what became of it on every node.
+func summarise(policy *sriovv1.SriovNetworkNodePolicy, nodes map[string]judgement) sriovv1.SriovNetworkNodePolicyStatus {
 	status := *policy.Status.DeepCopy()
 	status.ObservedGeneration = policy.Generation
 	status.MatchedNodeCount, status.ReadyNodeCount = 0, 0
 	bare := 0 // nodes without a PF for it, which is no fault where others have one
 	open := map[verdict][]string{}
-	for i := range nodes {
-		node := &nodes[i]
-		if !runsLinux(node) || !plan.SelectsNode(policy, node.Labels) {
+	for node, j := range nodes {
+		v, selected := j.verdicts[policy.Name]
+		if !selected {
 			continue
 		}
 		status.MatchedNodeCount++
-		switch v := judge(policy, policies, node, byName[node.Name]); {
+		switch {
 		case v.ready:
 			status.ReadyNodeCount++
 		case v.reason == string(plan.NoNICSelected):
 			bare++
-			open[v] = append(open[v], node.Name)
+			open[v] = append(open[v], node)
 		default:
-			open[v] = append(open[v], node.Name)
+			open[v] = append(open[v], node)
 		}
 	}
 	if bare < status.MatchedNodeCount {
@@ -201,36 +239,48 @@ func tell(open map[verdict][]string) (reason, message string) {
 	return verdicts[0].reason, shorten(strings.Join(parts, "; "), 32768) // the API's limit for messages
 }
 
-// judge says what became of a policy on a node that it selects.
-func judge(policy *sriovv1.SriovNetworkNodePolicy, policies []sriovv1.SriovNetworkNodePolicy,
-	node *metav1.PartialObjectMetadata, state *sriovv1.SriovNetworkNodeState,
-) verdict {
+// judge says what became of each policy that selects the node.
+func judge(policies []sriovv1.SriovNetworkNodePolicy, node *metav1.PartialObjectMetadata, state *sriovv1.SriovNetworkNodeState) map[string]verdict {
+	verdicts := map[string]verdict{}
 	if state == nil {
-		return verdict{reason: reasonNodesInProgress, message: "its SriovNetworkNodeState is being made", progress: true}
+		for i := range policies {
+			if plan.SelectsNode(&policies[i], node.Labels) {
+				verdicts[policies[i].Name] = verdict{reason: reasonNodesInProgress, message: "its SriovNetworkNodeState is being made", progress: true}
+			}
+		}
+		return verdicts
 	}
 	spec, findings := plan.Desired(policies, node.Labels, state.Status.Interfaces, state.Spec)
-	var pfs []string
+	acted := equality.Semantic.DeepEqual(spec, state.Spec) && state.Status.ObservedGeneration == state.Generation
+	pfs := map[string][]string{} // PFs that have a policy's VFs
 	for _, f := range findings {
-		if f.Policy != policy.Name {
+		if _, settled := verdicts[f.Policy]; settled {
 			continue
 		}
 		switch {
 		case f.Refused():
-			return verdict{reason: string(f.Reason), message: f.Message, degraded: f.Reason != plan.Overridden}
+			verdicts[f.Policy] = verdict{reason: string(f.Reason), message: f.Message, degraded: f.Reason != plan.Overridden}
 		case f.Reason == plan.Configured:
-			pfs = append(pfs, f.PCIAddress)
-		case f.Reason == plan.InventoryPending && len(state.Status.Conditions) > 0:
-			return verdict{reason: string(plan.NoNICSelected), message: "the node has no SR-IOV NIC", degraded: true}
+			pfs[f.Policy] = append(pfs[f.Policy], f.PCIAddress)
+		case f.Reason == plan.InventoryPending && state.Status.ObservedGeneration > 0:
+			verdicts[f.Policy] = verdict{reason: string(plan.NoNICSelected), message: "the node has no SR-IOV NIC", degraded: true}
 		case f.Reason == plan.InventoryPending:
-			return verdict{reason: string(f.Reason), message: f.Message, progress: true}
-		case f.PCIAddress == "":
-			return verdict{reason: string(f.Reason), message: f.Message, degraded: true}
+			verdicts[f.Policy] = verdict{reason: string(f.Reason), message: f.Message, progress: true}
+		case f.Reason == plan.NoNICSelected, f.Reason == plan.PolicyIgnored:
+			verdicts[f.Policy] = verdict{reason: string(f.Reason), message: f.Message, degraded: true}
 		}
 	}
-	if !equality.Semantic.DeepEqual(spec, state.Spec) || state.Status.ObservedGeneration != state.Generation {
-		return verdict{reason: reasonNodesInProgress, message: "the node's agent has yet to act on the spec", progress: true}
+	for policy, configured := range pfs {
+		if _, refused := verdicts[policy]; refused {
+			continue
+		}
+		if acted {
+			verdicts[policy] = onNode(policy, configured, state)
+		} else {
+			verdicts[policy] = verdict{reason: reasonNodesInProgress, message: "the node's agent has yet to act on the spec", progress: true}
+		}
 	}
-	return onNode(policy.Name, pfs, state)
+	return verdicts
 }
 
 // onNode says how far the agent is with the policy's PFs. Trouble on other PFs of the

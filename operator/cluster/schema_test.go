@@ -31,10 +31,11 @@ func TestSchemaRefuses(t *testing.T) {
 	const policy, network = "SriovNetworkNodePolicy", "SriovNetwork"
 	const node = "nodeSelector: {a: b}\nresourceName: r\n"
 	for _, c := range []struct{ name, kind, spec, field, want string }{
+		{"no spec", policy, "null", "spec", "Required value"},
 		{"no VFs", policy, node + "numVfs: 0\nnicSelector: {vendor: '8086'}", "spec.numVfs",
 			"Invalid value: 0: this makes no VFs: set numVfs to 1 or more; to take VFs away, delete the policy"},
 		{"empty selector", policy, node + "numVfs: 4\nnicSelector: {}", "spec.nicSelector",
-			"nicSelector selects nothing: give at least one of vendor, deviceID, rootDevices, pfNames, netFilter"},
+			"nicSelector selects nothing, because it has none of the keys there are: give at least one of vendor, deviceID, rootDevices, pfNames, netFilter"},
 		{"selector of unknown keys only", policy, node + "numVfs: 4\nnicSelector: {pfName: [ens1f0]}", "spec.nicSelector",
 			"nicSelector selects nothing"},
 		{"range backwards", policy, node + "numVfs: 8\nnicSelector: {pfNames: ['ens1f0#5-2']}", "spec.nicSelector.pfNames[0]",

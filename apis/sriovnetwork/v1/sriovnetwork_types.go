@@ -95,8 +95,8 @@ type SriovNetwork struct {
 	// +optional
 	metav1.ObjectMeta `json:"metadata,omitzero"`
 	// spec is what is asked for.
-	// +optional
-	Spec SriovNetworkSpec `json:"spec,omitzero"`
+	// +required
+	Spec SriovNetworkSpec `json:"spec"`
 	// status is what became of it.
 	// +optional
 	Status NetworkStatus `json:"status,omitzero"`

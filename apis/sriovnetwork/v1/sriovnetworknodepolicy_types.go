@@ -92,7 +92,7 @@ type SriovNetworkNodePolicySpec struct {
 
 // SriovNetworkNicSelector selects PFs.
 //
-// +kubebuilder:validation:XValidation:rule="(has(self.vendor) && size(self.vendor) > 0) || (has(self.deviceID) && size(self.deviceID) > 0) || (has(self.rootDevices) && size(self.rootDevices) > 0) || (has(self.pfNames) && size(self.pfNames) > 0) || (has(self.netFilter) && size(self.netFilter) > 0)",message="nicSelector selects nothing: give at least one of vendor, deviceID, rootDevices, pfNames, netFilter"
+// +kubebuilder:validation:XValidation:rule="(has(self.vendor) && size(self.vendor) > 0) || (has(self.deviceID) && size(self.deviceID) > 0) || (has(self.rootDevices) && size(self.rootDevices) > 0) || (has(self.pfNames) && size(self.pfNames) > 0) || (has(self.netFilter) && size(self.netFilter) > 0)",message="nicSelector selects nothing, because it has none of the keys there are: give at least one of vendor, deviceID, rootDevices, pfNames, netFilter"
 // +kubebuilder:validation:XValidation:rule="!has(self.netFilter) || size(self.netFilter) == 0 || !((has(self.vendor) && size(self.vendor) > 0) || (has(self.deviceID) && size(self.deviceID) > 0) || (has(self.rootDevices) && size(self.rootDevices) > 0) || (has(self.pfNames) && size(self.pfNames) > 0))",fieldPath=".netFilter",messageExpression="'netFilter ' + self.netFilter + ' must stand alone: remove it, or remove vendor, deviceID, rootDevices and pfNames'"
 type SriovNetworkNicSelector struct {
 	// vendor is the PCI vendor, four hex digits, such as 8086.
@@ -251,8 +251,8 @@ type SriovNetworkNodePolicy struct {
 	// +optional
 	metav1.ObjectMeta `json:"metadata,omitzero"`
 	// spec is what is asked for.
-	// +optional
-	Spec SriovNetworkNodePolicySpec `json:"spec,omitzero"`
+	// +required
+	Spec SriovNetworkNodePolicySpec `json:"spec"`
 	// status is what became of it.
 	// +optional
 	Status SriovNetworkNodePolicyStatus `json:"status,omitzero"`
