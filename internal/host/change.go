@@ -219,18 +219,38 @@ func (h *Host) BindDriver(ctx context.Context, vfAddress, driver string) error {
 	if err := writeSysfs(filepath.Join(h.sysfs, "bus/pci/drivers_probe"), vfAddress); err != nil {
 		return fail(err)
 	}
-	// drivers_probe reports success when no driver matched, and when one
-	// matched and failed.
 	if have, err = linkBase(filepath.Join(device, "driver")); err != nil {
 		return fail(err)
 	}
 	if have == "" {
-		vendor, _ := readPCIID(filepath.Join(device, "vendor"))
-		id, _ := readPCIID(filepath.Join(device, "device"))
-		return &KernelError{Op: op, Object: vfAddress, Err: errors.New("no driver took the VF"),
-			Hint: fmt.Sprintf("load the VF driver for PCI device %s:%s on the node; when it is loaded, the kernel log says why it failed", vendor, id)}
+		return h.whyUnbound(op, vfAddress, device)
 	}
 	return nil
+}
+
+// whyUnbound tells why the kernel's own choice left the VF without a driver.
+// drivers_probe reports success when no driver matched, and when one matched
+// and failed; a driver's bind file gives the errno of the failure, and ENODEV
+// when the driver is not for the device.
+func (h *Host) whyUnbound(op, vfAddress, device string) error {
+	drivers, err := os.ReadDir(filepath.Join(h.sysfs, "bus/pci/drivers"))
+	if err != nil {
+		return &KernelError{Op: op, Object: vfAddress, Err: pathless(err)}
+	}
+	for _, d := range drivers {
+		switch err := writeSysfs(filepath.Join(h.sysfs, "bus/pci/drivers", d.Name(), "bind"), vfAddress); {
+		case err == nil:
+			return nil // it works now
+		case errors.Is(err, unix.ENODEV), errors.Is(err, fs.ErrNotExist):
+		default:
+			return &KernelError{Op: op, Object: vfAddress, Err: fmt.Errorf("driver %s: %w", d.Name(), pathless(err)),
+				Hint: "the driver could not start the VF: see the kernel log of the node"}
+		}
+	}
+	vendor, _ := readPCIID(filepath.Join(device, "vendor"))
+	id, _ := readPCIID(filepath.Join(device, "device"))
+	return &KernelError{Op: op, Object: vfAddress, Err: errors.New("no driver took the VF"),
+		Hint: fmt.Sprintf("load the VF driver for PCI device %s:%s on the node", vendor, id)}
 }
 
 // setAutoprobe sets whether the PF's new VFs are probed. Kernels before 4.12

@@ -284,6 +284,7 @@ func TestBindDriver(t *testing.T) {
 	tr.write(dev(pf)+"/sriov_drivers_autoprobe", "0\n") // as a killed SetNumVFs leaves it
 	tr.write(dev(vf)+"/driver_override", "")
 	os.Remove(filepath.Join(tr.root, dev(vf), "driver"))
+	os.Remove(filepath.Join(tr.root, "bus/pci/drivers/vfio-pci/bind"))
 	err = h.BindDriver(t.Context(), vf, DefaultDriver)
 	if err == nil || !strings.Contains(err.Error(), "no driver took the VF") || !strings.Contains(err.Error(), "8086:154c") {
 		t.Errorf("got %v", err)

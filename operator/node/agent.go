@@ -25,9 +25,14 @@ import (
 const (
 	resync = 5 * time.Minute
 	// Kernel events come in bursts: wait a moment for the rest, and do not look
-	// more often than this for their sake, since looking costs a VF list each.
+	// more often than this for their sake.
 	settle   = 20 * time.Millisecond
 	eventGap = 500 * time.Millisecond
+	// Reading the VF settings of a PF may hold the kernel's RTNL lock for
+	// milliseconds per VF, and each pod that comes or goes causes events: they are
+	// read at the first event, and then not before this has passed, unless there
+	// is something to do.
+	settingsGap = 5 * time.Second
 
 	firstRetry = time.Second
 	lastRetry  = 2 * time.Minute
@@ -67,6 +72,7 @@ type Agent struct {
 	written *v1.SriovNetworkNodeStateStatus // as last applied; nil when not known
 	retries map[string]*retry               // by PF
 	last    map[string]host.PF              // as last read, by PCI address
+	read    map[string]time.Time            // when its VF settings were read, by PF
 	// Failures in a row to write the status, to advertise, to read the NICs.
 	unsent, unsold, unread int
 }
@@ -94,7 +100,7 @@ type retry struct {
 func New(c Config) *Agent {
 	return &Agent{
 		Config: c, poke: make(chan struct{}, 1), looked: make(chan struct{}), offered: map[string]bool{},
-		baselines: map[string]baseline{}, names: map[string]*hostName{}, retries: map[string]*retry{}, last: map[string]host.PF{},
+		baselines: map[string]baseline{}, names: map[string]*hostName{}, retries: map[string]*retry{}, last: map[string]host.PF{}, read: map[string]time.Time{},
 	}
 }
 

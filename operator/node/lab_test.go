@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -99,8 +98,11 @@ func (l *lab) until(what string, ok func(v1.SriovNetworkNodeStateStatus) error) 
 
 func (l *lab) succeeded(what, vfs string) v1.SriovNetworkNodeStateStatus {
 	l.Helper()
+	l.server.mu.Lock()
+	generation := l.server.state.Generation
+	l.server.mu.Unlock()
 	return l.until(what, func(s v1.SriovNetworkNodeStateStatus) error {
-		if s.SyncStatus != v1.SyncStatusSucceeded || s.VFs != vfs {
+		if s.ObservedGeneration != generation || s.SyncStatus != v1.SyncStatusSucceeded || s.VFs != vfs {
 			return fmt.Errorf("%s, VFs %s, %s", s.SyncStatus, s.VFs, s.LastSyncError)
 		}
 		return nil
@@ -230,7 +232,7 @@ func TestLabAgentTellsErrno(t *testing.T) {
 		want  string
 	}{
 		"fail_sriov_enable": {12, "ENOMEM"},
-		"fail_vf_probe":     {5, "no driver took the VF"},
+		"fail_vf_probe":     {5, "driver sluicenicvf: input/output error (EIO)"},
 		"fail_vf_mac":       {22, "EINVAL"},
 	}
 	for name, c := range knobs {
@@ -239,7 +241,7 @@ func TestLabAgentTellsErrno(t *testing.T) {
 			l.succeeded("empty", "0/0")
 			knob := filepath.Join("/sys/kernel/debug/sluicenic", nic0, name)
 			set := func(errno int) {
-				if err := os.WriteFile(knob, []byte(strconv.Itoa(errno)), 0); err != nil {
+				if err := os.WriteFile(knob, fmt.Appendf(nil, "%d 1000", errno), 0); err != nil {
 					t.Fatal(err)
 				}
 			}

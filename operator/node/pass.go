@@ -22,6 +22,7 @@ import (
 type pass struct {
 	*Agent
 	unreadable error
+	again      bool       // settings were carried over: look again when they are old
 	mu         sync.Mutex // guards the reports while PFs are worked on
 	reports    []*report
 }
@@ -30,21 +31,58 @@ type pass struct {
 // missing are taken to be as they last were: pods may use them.
 func (p *pass) collect(pfs []host.PF, unreadable error) {
 	p.unreadable = unreadable
+	now := map[string]host.PF{}
+	for _, pf := range pfs {
+		now[pf.PCIAddress] = pf
+	}
 	p.unread++
 	if unreadable == nil {
 		p.unread = 0
-		clear(p.last)
+		maps.DeleteFunc(p.last, func(address string, _ host.PF) bool { _, there := now[address]; return !there })
 	} else {
 		p.Log.Error(unreadable, "NICs could not be read")
 	}
-	for _, pf := range pfs {
-		p.last[pf.PCIAddress] = pf
+	for address, pf := range now {
+		if old, known := p.last[address]; !known || !sameVFs(old, pf) {
+			delete(p.read, address)
+		}
 	}
-	for _, address := range slices.Sorted(maps.Keys(p.last)) {
-		r := &report{have: p.last[address], vfTrouble: map[int]trouble{}, touched: map[string]bool{}}
-		r.stale = !slices.ContainsFunc(pfs, func(pf host.PF) bool { return pf.PCIAddress == address })
+	addresses := slices.Concat(slices.Collect(maps.Keys(now)), slices.Collect(maps.Keys(p.last)))
+	slices.Sort(addresses)
+	for _, address := range slices.Compact(addresses) {
+		r := &report{have: p.last[address], stale: true, vfTrouble: map[int]trouble{}, touched: map[string]bool{}}
+		if pf, there := now[address]; there {
+			for i := range pf.VFs {
+				if !p.read[address].IsZero() {
+					pf.VFs[i].Admin = r.have.VFs[i].Admin
+				}
+			}
+			r.have, r.stale = pf, false
+		}
 		p.reports = append(p.reports, r)
 	}
+}
+
+// sameVFs tells whether the PF has the VFs it had, so that their settings can be
+// carried over.
+func sameVFs(a, b host.PF) bool {
+	return a.IfIndex == b.IfIndex && slices.EqualFunc(a.VFs, b.VFs, func(a, b host.VF) bool { return a.PCIAddress == b.PCIAddress })
+}
+
+// readSettings reads the settings of the PF's VFs. Anew tells that those carried
+// over will not do, however young they are.
+func (p *pass) readSettings(ctx context.Context, r *report, anew bool) error {
+	address := r.have.PCIAddress
+	if !anew && time.Since(p.read[address]) < settingsGap {
+		p.again = true
+		return nil
+	}
+	if err := p.Kernel.ReadVFSettings(ctx, &r.have); err != nil {
+		delete(p.read, address)
+		return err
+	}
+	p.read[address], p.last[address] = time.Now(), r.have
+	return nil
 }
 
 // assign gives each PF what the spec wants of it, and adds a report for each
@@ -75,13 +113,15 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 		return false
 	}
 	address := r.have.PCIAddress
-	if err := p.Kernel.ReadVFSettings(ctx, &r.have); err != nil {
+	unreadable := func(err error) bool {
 		p.view(r)
 		r.trouble = trouble{ReasonUnreadable, err.Error()}
 		p.failed(r)
 		return false
 	}
-	p.last[address] = r.have
+	if err := p.readSettings(ctx, r, false); err != nil {
+		return unreadable(err)
+	}
 	seen := p.view(r)
 	if r.want == nil && p.mayGiveUp() && plan.Ours(seen) {
 		// No policy asks for VFs that we made: they go.
@@ -94,8 +134,14 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 		delete(p.retries, address)
 		return false
 	}
-	p.learn(r)
 	ops, blocked, err := plan.Operations(*r.want, seen)
+	if len(ops) > 0 {
+		if err := p.readSettings(ctx, r, true); err != nil {
+			return unreadable(err)
+		}
+		ops, blocked, err = plan.Operations(*r.want, p.view(r))
+	}
+	p.learn(r)
 	switch {
 	case err != nil:
 		r.trouble = trouble{ReasonInvalidSpec, err.Error()}
@@ -167,13 +213,15 @@ func (p *pass) do(ctx context.Context, work []*report) {
 	for r := range done {
 		p.mu.Lock()
 		r.working, r.touched = false, map[string]bool{}
+		p.last[r.have.PCIAddress] = r.have
 		if len(r.troubles()) > 0 {
 			p.failed(r)
+			delete(p.read, r.have.PCIAddress)
 		} else {
 			delete(p.retries, r.have.PCIAddress)
+			p.read[r.have.PCIAddress] = time.Now()
 		}
 		p.learn(r)
-		p.last[r.have.PCIAddress] = r.have
 		p.mu.Unlock()
 		if left--; left > 0 && ctx.Err() == nil {
 			p.publish(ctx)
@@ -394,8 +442,15 @@ func (p *pass) next() time.Duration {
 	if failures := max(p.unsent, p.unsold, p.unread); failures > 0 {
 		next = min(next, backoff(failures))
 	}
+	if p.again {
+		next = min(next, settingsGap)
+	}
 	for _, again := range p.retries {
-		next = min(next, max(time.Until(again.at), 0))
+		wait := time.Until(again.at)
+		if wait <= 0 {
+			wait = firstRetry // it was not due when looked at, or could not be
+		}
+		next = min(next, wait)
 	}
 	return next
 }
