@@ -49,8 +49,7 @@ var causes = []struct{ sign, cause string }{
 }
 
 func failure(name, dir string, err error) error {
-	console := consoleTail(dir, 20)
-	f := &Failure{Name: name, Err: err, Console: console}
+	f := &Failure{Name: name, Err: err, Console: consoleEnd(dir)}
 	text := strings.ToLower(consoleTail(dir, 200) + "\n" + err.Error())
 	for _, c := range causes {
 		if strings.Contains(text, strings.ToLower(c.sign)) {
@@ -59,4 +58,17 @@ func failure(name, dir string, err error) error {
 		}
 	}
 	return f
+}
+
+// consoleEnd returns the last lines of the console, or what begins with the
+// report of a kernel fault: its reason stands first and a long trace follows.
+func consoleEnd(dir string) string {
+	lines := strings.Split(consoleTail(dir, 500), "\n")
+	for i, line := range lines {
+		if strings.Contains(line, "Kernel panic") || strings.Contains(line, "BUG:") {
+			from := max(0, i-5)
+			return strings.Join(lines[from:min(len(lines), from+60)], "\n")
+		}
+	}
+	return strings.Join(lines[max(0, len(lines)-20):], "\n")
 }

@@ -163,7 +163,7 @@ func TestSweep(t *testing.T) {
 
 func TestFailureSaysWhy(t *testing.T) {
 	dir := t.TempDir()
-	console := strings.Repeat("line\n", 100) + "[ 1.0] Kernel panic - not syncing: test\r\n"
+	console := strings.Repeat("line\n", 100) + "[ 1.0] Kernel panic - not syncing: test\r\n" + strings.Repeat("trace\n", 50)
 	if err := os.WriteFile(filepath.Join(dir, consoleFile), []byte(console), 0o644); err != nil {
 		t.Fatal(err)
 	}
