@@ -10,4 +10,7 @@
 // A VF has at most one owner: the record of the journal that holds it. What
 // arrives late for an earlier owner concerns that owner's record and addresses
 // only, never the VF.
+//
+// In a pod a VF is found by its PCI address, whatever its name is there: the
+// kernel tells that since Linux 5.14 (IFLA_PARENT_DEV_NAME).
 package attach
