@@ -313,44 +313,67 @@ func Attach(name string) (*Cluster, error) {
 	return c, nil
 }
 
-// awaitReady labels the nodes as they appear and returns when all are Ready.
+// readyLimit bounds the wait for the nodes, on a machine that does much else.
+// A node that fails is noticed at once.
+var readyLimit = map[guest.Kind]time.Duration{guest.UML: 3 * time.Minute, guest.QEMU: 6 * time.Minute}
+
+// awaitReady labels the nodes as they become Ready, and returns when all are
+// and pods can be created.
 func (c *Cluster) awaitReady(ctx context.Context, progress *progress) error {
-	limit := time.Minute
-	if c.Kind == guest.QEMU {
-		limit = 5 * time.Minute // emulated, and slower still beside other work
-	}
 	client, err := c.controlPlane().Client()
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	ctx, cancel := context.WithTimeout(ctx, readyLimit[c.Kind])
 	defer cancel()
-	ready := map[string]bool{}
-	account := false
-	for len(ready) < len(c.Nodes) || !account {
+	all, ctx := errgroup.WithContext(ctx)
+	all.Go(func() error { return c.awaitAccount(ctx, client) })
+	for i, node := range c.Nodes {
+		all.Go(func() error {
+			if err := c.awaitNode(ctx, client, i); err != nil {
+				return c.unready(ctx, i, err)
+			}
+			progress.say("%s is Ready", node.Name)
+			return nil
+		})
+	}
+	return all.Wait()
+}
+
+// awaitAccount waits for the service account that pods have by default.
+func (c *Cluster) awaitAccount(ctx context.Context, client *kubernetes.Clientset) error {
+	for {
+		_, err := client.CoreV1().ServiceAccounts("default").Get(ctx, "default", metav1.GetOptions{})
+		if err == nil {
+			return nil
+		}
 		select {
 		case <-ctx.Done():
-			return c.unready(ctx, ready, account)
+			p := cluster.Process{Dir: c.dir, Name: "kube-controller-manager"}
+			return fmt.Errorf("wait for the service account \"default\": %w; end of %s:\n%s", err, p.Log(), p.Tail(10))
 		case <-time.After(100 * time.Millisecond):
 		}
-		if !account { // without it no pod can be created
-			_, err := client.CoreV1().ServiceAccounts("default").Get(ctx, "default", metav1.GetOptions{})
-			account = err == nil
+	}
+}
+
+func (c *Cluster) awaitNode(ctx context.Context, client *kubernetes.Clientset, i int) error {
+	for tries := 1; ; tries++ {
+		ready, err := makeReady(ctx, client, c.Nodes[i].Name)
+		if ready || err != nil {
+			return err
 		}
-		for _, node := range c.Nodes {
-			if ready[node.Name] {
-				continue
+		if tries%10 == 0 { // asking the guest costs it time
+			var no *guest.ExitError
+			if _, err := c.guests[i].Run(ctx, "test ! -e "+cluster.NodeFailed); errors.As(err, &no) {
+				return errors.New("its start has failed")
 			}
-			switch ok, err := makeReady(ctx, client, node.Name); {
-			case err != nil:
-				return err
-			case ok:
-				ready[node.Name] = true
-				progress.say("%s is Ready", node.Name)
-			}
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(200 * time.Millisecond):
 		}
 	}
-	return nil
 }
 
 // makeReady reports whether a node is Ready, and labels it, once, as a worker:
@@ -372,26 +395,16 @@ func makeReady(ctx context.Context, client *kubernetes.Clientset, name string) (
 	return false, nil
 }
 
-// unready explains what kept nodes from becoming Ready.
-func (c *Cluster) unready(ctx context.Context, ready map[string]bool, account bool) error {
-	errs := []error{fmt.Errorf("wait for the nodes to be Ready: %w", context.Cause(ctx))}
-	if !account {
-		p := cluster.Process{Dir: c.dir, Name: "kube-controller-manager"}
-		errs = append(errs, fmt.Errorf("there is no service account \"default\": end of %s:\n%s", p.Log(), p.Tail(10)))
-	}
+// unready adds to err what the logs of node i say of it.
+func (c *Cluster) unready(ctx context.Context, i int, err error) error {
 	ask, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
-	for i, g := range c.guests {
-		if ready[c.Nodes[i].Name] {
-			continue
-		}
-		said, err := g.Run(ask, "tail -n 5 /var/log/start.log; grep -E '^[EF]' /var/log/kubelet.log | tail -n 10")
-		if err != nil {
-			said = fmt.Sprintf("%s\n%v\nend of the console:\n%s", said, err, g.ConsoleTail(15))
-		}
-		errs = append(errs, fmt.Errorf("%s is not Ready; end of its logs:\n%s", c.Nodes[i].Name, said))
+	g := c.guests[i]
+	said, failed := g.Run(ask, "tail -n 5 /var/log/start.log; grep -sE '^[EF]' /var/log/kubelet.log | tail -n 10")
+	if failed != nil {
+		said = fmt.Sprintf("%s\n%v\nend of the console:\n%s", said, failed, g.ConsoleTail(15))
 	}
-	return errors.Join(errs...)
+	return fmt.Errorf("wait for %s to be Ready: %w; end of its logs:\n%s", c.Nodes[i].Name, err, said)
 }
 
 // healthy reports whether every part of the cluster runs and answers.

@@ -3,6 +3,7 @@
 package lab
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os"
@@ -57,7 +58,7 @@ func TestClusterRunsPodsWithSecondaryInterfaces(t *testing.T) {
 			for _, node := range c.Nodes {
 				g, err := c.Node(node.Name)
 				if err == nil {
-					said, _ := g.Run(t.Context(), "tail -n 20 /var/log/kubelet.log /var/log/multus.log")
+					said, _ := g.Run(context.Background(), "tail -n 20 /var/log/kubelet.log /var/log/multus.log")
 					t.Logf("%s:\n%s", node.Name, said)
 				}
 			}
@@ -121,7 +122,7 @@ func TestClusterRunsPodsWithSecondaryInterfaces(t *testing.T) {
 	if out := kubectl("exec", "one", "--", "ping", "-c", "3", "-i", "0.2", "-W", "5", address); !strings.Contains(out, " 0% packet loss") {
 		t.Errorf("between the pod networks of two nodes: %s", out)
 	}
-	kubectl("exec", "one", "--", "nc", "-z", "-w", "5", "10.96.0.1", "443") // the API server, as pods reach it
+	kubectl("exec", "one", "--", "sh", "-c", "nc -w 5 10.96.0.1 443 < /dev/null") // the API server, as pods reach it
 	if status := kubectl("get", "pod", "one", "-o", `jsonpath={.metadata.annotations.k8s\.v1\.cni\.cncf\.io/network-status}`); !strings.Contains(status, "net1") {
 		t.Errorf("network status of pod one: %s", status)
 	}

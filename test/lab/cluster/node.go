@@ -15,6 +15,9 @@ import (
 // NodeStart is the program that makes a guest a node, as the guest sees it.
 const NodeStart = "/host/start"
 
+// NodeFailed is the file in a guest that says NodeStart has failed.
+const NodeFailed = "/run/start-failed"
+
 // Images that every node has from the start.
 const (
 	PauseImage = "sluice.dev/pause:dev"

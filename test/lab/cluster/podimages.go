@@ -140,7 +140,7 @@ func image(files layerFiles, links map[string]string, config v1.Config) (v1.Imag
 	if err != nil {
 		return nil, err
 	}
-	// Every start of a node unpacks it: not compressed, that is only a copy.
+	// Not compressed: it goes no farther than into [preload].
 	img, err := mutate.AppendLayers(empty.Image, static.NewLayer(content, types.DockerUncompressedLayer))
 	if err != nil {
 		return nil, err
