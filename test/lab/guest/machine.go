@@ -175,16 +175,29 @@ func (m *machine) greet(ctx context.Context, line *os.File, ask bool) error {
 	return nil
 }
 
-// orEnded replaces an error by the reason behind it when the guest has ended.
+// orEnded says of an error that the guest had ended, if so.
 func (m *machine) orEnded(err error) error {
+	if m.hasEnded(err) {
+		return fmt.Errorf("the guest ended (%w)", err)
+	}
+	return err
+}
+
+// hasEnded tells whether the guest ended, which its own process knows a little
+// later than a line that it closes.
+func (m *machine) hasEnded(err error) bool {
 	if m.proc == nil {
-		return err
+		return false
+	}
+	grace := 50 * time.Millisecond
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) {
+		grace = 5 * time.Second
 	}
 	select {
 	case <-m.proc.ended:
-		return fmt.Errorf("the guest ended (%w)", err)
-	case <-time.After(50 * time.Millisecond): // the line closes a moment before
-		return err
+		return true
+	case <-time.After(grace):
+		return false
 	}
 }
 
@@ -257,15 +270,10 @@ func (m *machine) with(ctx context.Context, f func(*control.Client) error) error
 
 // explain adds the console to an error that came because the guest ended.
 func (m *machine) explain(err error) error {
-	if err == nil || m.proc == nil {
+	if err == nil || !m.hasEnded(err) {
 		return err
 	}
-	select {
-	case <-m.proc.ended:
-		return failure(m.spec.Name, m.spec.Dir, fmt.Errorf("the guest ended (%w)", err))
-	case <-time.After(50 * time.Millisecond):
-		return err
-	}
+	return failure(m.spec.Name, m.spec.Dir, fmt.Errorf("the guest ended (%w)", err))
 }
 
 func (m *machine) Name() string { return m.spec.Name }
