@@ -133,26 +133,42 @@ func listen(path string) (*net.UnixListener, error) {
 func (s *Server) drain(ctx context.Context) {
 	files, _ := filepath.Glob(filepath.Join(s.queue, "*.json"))
 	for _, file := range files {
-		err := func() error {
-			b, err := os.ReadFile(file)
-			if err != nil {
-				return err
-			}
-			var req wire.Request
-			if err := json.Unmarshal(b, &req); err != nil {
-				return err
-			}
-			one, cancel := context.WithTimeout(ctx, wire.ServeTimeout)
-			defer cancel()
-			if _, err := s.do(one, req, nil); err != nil {
-				return err
-			}
-			return durable.Remove(file)
-		}()
-		if err != nil {
+		one, cancel := context.WithTimeout(ctx, wire.ServeTimeout)
+		if err := s.workOff(one, file); err != nil {
 			s.log.Error(err, "Cannot work off a queued DEL", "file", file)
 		}
+		cancel()
 	}
+}
+
+// workOff does one queued DEL, if it is there.
+func (s *Server) workOff(ctx context.Context, file string) error {
+	b, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	var req wire.Request
+	if err == nil {
+		err = json.Unmarshal(b, &req)
+	}
+	if err == nil {
+		_, err = s.do(ctx, req, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("do the DEL queued in %s: %w", file, err)
+	}
+	return durable.Remove(file)
+}
+
+// inOrder does the call after the DEL that was queued for the same interface,
+// if there is one: it may have come after the last drain.
+func (s *Server) inOrder(ctx context.Context, req wire.Request, ns *host.Netns) ([]byte, error) {
+	if req.Command == string(attach.Add) || req.Command == string(attach.Del) {
+		if err := s.workOff(ctx, filepath.Join(s.queue, wire.QueueName(req))); err != nil {
+			return nil, err
+		}
+	}
+	return s.do(ctx, req, ns)
 }
 
 // serve answers one call.
@@ -216,7 +232,7 @@ func (s *Server) limited(ctx context.Context, req wire.Request, ns *host.Netns) 
 		return nil, types.NewError(types.ErrTryAgainLater, fmt.Sprintf("wait for %d other calls: %v", parallel, err), "")
 	}
 	defer s.slots.Release(1)
-	return s.do(ctx, req, ns)
+	return s.inOrder(ctx, req, ns)
 }
 
 // do does the call and returns what the plugin prints.

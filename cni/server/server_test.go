@@ -262,6 +262,25 @@ func TestQueuedDelIsWorkedOff(t *testing.T) {
 	if files, _ := filepath.Glob(filepath.Join(queue, "*.json")); len(files) != 1 || filepath.Base(files[0]) != "b.json" {
 		t.Errorf("left: %v", files)
 	}
+
+	// One that came too late for the start goes before the next call.
+	if err := os.WriteFile(lease, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(queue, wire.QueueName(req))
+	if err := os.WriteFile(file, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	req.Command, req.Netns = "ADD", "/proc/self/ns/net"
+	resp, err := call(filepath.Join(dir, "cni.sock"), req)
+	if code, msg := errorOf(t, resp, err); code != 7 {
+		t.Errorf("ADD: code %d, %s", code, msg)
+	}
+	for _, gone := range []string{lease, file} {
+		if _, err := os.Stat(gone); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: %v", gone, err)
+		}
+	}
 }
 
 // pluginDir is a folder in which this program is the IPAM plugin "testipam".

@@ -9,9 +9,11 @@ package wire
 
 import (
 	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"time"
 )
@@ -54,6 +56,14 @@ type Request struct {
 type Response struct {
 	Stdout []byte `json:"stdout,omitempty"`
 	Failed bool   `json:"failed,omitempty"`
+}
+
+// QueueName is the name of the file in which the shim leaves a DEL: one for an
+// interface of a container, however often it is tried.
+func QueueName(req Request) string {
+	h := fnv.New128a()
+	h.Write([]byte(req.ContainerID + "\x00" + req.IfName))
+	return hex.EncodeToString(h.Sum(nil)) + ".json"
 }
 
 // Encode makes the frame of a message: its length in four bytes, big endian,

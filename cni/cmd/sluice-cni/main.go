@@ -12,11 +12,9 @@ package main
 
 import (
 	"cmp"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"io"
 	"os"
 	"path/filepath"
@@ -181,7 +179,7 @@ func (s socket) Read(b []byte) (int, error) {
 	}
 }
 
-// enqueue leaves a DEL for the agent. The same DEL has the same name again.
+// enqueue leaves a DEL for the agent.
 func enqueue(dir string, req wire.Request) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
@@ -190,8 +188,5 @@ func enqueue(dir string, req wire.Request) error {
 	if err != nil {
 		return err
 	}
-	h := fnv.New128a()
-	h.Write([]byte(req.ContainerID + "\x00" + req.IfName + "\x00"))
-	h.Write(req.Stdin)
-	return durable.WriteFile(filepath.Join(dir, hex.EncodeToString(h.Sum(nil))+".json"), b)
+	return durable.WriteFile(filepath.Join(dir, wire.QueueName(req)), b)
 }
