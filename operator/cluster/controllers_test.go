@@ -157,7 +157,7 @@ func TestNodeState(t *testing.T) {
 	for i := range 3 {
 		patch := client.MergeFrom(node.DeepCopy())
 		node.Labels["other"] = fmt.Sprint(i)
-		if err := api.Patch(t.Context(), node, patch); err != nil {
+		if err = api.Patch(t.Context(), node, patch); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -47,18 +47,21 @@ func withCluster(run func() int) (code int, err error) {
 	defer cancel()
 	ctrl.SetLogger(klog.Background())
 	env := &envtest.Environment{}
+	defer func() { err = errors.Join(err, env.Stop()) }() // also what a failed start left
 	if apiConfig, err = env.Start(); err != nil {
 		return 0, fmt.Errorf("start the API server: %w", err)
 	}
-	defer func() { err = errors.Join(err, env.Stop()) }()
-	if err := findKubectl(env); err != nil {
+	if err = findKubectl(env); err != nil {
 		return 0, err
 	}
-	if out, err := kubectl(ctx, "apply", "-k", filepath.Join("..", "..", "config", "default")); err != nil {
-		return 0, fmt.Errorf("install: %w\n%s", err, out)
-	}
-	if out, err := kubectl(ctx, "wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"); err != nil {
-		return 0, fmt.Errorf("wait for the kinds: %w\n%s", err, out)
+	for _, args := range [][]string{
+		{"apply", "-k", filepath.Join("..", "..", "config", "default")},
+		{"wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"},
+	} {
+		var out []byte
+		if out, err = kubectl(ctx, args...); err != nil {
+			return 0, fmt.Errorf("install: kubectl %s: %w\n%s", args[0], err, out)
+		}
 	}
 	scheme, err := NewScheme()
 	if err != nil {
@@ -75,7 +78,7 @@ func withCluster(run func() int) (code int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("make the manager: %w", err)
 	}
-	if err := Setup(mgr, config); err != nil {
+	if err = Setup(mgr, config); err != nil {
 		return 0, err
 	}
 	stopped := make(chan error, 1)

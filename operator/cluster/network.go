@@ -201,7 +201,7 @@ func (r *network) write(ctx context.Context, net *sriovv1.SriovNetwork, want *na
 	err := r.Get(ctx, client.ObjectKeyFromObject(want), have)
 	if apierrors.IsNotFound(err) {
 		// Create, not apply: it must fail if somebody else was faster.
-		if err := r.Create(ctx, want, fieldOwner); err != nil {
+		if err = r.Create(ctx, want, fieldOwner); err != nil {
 			return fmt.Errorf("create NetworkAttachmentDefinition %s/%s: %w", want.Namespace, want.Name, err)
 		}
 		return nil

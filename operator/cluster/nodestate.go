@@ -73,13 +73,13 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 			return ctrl.Result{}, nil
 		}
 		uid := state.UID
-		if err := r.Delete(ctx, state, client.Preconditions{UID: &uid}); client.IgnoreNotFound(err) != nil {
+		if err = r.Delete(ctx, state, client.Preconditions{UID: &uid}); client.IgnoreNotFound(err) != nil {
 			return ctrl.Result{}, fmt.Errorf("delete the SriovNetworkNodeState of node %s, which is gone: %w", request.Name, err)
 		}
 		return ctrl.Result{}, nil
 	}
 	policies := &sriovv1.SriovNetworkNodePolicyList{}
-	if err := r.List(ctx, policies, client.InNamespace(r.namespace)); err != nil {
+	if err = r.List(ctx, policies, client.InNamespace(r.namespace)); err != nil {
 		return ctrl.Result{}, fmt.Errorf("list policies: %w", err)
 	}
 	spec, _ := plan.Desired(inEffect(policies.Items), node.Labels, state.Status.Interfaces, state.Spec)
@@ -94,7 +94,7 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	if err := r.Apply(ctx, desired, fieldOwner, client.ForceOwnership); err != nil {
+	if err = r.Apply(ctx, desired, fieldOwner, client.ForceOwnership); err != nil {
 		return ctrl.Result{}, fmt.Errorf("apply the spec of SriovNetworkNodeState %s: %w", request.Name, err)
 	}
 	ctrl.LoggerFrom(ctx).Info("Applied the node's spec", "node", request.Name, "interfaces", len(spec.Interfaces))

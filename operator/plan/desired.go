@@ -84,7 +84,7 @@ func byStrength(policies []sriovv1.SriovNetworkNodePolicy) []*sriovv1.SriovNetwo
 	slices.SortFunc(sorted, func(a, b *sriovv1.SriovNetworkNodePolicy) int {
 		return cmp.Or(
 			cmp.Compare(priority(a), priority(b)),
-			a.CreationTimestamp.Time.Compare(b.CreationTimestamp.Time),
+			a.CreationTimestamp.Compare(b.CreationTimestamp.Time),
 			cmp.Compare(a.Name, b.Name))
 	})
 	return sorted
