@@ -35,8 +35,7 @@ const (
 
 func main() {
 	out, failed := run(os.Getenv, os.Stdin)
-	os.Stdout.Write(out)
-	if failed {
+	if _, err := os.Stdout.Write(out); err != nil || failed {
 		os.Exit(1)
 	}
 }
