@@ -21,6 +21,18 @@ func TestUnknownSelectorKeyIsRefused(t *testing.T) {
 	// The API server takes a moment to act on an admission policy.
 	eventually(t, func() error { return refusedWith(api.Create(t.Context(), p.DeepCopy(), client.DryRunAll), want) })
 
+	for selector, want := range map[string]string{
+		"{pfName: [ens1f0]}":           want,
+		"{}":                           "spec.nicSelector: it selects nothing: give at least one of vendor, deviceID, rootDevices, pfNames, netFilter",
+		"{vendor: '', pfNames: []}":    "spec.nicSelector: it selects nothing",
+		"{pfNames: [ens1f0], x: null}": "spec.nicSelector.x: unknown field",
+	} {
+		p := object(t, "SriovNetworkNodePolicy", "selector", "nodeSelector: {a: b}\nresourceName: r\nnumVfs: 4\nnicSelector: "+selector)
+		if err := refusedWith(api.Create(t.Context(), p, client.DryRunAll), want); err != nil {
+			t.Errorf("%s: %v", selector, err)
+		}
+	}
+
 	file := filepath.Join(t.TempDir(), "policy.json")
 	data, err := p.MarshalJSON()
 	if err != nil {

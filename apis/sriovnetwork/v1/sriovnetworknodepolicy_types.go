@@ -50,7 +50,9 @@ type SriovNetworkNodePolicySpec struct {
 	//
 	// Unknown keys are kept by the schema so that an admission policy, and the operator
 	// if that is absent, can refuse them for every client: were a mistyped key pruned, the
-	// rest of the selector would select more NICs than its author meant.
+	// rest of the selector would select more NICs than its author meant. An empty selector
+	// is refused there too, and not by the schema, which would speak first and could not
+	// name the key that was meant.
 	// +required
 	// +kubebuilder:pruning:PreserveUnknownFields
 	NicSelector SriovNetworkNicSelector `json:"nicSelector"`
@@ -92,7 +94,6 @@ type SriovNetworkNodePolicySpec struct {
 
 // SriovNetworkNicSelector selects PFs.
 //
-// +kubebuilder:validation:XValidation:rule="(has(self.vendor) && size(self.vendor) > 0) || (has(self.deviceID) && size(self.deviceID) > 0) || (has(self.rootDevices) && size(self.rootDevices) > 0) || (has(self.pfNames) && size(self.pfNames) > 0) || (has(self.netFilter) && size(self.netFilter) > 0)",message="nicSelector selects nothing, because it has none of the keys there are: give at least one of vendor, deviceID, rootDevices, pfNames, netFilter"
 // +kubebuilder:validation:XValidation:rule="!has(self.netFilter) || size(self.netFilter) == 0 || !((has(self.vendor) && size(self.vendor) > 0) || (has(self.deviceID) && size(self.deviceID) > 0) || (has(self.rootDevices) && size(self.rootDevices) > 0) || (has(self.pfNames) && size(self.pfNames) > 0))",fieldPath=".netFilter",messageExpression="'netFilter ' + self.netFilter + ' must stand alone: remove it, or remove vendor, deviceID, rootDevices and pfNames'"
 type SriovNetworkNicSelector struct {
 	// vendor is the PCI vendor, four hex digits, such as 8086.
