@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -38,8 +39,13 @@ func (e ExecIPAM) Find(plugin string, req Request) error {
 	return err
 }
 
+// dirs is CNI_PATH as the plugin gets it, too: it may run others.
+func (e ExecIPAM) dirs(req Request) []string {
+	return slices.Concat(filepath.SplitList(req.Path), e.Dirs)
+}
+
 func (e ExecIPAM) find(plugin string, req Request) (path string, err error) {
-	path, err = invoke.FindInPath(plugin, append(filepath.SplitList(req.Path), e.Dirs...))
+	path, err = invoke.FindInPath(plugin, e.dirs(req))
 	if err != nil {
 		return "", fail(CodeIPAM, "find IPAM plugin: %w", err)
 	}
@@ -54,7 +60,7 @@ func (e ExecIPAM) Exec(ctx context.Context, plugin string, req Request) (*types1
 	}
 	args := &invoke.Args{
 		Command: string(req.Command), ContainerID: req.ContainerID, NetNS: req.Netns,
-		PluginArgsStr: req.Args, IfName: req.IfName, Path: req.Path,
+		PluginArgsStr: req.Args, IfName: req.IfName, Path: strings.Join(e.dirs(req), string(filepath.ListSeparator)),
 	}
 	if req.Command != Add {
 		if err = invoke.ExecPluginWithoutResult(ctx, path, req.Stdin, args, &process{}); err != nil {

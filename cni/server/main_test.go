@@ -43,6 +43,10 @@ func ipamPlugin() int {
 		fmt.Printf(`{"code":6,"msg":%q}`, err)
 		return 1
 	}
+	if os.Getenv("CNI_PATH") == "" {
+		fmt.Print(`{"code":4,"msg":"required env variables [CNI_PATH] missing"}`)
+		return 1
+	}
 	lease := filepath.Join(conf.IPAM.Dir, os.Getenv("CNI_CONTAINERID")+"-"+os.Getenv("CNI_IFNAME"))
 	command := os.Getenv("CNI_COMMAND")
 	if command == conf.IPAM.Fail {

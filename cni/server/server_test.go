@@ -300,7 +300,7 @@ func pluginDir(t *testing.T) string {
 func TestIPAMPlugins(t *testing.T) {
 	leases, ctx := t.TempDir(), context.Background()
 	ipam := attach.ExecIPAM{Dirs: []string{pluginDir(t)}}
-	req := attach.Request{Command: attach.Add, ContainerID: "c", IfName: "net1", Netns: "/n", Path: "/nonexistent",
+	req := attach.Request{Command: attach.Add, ContainerID: "c", IfName: "net1", Netns: "/n", // without CNI_PATH
 		Stdin: conf("0000:02:10.3", `,"ipam":{"type":"testipam","dir":"`+leases+`","fail":"CHECK"}`)}
 	r, err := ipam.Exec(ctx, "testipam", req)
 	if err != nil || r.IPs[0].Address.String() != "10.20.2.131/16" || r.CNIVersion != types100.ImplementedSpecVersion {
