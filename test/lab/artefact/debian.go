@@ -78,7 +78,7 @@ func (b *Build) Download(ctx context.Context, dir string, packages ...string) er
 	if err != nil {
 		return fmt.Errorf("make the download directory: %w", err)
 	}
-	defer os.RemoveAll(debs)
+	defer func() { _ = os.RemoveAll(debs) }() // Work goes as a whole, too
 	// apt drops to its own user for downloads, who may not write here.
 	if err := b.RunCmd(ctx, Cmd{Dir: debs, Args: append([]string{"apt-get", "download", "-q", "-o", "APT::Sandbox::User=root"}, packages...)}); err != nil {
 		return err

@@ -162,7 +162,7 @@ func (s *Store) build(ctx context.Context, st *Step, place string) error {
 	if err := os.RemoveAll(tmp); err != nil {
 		return fmt.Errorf("remove the rest of a killed build %s: %w", tmp, err)
 	}
-	defer os.RemoveAll(tmp)
+	defer func() { _ = os.RemoveAll(tmp) }() // or the next build of the same does
 	if err := os.MkdirAll(filepath.Join(tmp, "out"), 0o755); err != nil {
 		return fmt.Errorf("make the build directory of %s: %w", st.Name, err)
 	}

@@ -158,11 +158,11 @@ func (m *machine) networked() bool { return m.spec.Net.Mgmt != "" }
 
 // greet waits until guestd greets on the control line, or the guest ends.
 func (m *machine) greet(ctx context.Context, line *os.File, ask bool) error {
-	stop := context.AfterFunc(ctx, func() { line.SetDeadline(time.Now()) })
+	stop := context.AfterFunc(ctx, func() { _ = line.SetDeadline(time.Now()) })
 	defer stop()
 	go func() {
 		<-m.proc.ended
-		line.SetDeadline(time.Now())
+		_ = line.SetDeadline(time.Now())
 	}()
 	c, err := control.Connect(line, ask)
 	if err != nil {
@@ -208,7 +208,8 @@ func (m *machine) reach(ctx context.Context) error {
 		c, err := m.dial(try)
 		cancel()
 		if err == nil {
-			return c.Close()
+			c.Close()
+			return nil
 		}
 		if ctx.Err() != nil {
 			return fmt.Errorf("reach it over the management network: %w", m.orEnded(err))
@@ -240,11 +241,11 @@ func (m *machine) dial(ctx context.Context) (*control.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer stop()
 	c, err := control.Connect(conn, false)
 	if err != nil {
-		conn.Close()
+		_ = conn.Close()
 		return nil, err
 	}
 	return c, nil

@@ -186,7 +186,7 @@ func (m *machine) state(ctx context.Context, hw []string) (string, error) {
 	if err := m.runQEMU(ctx, args, false, theirs); err != nil {
 		return "", err
 	}
-	stop := context.AfterFunc(ctx, func() { ours.SetDeadline(time.Now()) })
+	stop := context.AfterFunc(ctx, func() { _ = ours.SetDeadline(time.Now()) })
 	defer stop()
 	tmp := file + ".saving"
 	if err := save(ours, tmp); err != nil {

@@ -30,10 +30,8 @@ func main() {
 		fatal("boot", err)
 		powerOff()
 	}
-	os.Setenv("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-	os.Setenv("HOME", "/root")
 	server, err := os.StartProcess("/proc/self/exe", []string{"guestd", "serve"}, &os.ProcAttr{
-		Dir: "/root", Env: os.Environ(), Files: []*os.File{os.Stdin, os.Stdout, os.Stderr}, Sys: &syscall.SysProcAttr{Setsid: true},
+		Dir: "/root", Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"}, Files: []*os.File{os.Stdin, os.Stdout, os.Stderr}, Sys: &syscall.SysProcAttr{Setsid: true},
 	})
 	if err != nil {
 		fatal("start the server", err)
@@ -57,6 +55,6 @@ func fatal(what string, err error) {
 }
 
 func powerOff() {
-	unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+	fatal("power off", unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF))
 	select {}
 }

@@ -290,8 +290,8 @@ func listen(address string) error {
 				return
 			}
 			go func() {
-				defer c.Close()
-				server.Serve(context.Background(), c)
+				_ = server.Serve(context.Background(), c) // ends when the client goes
+				_ = c.Close()
 			}()
 		}
 	}()

@@ -93,7 +93,11 @@ func run(spec guest.Spec, args []string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	defer g.Stop(context.WithoutCancel(ctx))
+	defer func() {
+		if err := g.Stop(context.WithoutCancel(ctx)); err != nil {
+			fmt.Fprintf(os.Stderr, "labrun: %v\n", err)
+		}
+	}()
 	if spec.Kind == guest.QEMU {
 		if err := job.send(ctx, g); err != nil {
 			return 0, err

@@ -51,7 +51,7 @@ func Connect(line io.ReadWriteCloser, ask bool) (*Client, error) {
 }
 
 // Close closes the line.
-func (c *Client) Close() error { return c.line.Close() }
+func (c *Client) Close() { _ = c.line.Close() }
 
 // Streams are what a command reads and writes; nil is nothing.
 type Streams struct {
@@ -88,9 +88,9 @@ func (c *Client) PutTree(ctx context.Context, from, to string) error {
 	go func() {
 		tw := tar.NewWriter(w)
 		err := addTree(tw, from)
-		w.CloseWithError(errors.Join(err, tw.Close()))
+		_ = w.CloseWithError(errors.Join(err, tw.Close()))
 	}()
-	defer r.Close()
+	defer func() { _ = r.Close() }()
 	_, err := c.do(ctx, request{Op: opUntar, Path: to}, Streams{In: r})
 	return err
 }
@@ -142,7 +142,7 @@ func (c *Client) Setup(ctx context.Context, s Setup) error {
 func (c *Client) do(ctx context.Context, req request, s Streams) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	stop := context.AfterFunc(ctx, func() { c.line.Close() })
+	stop := context.AfterFunc(ctx, c.Close)
 	defer stop()
 	status, err := c.exchange(req, s)
 	if err != nil && ctx.Err() != nil {
@@ -168,7 +168,9 @@ func (c *Client) exchange(req request, s Streams) (int, error) {
 			for {
 				select {
 				case sig := <-s.Signals:
-					c.w.put(frameSignal, []byte{byte(sig)})
+					if c.w.put(frameSignal, []byte{byte(sig)}) != nil {
+						return // the reading side tells
+					}
 				case <-done:
 					return
 				}
@@ -251,7 +253,7 @@ func (c *Client) feed(in io.Reader, to *requestInput) error {
 		}
 		if err != nil {
 			// The request must not take a part for the whole: cut the line.
-			c.line.Close()
+			c.Close()
 			return fmt.Errorf("read the input: %w", err)
 		}
 	}

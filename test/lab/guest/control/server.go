@@ -35,7 +35,7 @@ func (s *Server) Serve(ctx context.Context, line io.ReadWriter) error {
 	defer func() {
 		if run != nil {
 			run.cancel()
-			run.in.CloseWithError(io.ErrUnexpectedEOF)
+			_ = run.in.CloseWithError(io.ErrUnexpectedEOF)
 			<-run.done
 		}
 	}()
@@ -60,11 +60,11 @@ func (s *Server) Serve(ctx context.Context, line io.ReadWriter) error {
 			run = s.start(ctx, req, w)
 		case frameInput:
 			if run != nil {
-				run.in.Write(f.payload) // fails when nobody wants it any more
+				_, _ = run.in.Write(f.payload) // fails when nobody wants it any more
 			}
 		case frameEnd:
 			if run != nil {
-				run.in.Close()
+				_ = run.in.Close()
 			}
 		case frameSignal:
 			if run != nil && len(f.payload) == 1 {
@@ -92,7 +92,7 @@ func (r *running) signal(sig syscall.Signal) {
 		r.pending = sig
 		return
 	}
-	syscall.Kill(-r.pid, sig)
+	_ = syscall.Kill(-r.pid, sig) // it may just have ended
 }
 
 func (r *running) setPID(pid int) {
@@ -100,7 +100,7 @@ func (r *running) setPID(pid int) {
 	defer r.mu.Unlock()
 	r.pid = pid
 	if pid != 0 && r.pending != 0 {
-		syscall.Kill(-pid, r.pending)
+		_ = syscall.Kill(-pid, r.pending)
 	}
 }
 
@@ -113,12 +113,12 @@ func (s *Server) start(ctx context.Context, req request, w *frameWriter) *runnin
 		defer cancel()
 		var res result
 		status, err := s.serve(ctx, req, in, w, run)
-		in.CloseWithError(io.ErrClosedPipe) // input that still comes is dropped
+		_ = in.CloseWithError(io.ErrClosedPipe) // input that still comes is dropped
 		res.Status = status
 		if err != nil {
 			res.Error = err.Error()
 		}
-		w.putJSON(frameResult, res)
+		_ = w.putJSON(frameResult, res) // to a client that has gone, if it fails
 	}()
 	return run
 }
@@ -165,8 +165,8 @@ func execute(ctx context.Context, req request, in io.Reader, w *frameWriter, run
 	}
 	run.setPID(cmd.Process.Pid)
 	go func() {
-		io.Copy(stdin, in)
-		stdin.Close()
+		_, _ = io.Copy(stdin, in) // a command need not read all of its input
+		_ = stdin.Close()
 	}()
 	err = cmd.Wait()
 	run.setPID(0)
@@ -184,7 +184,7 @@ func execute(ctx context.Context, req request, in io.Reader, w *frameWriter, run
 	return 0, fmt.Errorf("run %s: %w", req.Args[0], err)
 }
 
-func put(in io.Reader, path string, mode fs.FileMode) (err error) {
+func put(in io.Reader, path string, mode fs.FileMode) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
@@ -193,7 +193,7 @@ func put(in io.Reader, path string, mode fs.FileMode) (err error) {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(tmp.Name())
+	defer func() { _ = os.Remove(tmp.Name()) }() // not there after the rename
 	if _, err := io.Copy(tmp, in); err != nil {
 		tmp.Close()
 		return fmt.Errorf("receive %s: %w", path, err)
@@ -232,7 +232,7 @@ func untar(in io.Reader, dir string) error {
 			err = os.MkdirAll(path, h.FileInfo().Mode().Perm())
 		case tar.TypeSymlink:
 			if err = os.MkdirAll(filepath.Dir(path), 0o755); err == nil {
-				os.Remove(path)
+				_ = os.Remove(path)
 				err = os.Symlink(h.Linkname, path)
 			}
 		case tar.TypeReg:
