@@ -26,7 +26,7 @@ func installShim(source, dir string) error {
 	if err != nil {
 		return fmt.Errorf("install the CNI shim: %w", err)
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err = os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("install the CNI shim: %w", err)
 	}
 	target := filepath.Join(dir, shimName)
@@ -35,12 +35,12 @@ func installShim(source, dir string) error {
 		return nil
 	}
 	err = replace(target, func(tmp string) error {
-		f, err := os.OpenFile(tmp, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o700)
-		if err != nil {
-			return err
+		f, openErr := os.OpenFile(tmp, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o700)
+		if openErr != nil {
+			return openErr
 		}
-		_, err = f.Write(want)
-		return errors.Join(err, f.Chmod(0o755), f.Sync(), f.Close())
+		_, writeErr := f.Write(want)
+		return errors.Join(writeErr, f.Chmod(0o755), f.Sync(), f.Close())
 	})
 	if err != nil {
 		return fmt.Errorf("install the CNI shim as %s: %w", target, err)

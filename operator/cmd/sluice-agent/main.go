@@ -120,7 +120,7 @@ func run(ctx context.Context, c *config) error {
 	if err != nil {
 		return err
 	}
-	defer kubelet.Close()
+	defer func() { _ = kubelet.Close() }()
 	apiServer, err := ctrl.GetConfig()
 	if err != nil {
 		return fmt.Errorf("find the API server: %w", err)
