@@ -32,7 +32,7 @@ metadata:
   annotations: {k8s.v1.cni.cncf.io/networks: '[{"name": "macvlan", "ips": ["192.168.7.1/24"]}]'}
 spec:
   nodeName: vm1
-  containers: [{name: tools, image: sluice.dev/tools:dev, imagePullPolicy: Never}]
+  containers: [{name: tools, image: sluice.dev/tools:dev, imagePullPolicy: Never, command: [httpd, -f, -h, /etc]}]
 ---
 apiVersion: v1
 kind: Pod
@@ -123,8 +123,20 @@ func TestClusterRunsPodsWithSecondaryInterfaces(t *testing.T) {
 		t.Errorf("between the pod networks of two nodes: %s", out)
 	}
 	kubectl("exec", "one", "--", "sh", "-c", "nc -w 5 10.96.0.1 443 < /dev/null") // the API server, as pods reach it
+	if page := kubectl("get", "--raw", "/api/v1/namespaces/default/pods/one:80/proxy/passwd"); !strings.Contains(page, "root:") {
+		t.Errorf("the API server does not reach a pod, as it has to for webhooks: %s", page)
+	}
 	if status := kubectl("get", "pod", "one", "-o", `jsonpath={.metadata.annotations.k8s\.v1\.cni\.cncf\.io/network-status}`); !strings.Contains(status, "net1") {
 		t.Errorf("network status of pod one: %s", status)
+	}
+
+	g, err := c.Node("vm2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	said, err := g.Run(ctx, `old=$(pgrep -x kubelet) && kill $old && for i in $(seq 300); do new=$(pgrep -x kubelet) && [ "$new" != "$old" ] && exit 0; sleep 0.1; done; exit 1`)
+	if err != nil {
+		t.Errorf("a kubelet that ends is not started again: %v: %s", err, said)
 	}
 	kubectl("delete", "pod", "one", "two", "--timeout=60s")
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/sluice-network/sluice/test/lab"
+	"github.com/sluice-network/sluice/test/lab/artefact"
 	"github.com/sluice-network/sluice/test/lab/guest"
 )
 
@@ -56,7 +57,7 @@ ${XDG_CACHE_HOME:-~/.cache}/sluice.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(up(), down(), status(), load(), execute(), console(), logs(), kubectl(), build(), assets())
+	root.AddCommand(up(), down(), status(), load(), execute(), console(), logs(), kubectl(), build(), assets(), gc())
 	return root
 }
 
@@ -328,4 +329,26 @@ func assets() *cobra.Command {
 			return err
 		},
 	}
+}
+
+func gc() *cobra.Command {
+	var unused time.Duration
+	cmd := &cobra.Command{
+		Use:   "gc",
+		Short: "Remove what is no longer needed from the cache of artefacts",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			store, err := artefact.Open("", cmd.ErrOrStderr())
+			if err != nil {
+				return err
+			}
+			removed, err := store.Collect(cmd.Context(), unused)
+			for _, path := range removed {
+				fmt.Fprintln(cmd.OutOrStdout(), path)
+			}
+			return err
+		},
+	}
+	cmd.Flags().DurationVar(&unused, "unused", 24*time.Hour, "keep what was used in this time")
+	return cmd
 }
