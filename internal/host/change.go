@@ -117,7 +117,7 @@ func (h *Host) SetNumVFs(ctx context.Context, pciAddress string, n int) error {
 	if err != nil {
 		return err
 	}
-	if err := ctx.Err(); err != nil {
+	if err = ctx.Err(); err != nil {
 		return err
 	}
 	op := fmt.Sprintf("create %d VFs", n)
@@ -136,14 +136,14 @@ func (h *Host) SetNumVFs(ctx context.Context, pciAddress string, n int) error {
 		return nil
 	}
 	if have > 0 {
-		if err := writeSysfs(file, "0"); err != nil {
+		if err = writeSysfs(file, "0"); err != nil {
 			return fail(fmt.Errorf("remove the %d VFs there are: %w", have, pathless(err)))
 		}
 	}
 	if n == 0 {
 		return nil
 	}
-	if err := setAutoprobe(device, false); err != nil {
+	if err = setAutoprobe(device, false); err != nil {
 		return fail(err)
 	}
 	err = writeSysfs(file, strconv.Itoa(n))
@@ -171,7 +171,7 @@ func (h *Host) BindDriver(ctx context.Context, vfAddress, driver string) error {
 	if err != nil {
 		return err
 	}
-	if err := ctx.Err(); err != nil {
+	if err = ctx.Err(); err != nil {
 		return err
 	}
 	op := "bind driver " + driver
@@ -192,17 +192,17 @@ func (h *Host) BindDriver(ctx context.Context, vfAddress, driver string) error {
 		return nil
 	}
 	// A line end alone clears it (driver_set_override in drivers/base/driver.c).
-	if err := writeSysfs(filepath.Join(device, "driver_override"), driver+"\n"); err != nil {
+	if err = writeSysfs(filepath.Join(device, "driver_override"), driver+"\n"); err != nil {
 		return fail(err)
 	}
 	if have != "" {
-		err := writeSysfs(filepath.Join(device, "driver/unbind"), vfAddress)
+		err = writeSysfs(filepath.Join(device, "driver/unbind"), vfAddress)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) {
 			return fail(err)
 		}
 	}
 	if driver != DefaultDriver {
-		err := writeSysfs(filepath.Join(h.sysfs, "bus/pci/drivers", driver, "bind"), vfAddress)
+		err = writeSysfs(filepath.Join(h.sysfs, "bus/pci/drivers", driver, "bind"), vfAddress)
 		if errors.Is(err, fs.ErrNotExist) {
 			return &KernelError{Op: op, Object: vfAddress, Err: unix.ENODEV,
 				Hint: "the driver is not loaded: load module " + driver + " on the node"}
@@ -213,10 +213,10 @@ func (h *Host) BindDriver(ctx context.Context, vfAddress, driver string) error {
 		return nil
 	}
 	// With autoprobe off, pci_device_can_probe refuses a VF without an override.
-	if err := setAutoprobe(filepath.Join(device, "physfn"), true); err != nil {
+	if err = setAutoprobe(filepath.Join(device, "physfn"), true); err != nil {
 		return fail(err)
 	}
-	if err := writeSysfs(filepath.Join(h.sysfs, "bus/pci/drivers_probe"), vfAddress); err != nil {
+	if err = writeSysfs(filepath.Join(h.sysfs, "bus/pci/drivers_probe"), vfAddress); err != nil {
 		return fail(err)
 	}
 	if have, err = linkBase(filepath.Join(device, "driver")); err != nil {

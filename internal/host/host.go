@@ -63,7 +63,7 @@ func Open(sysfs string) (*Host, error) {
 func (h *Host) Close() {
 	for _, handle := range []*netlink.Handle{h.rt, h.vf} {
 		if handle != nil {
-			handle.Close()
+			_ = handle.Close() // nothing was written that could be lost
 		}
 	}
 	if h.eth != nil {

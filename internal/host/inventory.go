@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -194,7 +193,7 @@ func (h *Host) ReadVFSettings(_ context.Context, pf *PF) error {
 	settings := map[int]VFSettings{}
 	for _, v := range link.Attrs().Vfs {
 		settings[v.ID] = VFSettings{
-			MAC:       net.HardwareAddr(slices.Clone(v.Mac)),
+			MAC:       slices.Clone(v.Mac),
 			VLAN:      v.Vlan,
 			VLANQoS:   v.Qos,
 			VLANProto: VLANProto(v.VlanProto),

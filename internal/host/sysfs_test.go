@@ -269,7 +269,7 @@ func TestBindDriver(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	tr.write("bus/pci/drivers/vfio-pci/bind", "")
-	if err := h.BindDriver(t.Context(), vf, "vfio-pci"); err != nil {
+	if err = h.BindDriver(t.Context(), vf, "vfio-pci"); err != nil {
 		t.Error(err)
 	}
 	for file, want := range map[string]string{dev(vf) + "/driver_override": "vfio-pci", "bus/pci/drivers/iavf/unbind": vf, "bus/pci/drivers/vfio-pci/bind": vf} {
@@ -277,7 +277,7 @@ func TestBindDriver(t *testing.T) {
 			t.Errorf("%s holds %q, want %q", file, got, want)
 		}
 	}
-	if err := h.BindDriver(t.Context(), vf, "../x"); err == nil {
+	if err = h.BindDriver(t.Context(), vf, "../x"); err == nil {
 		t.Error("a path was taken for a driver")
 	}
 

@@ -97,7 +97,7 @@ func TestVirtualLinksAreNoEvents(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := h.rt.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "a"}, PeerName: "b"}); err != nil {
+	if err = h.rt.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "a"}, PeerName: "b"}); err != nil {
 		t.Fatal(err)
 	}
 	lo, err := h.rt.LinkByName("lo")
@@ -130,8 +130,10 @@ func TestDroppedMessagesMeanLookAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := conn.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 2048) }); err != nil {
-		t.Fatal(err)
+	var optErr error
+	err = conn.Control(func(fd uintptr) { optErr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 2048) })
+	if err != nil || optErr != nil {
+		t.Fatal(err, optErr)
 	}
 	for range 50 {
 		d := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "a"}, PeerName: "b"}

@@ -296,8 +296,8 @@ func (a *Agent) hostName(vf host.VF, held bool) string {
 	defer a.mu.Unlock()
 	n := a.names[vf.PCIAddress]
 	switch {
-	case n == nil && (held || vf.Name == ""):
-		return ""
+	case n == nil && (held || vf.Name == "" || a.state == nil):
+		return "" // before the status is known, the name may be a pod's still
 	case n == nil || !held && n.here && vf.Name != "":
 		n = &hostName{name: vf.Name, here: true}
 		a.names[vf.PCIAddress] = n

@@ -89,7 +89,6 @@ type plugin struct {
 	mu        sync.Mutex
 	pools     []Pool
 	withdrawn []string
-	log       func(string)
 	fail      int
 }
 

@@ -136,7 +136,7 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 	}
 	ops, blocked, err := plan.Operations(*r.want, seen)
 	if len(ops) > 0 {
-		if err := p.readSettings(ctx, r, true); err != nil {
+		if err = p.readSettings(ctx, r, true); err != nil {
 			return unreadable(err)
 		}
 		ops, blocked, err = plan.Operations(*r.want, p.view(r))
@@ -273,7 +273,7 @@ func (p *pass) bring(ctx context.Context, r *report) {
 			return
 		}
 		last = ops
-		if err := p.withdraw(ctx, r, ops); err != nil {
+		if err = p.withdraw(ctx, r, ops); err != nil {
 			p.note(r, -1, trouble{ReasonUnreadable, err.Error()})
 			return
 		}
@@ -282,7 +282,7 @@ func (p *pass) bring(ctx context.Context, r *report) {
 			if failed[op.VF] || !whole {
 				continue
 			}
-			err := p.apply(ctx, r.have, op)
+			err = p.apply(ctx, r.have, op)
 			switch {
 			case errors.Is(err, errTaken):
 				// A pod was faster than the withdrawal; the next plan says so.
