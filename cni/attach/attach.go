@@ -60,6 +60,11 @@ type Options struct {
 	Dir       string // of the journal
 	Log       logr.Logger
 
+	// Allocated returns the pod, as namespace/name, that the kubelet has given
+	// the VF to, not ok when it has given it to none. Nil leaves the VF to
+	// whoever names it: there is no kubelet.
+	Allocated func(ctx context.Context, pciAddress string) (pod string, ok bool, err error)
+
 	// OnStep, unless nil, is called before each step of making and undoing an
 	// attachment, with the step's name. Tests end the process in it.
 	OnStep func(step string)
@@ -163,6 +168,9 @@ func (a *Attacher) Add(ctx context.Context, req Request, ns *host.Netns) ([]byte
 		return nil, err
 	}
 	defer unlockVF()
+	if err := a.allocated(ctx, cfg); err != nil {
+		return nil, err
+	}
 	if err := a.claim(ctx, cfg); err != nil {
 		return nil, err
 	}
@@ -186,6 +194,26 @@ func (a *Attacher) repeated(ctx context.Context, key Key, cfg *Config, ns *host.
 		return nil, fail(types.ErrTryAgainLater, "network %q: undo an earlier attempt: %w", cfg.Network, err)
 	}
 	return nil, nil
+}
+
+// allocated makes sure that the VF is for this pod: whoever may write a network
+// definition can name any VF in it, also one the kubelet has just promised to
+// another pod, or will.
+func (a *Attacher) allocated(ctx context.Context, cfg *Config) error {
+	if a.Allocated == nil || cfg.Pod == "" {
+		return nil
+	}
+	pod, ok, err := a.Allocated(ctx, cfg.DeviceID)
+	_, _, pooled := a.Baselines.Baseline(cfg.DeviceID)
+	switch {
+	case err != nil:
+		return fail(types.ErrTryAgainLater, "network %q: deviceID %s: %w", cfg.Network, cfg.DeviceID, err)
+	case ok && pod != cfg.Pod:
+		return fail(CodeVFHeld, "network %q: deviceID %s: the VF is allocated to pod %s, not to %s: take deviceID out of the network definition", cfg.Network, cfg.DeviceID, pod, cfg.Pod)
+	case !ok && pooled:
+		return fail(CodeVFHeld, "network %q: deviceID %s: the VF is in a pool and not allocated to pod %s: let the pod request the pool's resource, and take deviceID out of the network definition", cfg.Network, cfg.DeviceID, cfg.Pod)
+	}
+	return nil
 }
 
 // claim makes sure that nobody has the VF. An owner whose network namespace has

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 
 	"github.com/sluice-network/sluice/internal/host"
@@ -70,6 +71,46 @@ func TestAddDel(t *testing.T) {
 	}
 	if _, held := a.Holder(vf0); held {
 		t.Error("the VF is held after DEL")
+	}
+}
+
+// A VF is for the pod the kubelet gave it to, whatever a network definition says.
+func TestAddOnlyToWhomTheVFIsAllocated(t *testing.T) {
+	for name, c := range map[string]struct {
+		vf, pod string
+		err     error
+		code    uint // of the refusal; 0 for none
+	}{
+		"this pod":                 {vf: vf0, pod: "ns/c1"},
+		"another pod":              {vf: vf0, pod: "ns/other", code: CodeVFHeld},
+		"none, VF of a pool":       {vf: vf0, code: CodeVFHeld},
+		"none, VF of no pool":      {vf: vf1},
+		"the kubelet is not there": {vf: vf0, err: syscall.ECONNREFUSED, code: types.ErrTryAgainLater},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld()
+			before := w.state()
+			a := newAttacher(t, w, t.TempDir(), nil)
+			a.Allocated = func(_ context.Context, pci string) (string, bool, error) {
+				if pci != c.vf {
+					t.Errorf("asked for %s", pci)
+				}
+				return c.pod, c.pod != "", c.err
+			}
+			_, err := a.Add(t.Context(), request(Add, "c1", pod1, c.vf, ""), nil)
+			if c.code == 0 {
+				if err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			if err == nil || codeOf(err) != c.code || !strings.Contains(err.Error(), c.vf) {
+				t.Errorf("code %d, %v; want code %d", codeOf(err), err, c.code)
+			}
+			if after := w.state(); after != before {
+				t.Errorf("changed to\n%s, was\n%s", after, before)
+			}
+		})
 	}
 }
 

@@ -26,7 +26,7 @@ import (
 	"github.com/sluice-network/sluice/internal/host"
 )
 
-// Options are what a Server stands on. All fields but OnStep are needed.
+// Options are what a Server stands on. All fields but Allocated and OnStep are needed.
 type Options struct {
 	Socket    string // path of the unix socket, usually wire.Socket
 	StateDir  string // holds the journal (attachments) and the shim's queue (del-queue)
@@ -34,7 +34,9 @@ type Options struct {
 	Baselines attach.Baselines
 	IPAMDirs  []string // where IPAM plugins are looked for besides CNI_PATH
 	Log       logr.Logger
-	OnStep    func(step string) // see attach.Options
+
+	Allocated func(ctx context.Context, pciAddress string) (pod string, ok bool, err error) // see attach.Options
+	OnStep    func(step string)                                                             // see attach.Options
 }
 
 // parallel is how many calls are worked on at a time. Each may run an IPAM
@@ -54,7 +56,8 @@ type Server struct {
 func New(o Options) (*Server, error) {
 	a, err := attach.New(attach.Options{
 		Kernel: o.Kernel, Baselines: o.Baselines, IPAM: attach.ExecIPAM{Dirs: o.IPAMDirs},
-		Dir: filepath.Join(o.StateDir, "attachments"), Log: o.Log, OnStep: o.OnStep,
+		Dir: filepath.Join(o.StateDir, "attachments"), Log: o.Log,
+		Allocated: o.Allocated, OnStep: o.OnStep,
 	})
 	if err != nil {
 		return nil, err

@@ -43,16 +43,15 @@ func New(socket, prefix string) (*Client, error) {
 // Close ends the connection.
 func (c *Client) Close() error { return c.conn.Close() }
 
-// Allocated tells which pod the device is allocated to; ok is false when there
-// is none. An error means that it is not known.
-func (c *Client) Allocated(ctx context.Context, pciAddress string) (namespace, pod string, ok bool, err error) {
+// Allocated tells which pod, as "namespace/name", the device is allocated to; ok
+// is false when there is none. An error means that it is not known.
+func (c *Client) Allocated(ctx context.Context, pciAddress string) (pod string, ok bool, err error) {
 	all, err := c.Devices(ctx)
 	if err != nil {
-		return "", "", false, fmt.Errorf("ask who has device %s: %w", pciAddress, err)
+		return "", false, fmt.Errorf("ask who has device %s: %w", pciAddress, err)
 	}
-	name, ok := all[pciAddress]
-	namespace, pod, _ = strings.Cut(name, "/")
-	return namespace, pod, ok, nil
+	pod, ok = all[pciAddress]
+	return pod, ok, nil
 }
 
 // Devices returns the pods, as "namespace/name", of all allocated devices.

@@ -34,7 +34,7 @@ func TestAllocated(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	if _, _, _, err = c.Allocated(t.Context(), "0000:01:00.1"); err == nil || !strings.Contains(err.Error(), "0000:01:00.1") {
+	if _, _, err = c.Allocated(t.Context(), "0000:01:00.1"); err == nil || !strings.Contains(err.Error(), "0000:01:00.1") {
 		t.Errorf("without a kubelet: %v", err)
 	}
 
@@ -52,17 +52,17 @@ func TestAllocated(t *testing.T) {
 	t.Cleanup(s.Stop)
 	// The same client, without being told that the kubelet came.
 	for id, want := range map[string]string{
-		"0000:01:00.1": "ns/a true", "0000:02:00.1": "ns/b true", "0000:01:00.3": "/ false", "0000:09:00.0": "/ false",
+		"0000:01:00.1": "ns/a true", "0000:02:00.1": "ns/b true", "0000:01:00.3": " false", "0000:09:00.0": " false",
 	} {
-		ns, name, ok, err := c.allocatedWhenReady(t, id)
-		if got := ns + "/" + name + map[bool]string{true: " true", false: " false"}[ok]; err != nil || got != want {
+		name, ok, err := c.allocatedWhenReady(t, id)
+		if got := name + map[bool]string{true: " true", false: " false"}[ok]; err != nil || got != want {
 			t.Errorf("%s: %s, %v; want %s", id, got, err, want)
 		}
 	}
 }
 
 // allocatedWhenReady waits for the connection, which gRPC retries by itself.
-func (c *Client) allocatedWhenReady(t *testing.T, id string) (string, string, bool, error) {
+func (c *Client) allocatedWhenReady(t *testing.T, id string) (string, bool, error) {
 	t.Helper()
 	c.conn.Connect()
 	for state := c.conn.GetState(); state.String() != "READY"; state = c.conn.GetState() {

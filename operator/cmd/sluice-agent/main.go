@@ -147,7 +147,7 @@ func run(ctx context.Context, c *config) error {
 	var agent *node.Agent
 	cni, err := server.New(server.Options{
 		Socket: c.socket, StateDir: c.stateDir, Kernel: attacher, IPAMDirs: []string{c.cniDir}, Log: log.WithName("cni"),
-		Baselines: baselines(func() *node.Agent { return agent }),
+		Baselines: baselines(func() *node.Agent { return agent }), Allocated: kubelet.Allocated,
 	})
 	if err != nil {
 		return err
