@@ -122,6 +122,9 @@ func TestGuests(t *testing.T) {
 					t.Errorf("stop guest %d: alive %t, %v", n, Alive(spec(n).Dir), err)
 				}
 			}
+			if _, err := guests[0].Run(t.Context(), "true"); err == nil || !strings.Contains(err.Error(), "the guest does not run") {
+				t.Errorf("a command in a guest that is gone: %v", err)
+			}
 			if tail := guests[0].ConsoleTail(500); strings.Contains(tail, "BUG:") {
 				t.Errorf("the console has a kernel fault:\n%s", tail)
 			}

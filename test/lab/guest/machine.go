@@ -187,7 +187,7 @@ func (m *machine) orEnded(err error) error {
 // later than a line that it closes.
 func (m *machine) hasEnded(err error) bool {
 	if m.proc == nil {
-		return false
+		return !Alive(m.spec.Dir)
 	}
 	grace := 50 * time.Millisecond
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) {
@@ -231,7 +231,11 @@ func (m *machine) ended() <-chan struct{} {
 	return m.proc.ended
 }
 
+// dial connects over the management network. A guest that runs answers within
+// milliseconds; TCP by itself would try for two minutes.
 func (m *machine) dial(ctx context.Context) (*control.Client, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
 	address := netip.AddrPortFrom(m.spec.Net.Address.Addr(), Port).String()
 	var conn net.Conn
 	err := InNetns(m.spec.Net.Namespace, func() (err error) {
@@ -260,6 +264,9 @@ func Attach(spec Spec) Guest { return &machine{spec: spec} }
 func (m *machine) with(ctx context.Context, f func(*control.Client) error) error {
 	if m.line != nil {
 		return m.explain(f(m.line))
+	}
+	if m.proc == nil && !Alive(m.spec.Dir) {
+		return failure(m.spec.Name, m.spec.Dir, errors.New("the guest does not run"))
 	}
 	c, err := m.dial(ctx)
 	if err != nil {
