@@ -124,7 +124,7 @@ func lock(name string) (dir string, unlock func(), err error) {
 	if err != nil {
 		return "", nil, err
 	}
-	if err := os.MkdirAll(all, 0o755); err != nil {
+	if err = os.MkdirAll(all, 0o755); err != nil {
 		return "", nil, fmt.Errorf("make the state directory: %w", err)
 	}
 	file, err := os.OpenFile(filepath.Join(all, "."+name+".lock"), os.O_CREATE|os.O_RDWR, 0o644)
@@ -150,17 +150,17 @@ func Up(ctx context.Context, o Options) (*Cluster, error) {
 	}
 	defer unlock()
 	progress := newProgress(o.Progress)
-	if c, err := Attach(o.Name); err == nil && c.healthy(ctx) {
+	if c, attachErr := Attach(o.Name); attachErr == nil && c.healthy(ctx) {
 		if c.Kind != o.Kind || len(c.Nodes) != o.Nodes {
 			return nil, fmt.Errorf("lab %s runs with %d %s nodes, asked for are %d %s: end it with down, or set SLUICE_LAB_NAME", o.Name, len(c.Nodes), c.Kind, o.Nodes, o.Kind)
 		}
 		progress.say("lab %s is up already", o.Name)
 		return c, c.load(ctx, progress, o.Images)
 	}
-	if err := sweep(o.Name, dir); err != nil {
+	if err = sweep(o.Name, dir); err != nil {
 		return nil, err
 	}
-	if err := os.RemoveAll(dir); err != nil { // the logs of the lab before
+	if err = os.RemoveAll(dir); err != nil { // the logs of the lab before
 		return nil, fmt.Errorf("remove the state of the previous lab: %w", err)
 	}
 	c, err := start(ctx, o, dir, progress)
@@ -199,7 +199,7 @@ func start(ctx context.Context, o Options, dir string, progress *progress) (*Clu
 	progress.say("starting lab %s: control plane and %d %s nodes", o.Name, o.Nodes, o.Kind)
 	began := time.Now()
 	c := &Cluster{dir: dir, record: record{Name: o.Name, Kind: o.Kind, Kubelab: filepath.Join(kubelab, cluster.KubelabFile), Started: began}}
-	if err := cluster.AddNetwork(o.Name, o.Nodes); err != nil {
+	if err = cluster.AddNetwork(o.Name, o.Nodes); err != nil {
 		return nil, err
 	}
 	keys, err := cluster.NewKeys()

@@ -53,26 +53,7 @@ func TestClusterRunsPodsWithSecondaryInterfaces(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			for _, node := range c.Nodes {
-				g, err := c.Node(node.Name)
-				if err == nil {
-					said, _ := g.Run(context.Background(), "tail -n 20 /var/log/kubelet.log /var/log/multus.log")
-					t.Logf("%s:\n%s", node.Name, said)
-				}
-			}
-		}
-		if err := Down(options.Name); err != nil {
-			t.Error(err)
-		}
-		if _, err := os.Stat("/sys/class/net/brm"); err == nil {
-			t.Error("the lab's bridge is in the host's network namespace")
-		}
-		if guest.Alive(c.Nodes[0].Dir) {
-			t.Error("a guest outlives its lab")
-		}
-	})
+	t.Cleanup(func() { end(t, c) })
 
 	config, err := c.RESTConfig()
 	if err != nil {
@@ -88,24 +69,18 @@ func TestClusterRunsPodsWithSecondaryInterfaces(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, node := range c.Nodes {
-		g, err := c.Node(node.Name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if said, err := g.Run(ctx, "ip link set ens1f0 up"); err != nil {
-			t.Fatalf("%s: %v: %s", node.Name, err, said)
-		}
+	for _, name := range []string{"vm1", "vm2"} {
+		run(t, c, name, "ip link set ens1f0 up")
 	}
 	kubectl := func(args ...string) string {
 		t.Helper()
-		out, err := c.Kubectl(ctx, args...)
-		if err != nil {
-			t.Fatal(err)
+		out, kubectlErr := c.Kubectl(ctx, args...)
+		if kubectlErr != nil {
+			t.Fatal(kubectlErr)
 		}
 		return out
 	}
-	if _, err := c.KubectlInput(ctx, pods, "apply", "-f", "-"); err != nil {
+	if _, err = c.KubectlInput(ctx, pods, "apply", "-f", "-"); err != nil {
 		t.Fatal(err)
 	}
 	began := time.Now()
@@ -129,16 +104,51 @@ func TestClusterRunsPodsWithSecondaryInterfaces(t *testing.T) {
 	if status := kubectl("get", "pod", "one", "-o", `jsonpath={.metadata.annotations.k8s\.v1\.cni\.cncf\.io/network-status}`); !strings.Contains(status, "net1") {
 		t.Errorf("network status of pod one: %s", status)
 	}
+	// A kubelet that ends is started again, as device plugins have to notice.
+	run(t, c, "vm2", `old=$(pgrep -x kubelet) && kill $old && for i in $(seq 300); do new=$(pgrep -x kubelet) && [ "$new" != "$old" ] && exit 0; sleep 0.1; done; exit 1`)
+	kubectl("delete", "pod", "one", "two", "--timeout=60s")
+}
 
-	g, err := c.Node("vm2")
+// run runs a script on a node.
+func run(t *testing.T, c *Cluster, node, script string) {
+	t.Helper()
+	g, err := c.Node(node)
 	if err != nil {
 		t.Fatal(err)
 	}
-	said, err := g.Run(ctx, `old=$(pgrep -x kubelet) && kill $old && for i in $(seq 300); do new=$(pgrep -x kubelet) && [ "$new" != "$old" ] && exit 0; sleep 0.1; done; exit 1`)
-	if err != nil {
-		t.Errorf("a kubelet that ends is not started again: %v: %s", err, said)
+	if _, err = g.Run(t.Context(), script); err != nil {
+		t.Fatalf("%s: %s: %v", node, script, err)
 	}
-	kubectl("delete", "pod", "one", "two", "--timeout=60s")
+}
+
+// end ends the cluster and checks that it is gone. Of a test that failed it
+// shows what the nodes say.
+func end(t *testing.T, c *Cluster) {
+	for _, node := range c.Nodes {
+		g, err := c.Node(node.Name)
+		if err != nil {
+			t.Error(err)
+		} else if t.Failed() {
+			said, _ := g.Run(context.Background(), "tail -n 20 /var/log/kubelet.log /var/log/multus.log")
+			t.Logf("%s:\n%s", node.Name, said)
+		}
+	}
+	if err := Down(c.Name); err != nil {
+		t.Error(err)
+	}
+	for _, p := range c.Processes() {
+		if _, running := p.Pid(); running {
+			t.Errorf("%s outlives its lab", p.Name)
+		}
+	}
+	for _, node := range c.Nodes {
+		if guest.Alive(node.Dir) {
+			t.Errorf("%s outlives its lab", node.Name)
+		}
+	}
+	if err := guest.InNetns(c.Name, func() error { return nil }); err == nil {
+		t.Errorf("the network namespace %s outlives its lab", c.Name)
+	}
 }
 
 // testLog passes progress lines to the test's log.

@@ -61,7 +61,7 @@ func split(manifest []byte) ([]object, error) {
 			Kind     string
 			Metadata struct{ Name string }
 		}
-		if err := yaml.Unmarshal(document, &head); err != nil {
+		if err = yaml.Unmarshal(document, &head); err != nil {
 			return nil, fmt.Errorf("read a manifest: %w", err)
 		}
 		if collections[head.Kind] == "" {

@@ -155,12 +155,11 @@ func (c ControlPlane) Start(ctx context.Context, keys *Keys) error {
 	if err != nil {
 		return fmt.Errorf("listen on loopback for the API server: %w", err)
 	}
-	defer listener.Close()
-	socket, err := listener.File()
-	if err != nil {
+	socket, err := listener.File() // a duplicate
+	if err = errors.Join(err, listener.Close()); err != nil {
 		return fmt.Errorf("take the relay's socket: %w", err)
 	}
-	defer socket.Close()
+	defer func() { _ = socket.Close() }() // the relay has its own
 	if err := c.write(keys, listener.Addr().(*net.TCPAddr).AddrPort()); err != nil {
 		return err
 	}

@@ -153,7 +153,7 @@ func addTap(name, bridge string, mtu int) error {
 	attrs.Name = name
 	// Without packet information, and of one queue, as both kinds of guest open it.
 	tap := &netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TAP, Flags: netlink.TUNTAP_NO_PI | netlink.TUNTAP_ONE_QUEUE}
-	if err := netlink.LinkAdd(tap); err != nil {
+	if err = netlink.LinkAdd(tap); err != nil {
 		return fmt.Errorf("add tap %s (is there /dev/net/tun?): %w", name, err)
 	}
 	for _, fd := range tap.Fds {

@@ -72,7 +72,7 @@ func applets(ctx context.Context, b *artefact.Build, debian system) ([]string, e
 		return nil, err
 	}
 	file := filepath.Join(b.Work, "busybox")
-	if err := os.WriteFile(file, program, 0o755); err != nil {
+	if err = os.WriteFile(file, program, 0o755); err != nil {
 		return nil, err
 	}
 	var out bytes.Buffer

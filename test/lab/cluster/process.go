@@ -45,7 +45,7 @@ func (p Process) start(netns string, args []string, files ...*os.File) (<-chan e
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = log, log, files
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := guest.InNetns(netns, cmd.Start); err != nil {
+	if err = guest.InNetns(netns, cmd.Start); err != nil {
 		return nil, fmt.Errorf("start %s: %w", p.Name, err)
 	}
 	ended := make(chan error, 1)

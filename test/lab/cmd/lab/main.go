@@ -249,7 +249,7 @@ func logs() *cobra.Command {
 			var names []string
 			for _, p := range c.Processes() {
 				if p.Name == args[0] && len(args) == 1 {
-					_, err := fmt.Fprintln(cmd.OutOrStdout(), p.Tail(lines))
+					_, err = fmt.Fprintln(cmd.OutOrStdout(), p.Tail(lines))
 					return err
 				}
 				names = append(names, p.Name)
