@@ -99,7 +99,9 @@ func (c ControlPlane) arguments() map[string][]string {
 		"kube-controller-manager": component("kube-controller-manager",
 			"--root-ca-file="+c.pki("ca.crt"), "--service-account-private-key-file="+c.pki("sa.key"),
 			"--cluster-signing-cert-file="+c.pki("ca.crt"), "--cluster-signing-key-file="+c.pki("ca.key"),
-			"--use-service-account-credentials", "--service-cluster-ip-range="+serviceCIDR),
+			"--use-service-account-credentials", "--service-cluster-ip-range="+serviceCIDR,
+			// A small machine has no reason to be polite to its own API server.
+			"--kube-api-qps=500", "--kube-api-burst=1000"),
 		"kube-scheduler": component("kube-scheduler"),
 	}
 }
