@@ -165,9 +165,10 @@ func Up(ctx context.Context, o Options) (*Cluster, error) {
 	}
 	c, err := start(ctx, o, dir, progress)
 	if err != nil {
-		if swept := sweep(o.Name, dir); swept != nil {
-			err = errors.Join(err, swept)
+		if ctx.Err() != nil {
+			err = context.Cause(ctx) // whatever it was just waiting for
 		}
+		err = errors.Join(err, sweep(o.Name, dir))
 		return nil, fmt.Errorf("start lab %s: %w\nlogs are in %s", o.Name, err, dir)
 	}
 	return c, nil
