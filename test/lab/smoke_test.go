@@ -87,7 +87,7 @@ func TestClusterRunsPodsWithSecondaryInterfaces(t *testing.T) {
 	kubectl("wait", "--for=condition=Ready", "--timeout=120s", "pod/one", "pod/two")
 	t.Logf("pods are Ready after %.1f s", time.Since(began).Seconds())
 
-	if out := kubectl("exec", "one", "--", "ip", "-4", "-br", "addr", "show", "net1"); !strings.Contains(out, "192.168.7.1/24") {
+	if out := kubectl("exec", "one", "--", "sh", "-c", "ip -4 -br addr show net1"); !strings.Contains(out, "192.168.7.1/24") {
 		t.Errorf("net1 of pod one: %s", out)
 	}
 	if out := kubectl("exec", "one", "--", "ping", "-c", "3", "-i", "0.2", "-W", "5", "192.168.7.2"); !strings.Contains(out, " 0% packet loss") {

@@ -32,6 +32,7 @@ const imagesFile = "images.tar"
 
 // tools are the programs of the tools image besides busybox.
 var tools = []string{
+	"dash",
 	"ip", "bridge", "tc", "devlink", "rdma", "ss", "nft",
 	"ping", "ethtool", "tcpdump", "iperf3", "lspci",
 }
@@ -102,13 +103,19 @@ func writeImages(file string, debian system, applets []string) error {
 			return err
 		}
 	}
+	// busybox's own shell runs its applets even where a tool has the name.
+	shell, _, err := debian.find("dash")
+	if err != nil {
+		return err
+	}
+	links["bin/sh"] = "/" + shell
 	// Nothing in these images has something to finish: a pod need not wait
 	// for its grace period.
-	stop := v1.Config{
+	sleep := v1.Config{
 		Entrypoint: []string{"/bin/busybox", "sleep", "inf"},
 		StopSignal: "SIGKILL",
 	}
-	shell := v1.Config{
+	idle := v1.Config{
 		Cmd:        []string{"/bin/sleep", "inf"},
 		Env:        []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
 		StopSignal: "SIGKILL",
@@ -119,7 +126,7 @@ func writeImages(file string, debian system, applets []string) error {
 		files  layerFiles
 		links  map[string]string
 		config v1.Config
-	}{{PauseImage, pause, nil, stop}, {ToolsImage, kit, links, shell}} {
+	}{{PauseImage, pause, nil, sleep}, {ToolsImage, kit, links, idle}} {
 		tag, err := name.NewTag(i.tag)
 		if err != nil {
 			return fmt.Errorf("name image %s: %w", i.tag, err)
