@@ -510,18 +510,25 @@ func (c *Cluster) KubectlInput(ctx context.Context, input string, args ...string
 	return stdout.String(), nil
 }
 
-// Down ends the cluster and removes everything but its logs.
+// Down ends the cluster and removes all that it made, logs too.
 func (c *Cluster) Down(_ context.Context) error { return Down(c.Name) }
 
-// Down ends the lab of that name, whatever state it is in, and removes
-// everything but its logs. A lab that is not there is no error.
+// Down ends the lab of that name, whatever state it is in, and removes all that
+// it made, also the logs of a start that failed. A lab that is not there is no
+// error.
 func Down(name string) error {
 	dir, unlock, err := lock(name)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	return sweep(name, dir)
+	if err := sweep(name, dir); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("remove the state of lab %s: %w", name, err)
+	}
+	return nil
 }
 
 // sweep ends what runs of a lab and removes all but its logs, by what is in its

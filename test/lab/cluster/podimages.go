@@ -99,7 +99,7 @@ func writeImages(file string, debian system, applets []string) error {
 		}
 	}
 	for _, tool := range tools {
-		if err := kit.add(debian, tool); err != nil {
+		if err = kit.add(debian, tool); err != nil {
 			return err
 		}
 	}

@@ -101,7 +101,7 @@ func down() *cobra.Command {
 	var all bool
 	cmd := &cobra.Command{
 		Use:   "down",
-		Short: "End the cluster and remove all but its logs",
+		Short: "End the cluster and remove all that it made",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			names := []string{lab.DefaultName()}
@@ -123,7 +123,7 @@ func down() *cobra.Command {
 			return errors.Join(errs...)
 		},
 	}
-	cmd.Flags().BoolVar(&all, "all", false, "end every lab of this user")
+	cmd.Flags().BoolVar(&all, "all", false, "end every lab of this user, not only $SLUICE_LAB_NAME")
 	return cmd
 }
 
