@@ -3,10 +3,12 @@
 package lab
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -136,14 +138,13 @@ func end(t *testing.T, c *Cluster) {
 	if err := Down(c.Name); err != nil {
 		t.Error(err)
 	}
-	for _, p := range c.Processes() {
-		if _, running := p.Pid(); running {
-			t.Errorf("%s outlives its lab", p.Name)
-		}
+	commands, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Error(err)
 	}
-	for _, node := range c.Nodes {
-		if guest.Alive(node.Dir) {
-			t.Errorf("%s outlives its lab", node.Name)
+	for _, file := range commands {
+		if line, gone := os.ReadFile(file); gone == nil && bytes.Contains(line, []byte(c.Dir())) {
+			t.Errorf("outlives its lab: %q", line)
 		}
 	}
 	if err := guest.InNetns(c.Name, func() error { return nil }); err == nil {
