@@ -22,6 +22,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -66,7 +67,8 @@ func main() {
 func run(spec guest.Spec, args []string) (int, error) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
-	signals := watchSignals(cancel)
+	var testing atomic.Bool
+	signals := watchSignals(cancel, &testing)
 
 	cwd, err := os.Getwd()
 	if err != nil {
@@ -112,6 +114,7 @@ func run(spec guest.Spec, args []string) (int, error) {
 		defer timer.Stop()
 	}
 	began = time.Now()
+	testing.Store(true)
 	err = g.Exec(ctx, guest.Command{
 		Args: append([]string{program}, args[1:]...), Dir: cwd, Env: environment(os.Environ(), spec.Kind),
 		Stdout: os.Stdout, Stderr: os.Stderr, Signals: signals,
@@ -149,9 +152,9 @@ func trouble(console string) string {
 	return ""
 }
 
-// watchSignals returns the signals to pass on to the test; a second interrupt
-// or termination ends labrun.
-func watchSignals(cancel context.CancelCauseFunc) <-chan syscall.Signal {
+// watchSignals returns the signals to pass on to the test once it is running.
+// Before that an interrupt or termination ends labrun, then a second one does.
+func watchSignals(cancel context.CancelCauseFunc, testing *atomic.Bool) <-chan syscall.Signal {
 	in, out := make(chan os.Signal, 4), make(chan syscall.Signal, 4)
 	signal.Notify(in, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT)
 	go func() {
@@ -159,7 +162,7 @@ func watchSignals(cancel context.CancelCauseFunc) <-chan syscall.Signal {
 		for s := range in {
 			sig := s.(syscall.Signal)
 			if sig != syscall.SIGQUIT {
-				if ends++; ends == 2 {
+				if ends++; ends == 2 || !testing.Load() {
 					cancel(fmt.Errorf("interrupted by signal %s", sig))
 				}
 			}
