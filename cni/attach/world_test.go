@@ -181,8 +181,16 @@ func (w *world) ChangeLink(_ context.Context, from *host.Netns, index int, c hos
 		if slices.ContainsFunc(l.AltNames, func(n string) bool { return taken(c.To.ID, n) && !slices.Contains(l.AltNames, n) }) {
 			return syscall.EEXIST
 		}
+		// A name that is taken there is replaced by the new one before the move
+		// (__dev_change_net_namespace in net/core/dev.c).
+		name := l.Name
+		if taken(c.To.ID, name) {
+			if name = c.Name; name == "" || taken(c.To.ID, name) {
+				return syscall.EEXIST
+			}
+		}
 		w.links[id] = slices.Delete(slices.Clone(w.links[id]), i, i+1)
-		id, l.Up = c.To.ID, false
+		id, l.Up, l.Name = c.To.ID, false, name
 		delete(w.addrs, l.Index)
 		delete(w.routes, l.Index)
 	} else {
@@ -313,12 +321,18 @@ func (w *world) Baseline(pci string) (net.HardwareAddr, int, bool) {
 	return nil, 0, false
 }
 
-// end makes the kernel end a namespace: its links come home.
+// end makes the kernel end a namespace: its links come home, under another name
+// where theirs is taken (default_device_exit_net in net/core/dev.c).
 func (w *world) end(path string) {
 	id := w.netns[path]
 	delete(w.netns, path)
 	for _, l := range w.links[id] {
 		l.Up = false
+		for i := 0; slices.ContainsFunc(w.links[hostNS], func(o host.Netdev) bool {
+			return o.Name == l.Name || slices.Contains(o.AltNames, l.Name)
+		}); i++ {
+			l.Name = fmt.Sprintf("dev%d", i)
+		}
 		delete(w.addrs, l.Index)
 		delete(w.routes, l.Index)
 		w.links[hostNS] = append(w.links[hostNS], l)
