@@ -5,17 +5,16 @@
 SHELL      := /bin/bash -o pipefail
 GO         := go
 export GOTOOLCHAIN := local
-export GOFLAGS     := -buildvcs=false
+# One set of flags everywhere: with another the build cache would hold nothing, and
+# Kubernetes is long to compile.
+export GOFLAGS     := -buildvcs=false -trimpath
 export CGO_ENABLED := 0
 
 LAB  ?= uml
 OUT  := out
 TOOL := $(GO) tool -modfile=hack/tools/go.mod
 LABCLI := $(OUT)/lab
-LABRUN := $(OUT)/labrun
 IMAGE  := $(OUT)/sluice.tar
-# Packages with tests that run inside a bare guest.
-GUEST_PKGS ?= ./internal/host/... ./operator/node/... ./cni/...
 
 .DEFAULT_GOAL := help
 .PHONY: help
@@ -34,7 +33,7 @@ demo-down: $(LABCLI) ## End the demo's cluster and remove all it made
 .PHONY: build image generate
 build: ## Compile all programs into out/
 	@mkdir -p $(OUT)
-	$(GO) build -trimpath -o $(OUT)/ ./operator/cmd/... ./cni/cmd/... ./test/lab/cmd/...
+	$(GO) build -o $(OUT)/ ./operator/cmd/... ./cni/cmd/... ./test/lab/cmd/...
 image: ## Build the container image as an archive, out/sluice.tar
 	$(GO) run ./hack/image -o $(IMAGE)
 generate: ## Write deepcopy code and CRDs from the types
@@ -67,7 +66,7 @@ lab-down: $(LABCLI) ## End the lab and remove what it made
 	$(LABCLI) down
 lab-status: $(LABCLI) ## What runs, since when, and where its logs are
 	$(LABCLI) status
-lab-console: $(LABCLI) ## Follow a node's console: NODE=vm1
+lab-console: $(LABCLI) ## Show the end of a node's console: NODE=vm1
 	$(LABCLI) console $(NODE)
 lab-exec: $(LABCLI) ## Run a command in a node: NODE=vm1 CMD='ip link'
 	$(LABCLI) exec $(NODE) -- $(CMD)
@@ -78,6 +77,4 @@ lab-load: $(LABCLI) image ## Load the image built from this tree into all nodes
 
 .PHONY: FORCE
 $(LABCLI): FORCE
-	@mkdir -p $(OUT) && $(GO) build -trimpath -o $@ ./test/lab/cmd/lab
-$(LABRUN): FORCE
-	@mkdir -p $(OUT) && $(GO) build -trimpath -o $@ ./test/lab/cmd/labrun
+	@mkdir -p $(OUT) && $(GO) build -o $@ ./test/lab/cmd/lab

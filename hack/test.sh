@@ -3,7 +3,7 @@
 # Each stage makes what it needs; each prints what it does and how long it took.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export GOTOOLCHAIN=local GOFLAGS=-buildvcs=false CGO_ENABLED=0
+export GOTOOLCHAIN=local GOFLAGS="-buildvcs=false -trimpath" CGO_ENABLED=0
 # A test whose prerequisite is missing fails instead of skipping.
 export CI=true
 start=$SECONDS
@@ -26,7 +26,7 @@ verify() {
 
 tools() {
   say "lab programs"
-  go build -trimpath -o out/ ./test/lab/cmd/lab ./test/lab/cmd/labrun
+  go build -o out/ ./test/lab/cmd/lab ./test/lab/cmd/labrun
 }
 
 unit() {
@@ -38,6 +38,12 @@ unit() {
   go vet ./... && go vet -tags lab,e2e ./...
   say "unit tests, tests against a real API server, tests on this kernel"
   go test -timeout 15m ./...
+}
+
+lab() {
+  tools
+  say "the lab's own tests, with guests of both kinds"
+  go test -p 1 -tags lab -count 1 -timeout 40m ./test/lab/guest ./test/lab/cmd/labrun
 }
 
 guest() {
@@ -68,13 +74,14 @@ case ${1:-all} in
 all)
   verify
   unit
+  lab
   guest uml
   e2e uml
   guest qemu
   e2e qemu
   ;;
-verify | unit | bench) "$1" ;;
+verify | unit | lab | bench) "$1" ;;
 guest | e2e) "$1" "${2:-uml}" ;;
-*) echo "usage: $0 [verify|unit|guest|e2e|bench] [uml|qemu]" >&2; exit 2 ;;
+*) echo "usage: $0 [verify|unit|lab|guest|e2e|bench] [uml|qemu]" >&2; exit 2 ;;
 esac
 say "done"

@@ -263,7 +263,7 @@ func (d *demo) report(ctx context.Context, kind string, pings, flows [][]string)
 		for _, r := range rows {
 			fmt.Fprintln(w, "  "+strings.Join(r, "\t"))
 		}
-		w.Flush()
+		_ = w.Flush() // a bytes.Buffer takes all
 	}
 
 	rows := [][]string{{"NODE", "PF", "PCI ADDRESS", "NIC", "DRIVER", "VFS", "OF"}}

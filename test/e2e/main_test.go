@@ -5,7 +5,6 @@ package e2e
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -166,16 +165,6 @@ func eventually(t *testing.T, limit time.Duration, f func() error) {
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
-}
-
-// get reads an object, or a list, as JSON.
-func get[T any](t *testing.T, args ...string) T {
-	t.Helper()
-	var v T
-	if err := json.Unmarshal([]byte(kubectl(t, "", append([]string{"get", "-o", "json"}, args...)...)), &v); err != nil {
-		t.Fatal(err)
-	}
-	return v
 }
 
 // allocatable is how much of a resource kubelet offers on a node.

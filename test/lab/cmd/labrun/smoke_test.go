@@ -85,20 +85,20 @@ func TestSmoke(t *testing.T) {
 				cmd.Stdout, cmd.Stderr = out, out
 				return cmd, out
 			}
-			cmd, out := command("hang")
-			cmd.Stdout, cmd.Stderr = nil, nil
-			pipe, err := cmd.StdoutPipe()
+			hung, _ := command("hang")
+			hung.Stdout, hung.Stderr = nil, nil
+			pipe, err := hung.StdoutPipe()
 			if err == nil {
-				err = cmd.Start()
+				err = hung.Start()
 			}
 			if err != nil {
 				t.Fatal(err)
 			}
 			pipe.Read(make([]byte, 1)) // the test has begun
-			cmd.Process.Signal(syscall.SIGKILL)
-			cmd.Wait()
+			hung.Process.Signal(syscall.SIGKILL)
+			hung.Wait()
 			// Its guest ends by itself, and blocks the next one no moment.
-			cmd, out = command("")
+			cmd, out := command("")
 			if err := cmd.Run(); err != nil {
 				t.Errorf("the next run: %v\n%s", err, out)
 			}

@@ -219,7 +219,7 @@ func get(path string, w io.Writer) error {
 func untar(in io.Reader, dir string) error {
 	for tr := tar.NewReader(in); ; {
 		h, err := tr.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			_, err := io.Copy(io.Discard, in) // the archive's padding
 			return err
 		}
