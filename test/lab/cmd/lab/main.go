@@ -30,15 +30,15 @@ func main() {
 	stop()
 	var (
 		inGuest *guest.ExitError
-		onHost  *exec.ExitError
+		kubectl saidWhy
 	)
 	switch {
 	case err == nil:
 		return
 	case errors.As(err, &inGuest):
 		os.Exit(inGuest.Status)
-	case errors.As(err, &onHost):
-		os.Exit(max(1, onHost.ExitCode())) // it has said why
+	case errors.As(err, &kubectl):
+		os.Exit(max(1, kubectl.ExitCode()))
 	}
 	fmt.Fprintln(os.Stderr, "lab:", err)
 	os.Exit(1)
@@ -291,10 +291,17 @@ func kubectl() *cobra.Command {
 	}
 }
 
+// saidWhy is the failure of a command that had this process's streams.
+type saidWhy struct{ *exec.ExitError }
+
 // run runs a command with this process's streams.
 func run(cmd *exec.Cmd) error {
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	return cmd.Run()
+	err := cmd.Run()
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		return saidWhy{exit}
+	}
+	return err
 }
 
 func build() *cobra.Command {
