@@ -238,7 +238,9 @@ func TestKubeletRestart(t *testing.T) {
 // The agent killed with pods coming and going: what it left is put right.
 func TestAgentKilled(t *testing.T) {
 	usePools(t)
-	for i := range 3 {
+	// Which step the agent is at when it is killed is left to chance here; the CNI
+	// server's own tests kill it at each.
+	for i := range map[string]int{"uml": 2, "qemu": 1}[kind] {
 		var yaml strings.Builder
 		var names []string
 		for j := range 3 {
