@@ -77,4 +77,5 @@ lab-load: $(LABCLI) image ## Load the image built from this tree into all nodes
 
 .PHONY: FORCE
 $(LABCLI): FORCE
-	@mkdir -p $(OUT) && $(GO) build -o $@ ./test/lab/cmd/lab
+	@mkdir -p $(OUT)
+	$(GO) build -o $@ ./test/lab/cmd/lab
