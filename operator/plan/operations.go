@@ -250,9 +250,9 @@ func Groups(want v1.Interface) (VFGroups, error) {
 		fail := func(why string) error {
 			return fmt.Errorf("interface %s: vfGroups[%d] (policy %s): vfRange %q %s", want.PciAddress, i, g.PolicyName, g.VfRange, why)
 		}
-		first, last, ok := parseIndexRange(g.VfRange)
-		if !ok {
-			return nil, fail("is not a range: write first-last, such as 0-3")
+		first, last, err := ParseVfRange(g.VfRange)
+		if err != nil {
+			return nil, fmt.Errorf("interface %s: vfGroups[%d] (policy %s): %w", want.PciAddress, i, g.PolicyName, err)
 		}
 		if last >= want.NumVfs {
 			return nil, fail(fmt.Sprintf("reaches beyond the last of numVfs %d VFs, %d", want.NumVfs, want.NumVfs-1))
@@ -265,17 +265,6 @@ func Groups(want v1.Interface) (VFGroups, error) {
 		groups = append(groups, VFGroup{VfGroup: g, First: first, Last: last})
 	}
 	return groups, nil
-}
-
-// parseIndexRange reads "first-last".
-func parseIndexRange(s string) (first, last int, ok bool) {
-	a, b, found := strings.Cut(s, "-")
-	f, err1 := strconv.ParseUint(a, 10, 16)
-	l, err2 := strconv.ParseUint(b, 10, 16)
-	if !found || err1 != nil || err2 != nil || f > l {
-		return 0, 0, false
-	}
-	return int(f), int(l), true
 }
 
 // StableMAC is the address a PF assigns to one of its VFs while no pod asks for

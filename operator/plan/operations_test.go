@@ -119,8 +119,8 @@ func TestOperationsRefuse(t *testing.T) {
 	}{
 		"too many":          {asked(9), "interface 0000:3b:00.0 (ens1f0): numVfs: 9 is more than the 8 VFs the device can make: use 8 or less"},
 		"negative":          {asked(-1), "numVfs: -1 is negative"},
-		"range backwards":   {asked(4, group("3-1")), `vfGroups[0] (policy p): vfRange "3-1" is not a range: write first-last`},
-		"range open":        {asked(4, group("-2")), `vfRange "-2" is not a range`},
+		"range backwards":   {asked(4, group("3-1")), `vfGroups[0] (policy p): VF range "3-1" runs backwards: write 1-3`},
+		"range open":        {asked(4, group("-2")), `vfGroups[0] (policy p): VF range "-2": "" is not a VF number`},
 		"range beyond":      {asked(4, group("0-4")), `vfRange "0-4" reaches beyond the last of numVfs 4 VFs, 3`},
 		"overlap":           {asked(4, group("0-2"), group("2-3")), `vfGroups[1] (policy p): vfRange "2-3" overlaps "0-2"`},
 		"external, too few": {with(asked(4), func(i *v1.Interface) { i.ExternallyManaged = true }), "externally managed PF that has 2"},
@@ -261,12 +261,12 @@ func TestOurs(t *testing.T) {
 	}
 }
 
-func FuzzParseIndexRange(f *testing.F) {
+func FuzzParseVfRange(f *testing.F) {
 	for _, s := range []string{"0-3", "5-2", "-2", "2-", "a-b", "0-0", "+1-2", "0-99999", "1-2-3"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		if first, last, ok := parseIndexRange(s); ok && (first < 0 || last < first || last > 65535) {
+		if first, last, err := ParseVfRange(s); err == nil && (first < 0 || last < first || last >= maxVF) {
 			t.Errorf("%q gives %d to %d", s, first, last)
 		}
 	})
