@@ -42,6 +42,9 @@ unit() {
 
 lab() {
   tools
+  # Built here and not by the tests: go test would hold back the progress.
+  say "artefacts of the guests"
+  out/lab build --kind uml,qemu
   say "the lab's own tests, with guests of both kinds"
   go test -p 1 -tags lab -count 1 -timeout 40m ./test/lab/guest ./test/lab/cmd/labrun
 }

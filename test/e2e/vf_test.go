@@ -261,8 +261,8 @@ func TestAgentKilled(t *testing.T) {
 	}
 }
 
-// An error of the kernel is in the node state within a second, and gone when the
-// kernel is well again.
+// An error of the kernel is told, and gone when the kernel is well again. How soon
+// is a matter of the agent's own tests, in operator/node.
 func TestKernelErrorIsShown(t *testing.T) {
 	if kind != "uml" {
 		t.Skip("only the emulated NIC of the UML guests injects errors; that kind runs this test")
