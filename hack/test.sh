@@ -46,7 +46,7 @@ lab() {
   say "artefacts of the guests"
   out/lab build --kind uml,qemu
   say "the lab's own tests, with guests of both kinds"
-  go test -p 1 -tags lab -count 1 -timeout 40m ./test/lab/guest ./test/lab/cmd/labrun
+  go test -p 1 -tags lab -count 1 -timeout 40m ./test/lab ./test/lab/guest ./test/lab/cmd/labrun
 }
 
 guest() {

@@ -614,7 +614,7 @@ func TestBadSpecIsToldAndChangesNothing(t *testing.T) {
 		text   string
 	}{
 		"too many":  {wants(nic0, 9), ReasonInvalidSpec, "numVfs: 9 is more than the 8 VFs"},
-		"bad range": {wants(nic0, 4, of("left", "5-2", 0)), ReasonInvalidSpec, `vfRange "5-2" is not a range`},
+		"bad range": {wants(nic0, 4, of("left", "5-2", 0)), ReasonInvalidSpec, `VF range "5-2" runs backwards: write 2-5`},
 		"no NIC":    {wants("0000:09:00.0", 2), ReasonNotFound, "interface 0000:09:00.0"},
 	} {
 		r.server.spec(c.want)
