@@ -24,6 +24,10 @@ func addKnownTypes(scheme *runtime.Scheme) error {
 		&SriovNetworkNodePolicy{}, &SriovNetworkNodePolicyList{},
 		&SriovNetworkNodeState{}, &SriovNetworkNodeStateList{},
 		&SriovNetwork{}, &SriovNetworkList{},
+		&SriovIBNetwork{}, &SriovIBNetworkList{},
+		&OVSNetwork{}, &OVSNetworkList{},
+		&SriovOperatorConfig{}, &SriovOperatorConfigList{},
+		&SriovNetworkPoolConfig{}, &SriovNetworkPoolConfigList{},
 	)
 	metav1.AddToGroupVersion(scheme, SchemeGroupVersion)
 	return nil

@@ -14,6 +14,36 @@ type SriovNetworkNodeStateSpec struct {
 	// system holds settings of the whole node.
 	// +optional
 	System System `json:"system,omitzero"`
+	// macvlans are the links that pods get MacVLAN sub-interfaces of, sorted by resource
+	// and link. Added.
+	// +optional
+	// +listType=atomic
+	Macvlans []MacvlanParent `json:"macvlans,omitempty"`
+}
+
+// MacvlanParent is a link that pods get MacVLAN sub-interfaces of.
+type MacvlanParent struct {
+	// policyName is the MacvlanNodePolicy that asked for it.
+	// +required
+	PolicyName string `json:"policyName"`
+	// resourceName is the resource the slots are advertised as, without prefix.
+	// +required
+	ResourceName string `json:"resourceName"`
+	// link is the name of the selected link when the spec was rendered.
+	// +required
+	Link string `json:"link"`
+	// vlan is the VLAN sub-interface of the link that is the parent; 0 for the link itself.
+	// +optional
+	Vlan int `json:"vlan,omitempty"`
+	// mtu the parent must at least have, in bytes; 0 leaves it.
+	// +optional
+	Mtu int `json:"mtu,omitempty"`
+	// slots is how many sub-interfaces it may have at a time.
+	// +required
+	Slots int `json:"slots"`
+	// excludeTopology leaves its NUMA node out of what kubelet is told.
+	// +optional
+	ExcludeTopology bool `json:"excludeTopology,omitempty"`
 }
 
 // Interface is what one PF shall have.
@@ -146,6 +176,128 @@ type SriovNetworkNodeStateStatus struct {
 	// vfs counts the VFs that are as the spec asks, and those it asks for, as "8/8". Added.
 	// +optional
 	VFs string `json:"vfs,omitempty"`
+	// pending are the changes that wait because pods, or the whole node, must be disturbed
+	// for them. Added.
+	// +optional
+	// +listType=atomic
+	Pending []PendingChange `json:"pending,omitempty"`
+	// links are the links that can be parents of MacVLAN sub-interfaces, sorted by name. Added.
+	// +optional
+	// +listType=atomic
+	Links []Link `json:"links,omitempty"`
+	// macvlans are the parents the spec asks for, as they are. Added.
+	// +optional
+	// +listType=atomic
+	Macvlans []MacvlanParentStatus `json:"macvlans,omitempty"`
+}
+
+// Costs of a PendingChange.
+const (
+	CostEvict  = "Evict"
+	CostReboot = "Reboot"
+)
+
+// PendingChange is a change of the node that waits for consent.
+type PendingChange struct {
+	// pciAddress of the PF it is about; empty when it is about the whole node.
+	// +optional
+	PciAddress string `json:"pciAddress,omitempty"`
+	// operation says what is to be done, such as "SetNumVFs 4 on 0000:3b:00.0".
+	// +required
+	Operation string `json:"operation"`
+	// cost is Evict, when the pods named must go first, or Reboot.
+	// +required
+	// +kubebuilder:validation:Enum=Evict;Reboot
+	Cost string `json:"cost"`
+	// reason says why it costs that.
+	// +optional
+	Reason string `json:"reason,omitempty"`
+	// pods are the pods that hold what the change needs, sorted.
+	// +optional
+	// +listType=atomic
+	Pods []PodReference `json:"pods,omitempty"`
+}
+
+// PodReference names a pod on the node.
+type PodReference struct {
+	// namespace of the pod.
+	// +required
+	Namespace string `json:"namespace"`
+	// name of the pod.
+	// +required
+	Name string `json:"name"`
+	// device it holds: the PCI address of a VF.
+	// +optional
+	Device string `json:"device,omitempty"`
+}
+
+// Link is a link that can be the parent of MacVLAN sub-interfaces.
+type Link struct {
+	// name of the link.
+	// +required
+	Name string `json:"name"`
+	// kind is physical, bond, bridge, vlan or vxlan.
+	// +required
+	Kind string `json:"kind"`
+	// altNames are the kernel's alternative names of the link.
+	// +optional
+	AltNames []string `json:"altNames,omitempty"`
+	// mac is its hardware address.
+	// +optional
+	Mac string `json:"mac,omitempty"`
+	// mtu in bytes.
+	// +optional
+	Mtu int `json:"mtu,omitempty"`
+	// linkAdminState is up or down.
+	// +optional
+	LinkAdminState string `json:"linkAdminState,omitempty"`
+	// master is the bond or bridge it belongs to.
+	// +optional
+	Master string `json:"master,omitempty"`
+	// lower is the link a VLAN device is on.
+	// +optional
+	Lower string `json:"lower,omitempty"`
+	// vlan is the VLAN of a VLAN device.
+	// +optional
+	Vlan int `json:"vlan,omitempty"`
+	// pciAddress of a physical NIC.
+	// +optional
+	PciAddress string `json:"pciAddress,omitempty"`
+	// vendor is the PCI vendor of a physical NIC, four hex digits.
+	// +optional
+	Vendor string `json:"vendor,omitempty"`
+	// deviceID is the PCI device of a physical NIC, four hex digits.
+	// +optional
+	DeviceID string `json:"deviceID,omitempty"`
+}
+
+// MacvlanParentStatus is a parent that the spec asks for, as it is.
+type MacvlanParentStatus struct {
+	// policyName is the MacvlanNodePolicy that asked for it.
+	// +required
+	PolicyName string `json:"policyName"`
+	// resourceName is the resource its slots are advertised as, without prefix.
+	// +required
+	ResourceName string `json:"resourceName"`
+	// link as in the spec.
+	// +required
+	Link string `json:"link"`
+	// parent is the link that sub-interfaces are made on: link, or its VLAN sub-interface.
+	// +optional
+	Parent string `json:"parent,omitempty"`
+	// ready tells that its slots are offered.
+	// +optional
+	Ready bool `json:"ready,omitempty"`
+	// slots is how many there are.
+	// +optional
+	Slots int `json:"slots,omitempty"`
+	// used is how many of them pods hold.
+	// +optional
+	Used int `json:"used,omitempty"`
+	// message is what keeps it from being as the spec asks: the kernel's error and the
+	// mend. Empty when nothing does.
+	// +optional
+	Message string `json:"message,omitempty"`
 }
 
 // InterfaceExt is one PF as it is.
