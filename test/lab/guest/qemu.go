@@ -65,8 +65,10 @@ func hardware(s Spec) ([]string, error) {
 		"-machine", "q35,hpet=off", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,la57=off",
 		"-m", strconv.Itoa(s.Memory), "-smp", "2", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-kernel", s.Parts.Kernel, "-initrd", s.Parts.Initrd,
-		// An emulated CPU on a busy host measures its clock wrongly: it is told.
-		"-append", fmt.Sprintf("console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off tsc=reliable tsc_early_khz=%d no_timer_check rcupdate.rcu_cpu_stall_suppress=1 random.trust_cpu=on", khz),
+		// An emulated CPU on a busy host measures its clock wrongly: it is told. Its timer
+		// may lose the one shot it was set to, and then the CPU's RCU callbacks wait for
+		// ever: a periodic tick cannot be lost.
+		"-append", fmt.Sprintf("console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off tsc=reliable tsc_early_khz=%d no_timer_check rcupdate.rcu_cpu_stall_suppress=1 nohz=off highres=off random.trust_cpu=on", khz),
 		"-device", "virtio-serial-pci", "-device", "virtserialport,chardev=control,name=control",
 		"-drive", "if=none,id=root," + disk + s.Root, "-device", "virtio-blk-pci,drive=root",
 		"-drive", "if=none,id=modules," + disk + s.Parts.Modules, "-device", "virtio-blk-pci,drive=modules",
