@@ -265,8 +265,8 @@ func (a *Agent) view(r *report) plan.PF {
 	pf := r.have
 	r.held, r.holders = map[string]bool{}, map[string]string{}
 	v := plan.PF{
-		PCIAddress: pf.PCIAddress, Name: pf.Name, Ethernet: pf.LinkType == host.Ethernet, MTU: pf.MTU, Up: pf.AdminUp,
-		TotalVFs: pf.TotalVFs, NumVFs: pf.NumVFs,
+		PCIAddress: pf.PCIAddress, Name: pf.Name, Driver: pf.Driver, Ethernet: pf.LinkType == host.Ethernet, MTU: pf.MTU, Up: pf.AdminUp,
+		Eswitch: string(pf.Eswitch), TotalVFs: pf.TotalVFs, NumVFs: pf.NumVFs,
 	}
 	for _, vf := range pf.VFs {
 		pod, held := a.Usage.Holder(vf.PCIAddress)
@@ -276,7 +276,7 @@ func (a *Agent) view(r *report) plan.PF {
 		v.VFs = append(v.VFs, plan.VF{
 			Index: vf.Index, PCIAddress: vf.PCIAddress, Driver: vf.Driver, Name: vf.Name, HostName: a.hostName(vf, held), MTU: vf.MTU,
 			MAC: vf.MAC.String(), AdminMAC: vf.Admin.MAC.String(), StableMAC: a.stableMAC(pf, vf.Index).String(),
-			Held: held, Holder: pod,
+			IOMMU: vf.IOMMUGroup != "", Held: held, Holder: pod,
 		})
 	}
 	return v

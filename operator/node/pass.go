@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"slices"
 	"sync"
 	"time"
@@ -170,6 +169,9 @@ func (p *pass) mayGiveUp() bool { return p.state != nil && p.state.Generation > 
 func (r *report) block(blocked []plan.Blocked) {
 	for _, b := range blocked {
 		t := trouble{ReasonInUse, b.String()}
+		if b.Operation.Cost == plan.Refused {
+			t.reason = ReasonUnsupported
+		}
 		if b.Operation.VF < 0 {
 			r.trouble = t
 		} else if r.vfTrouble[b.Operation.VF].message == "" {
@@ -182,11 +184,8 @@ func (r *report) block(blocked []plan.Blocked) {
 func (r *report) touch(ops []plan.Operation) {
 	r.touched = map[string]bool{}
 	for _, op := range ops {
-		switch {
-		case op.VF >= 0:
-			r.touched[op.PCIAddress] = true
-		case op.Kind == plan.SetNumVFs:
-			for _, vf := range r.have.VFs {
+		for _, vf := range r.have.VFs {
+			if op.TouchesVF(vf.Index) {
 				r.touched[vf.PCIAddress] = true
 			}
 		}
@@ -347,55 +346,6 @@ func (p *pass) withdraw(ctx context.Context, r *report, ops []plan.Operation) er
 		delete(p.offered, address)
 	}
 	return nil
-}
-
-var errTaken = errors.New("a pod holds the VF")
-
-// apply does one operation on the PF as it was seen.
-func (p *pass) apply(ctx context.Context, pf host.PF, op plan.Operation) error {
-	// Asked again at the last moment: the plan may be older than a pod's claim.
-	for _, vf := range pf.VFs {
-		if op.Kind == plan.SetNumVFs || op.VF == vf.Index {
-			if _, held := p.Usage.Holder(vf.PCIAddress); held {
-				return errTaken
-			}
-		}
-	}
-	if op.VF < 0 {
-		switch op.Kind {
-		case plan.RaisePFMTU:
-			return p.Kernel.SetMTU(ctx, pf.Link(), op.Number)
-		case plan.SetPFUp:
-			return p.Kernel.SetLinkUp(ctx, pf.Link())
-		case plan.SetNumVFs:
-			p.forget(pf.VFs)
-			return p.Kernel.SetNumVFs(ctx, pf.PCIAddress, op.Number)
-		}
-		return fmt.Errorf("operation %s is not known", op)
-	}
-	i := slices.IndexFunc(pf.VFs, func(vf host.VF) bool { return vf.PCIAddress == op.PCIAddress })
-	if i < 0 {
-		return fmt.Errorf("%s: the VF is no longer there", op)
-	}
-	vf := pf.VFs[i]
-	switch op.Kind {
-	case plan.SetVFAdminMAC, plan.SetVFMAC:
-		mac, err := net.ParseMAC(op.Value)
-		if err != nil {
-			return fmt.Errorf("%s: %w", op, err)
-		}
-		if op.Kind == plan.SetVFAdminMAC {
-			return p.Kernel.SetVFMAC(ctx, pf.Link(), vf.Index, mac)
-		}
-		return p.Kernel.SetMAC(ctx, vf.Link(), mac)
-	case plan.BindVFDriver:
-		return p.Kernel.BindDriver(ctx, vf.PCIAddress, op.Value)
-	case plan.RenameVF:
-		return p.Kernel.Rename(ctx, vf.Link(), op.Value)
-	case plan.SetVFMTU:
-		return p.Kernel.SetMTU(ctx, vf.Link(), op.Number)
-	}
-	return fmt.Errorf("operation %s is not known", op)
 }
 
 // publish advertises the pools and writes the status, as things are now.

@@ -21,6 +21,7 @@ const (
 	ReasonWaiting     = "WaitingForVFs" // nothing to do but wait for a VF's driver, or for a pod
 	ReasonInvalidSpec = "InvalidSpec"   // the spec asks for what cannot be
 	ReasonInUse       = "InUse"         // pods hold VFs that a change would destroy
+	ReasonUnsupported = "Unsupported"   // the spec asks for what the NIC, its driver or the machine has not
 	ReasonRefused     = "KernelRefused" // the kernel or the driver said no
 	ReasonNotFound    = "NICNotFound"   // the spec names a NIC that the node has not
 	ReasonUnreadable  = "NICUnreadable" // a NIC could not be read

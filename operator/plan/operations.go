@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"slices"
-	"strconv"
 	"strings"
 
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
@@ -16,12 +15,29 @@ import (
 type PF struct {
 	PCIAddress string
 	Name       string // netdev in the host's namespace; empty without one
-	Ethernet   bool   // on other networks VFs have no MAC that we could set
-	MTU        int    // bytes; 0 without a netdev
+	Driver     string
+	Ethernet   bool // on other networks VFs have GUIDs instead of MACs
+	MTU        int  // bytes; 0 without a netdev
 	Up         bool
+	Eswitch    string // legacy or switchdev; empty when the driver has no devlink eswitch
 	TotalVFs   int
 	NumVFs     int
 	VFs        []VF // sorted by Index
+
+	// Original is what was recorded of the PF before it was first changed, nil
+	// when nothing was.
+	Original *Original
+	// TakenOver tells that the VFs are those the upstream operator made: its
+	// file of the PF is in /etc/sriov-operator/pci, it was not externally managed,
+	// and SetNumVFs has not been done since. Such VFs keep their addresses.
+	TakenOver bool
+}
+
+// Original is what a PF had before it was first changed, and what it was given.
+type Original struct {
+	MTU       int    // bytes
+	RaisedMTU int    // bytes, as last set by SetPFMTU; 0 when it was not
+	Eswitch   string // as in PF
 }
 
 // VF is one virtual function as its node sees it.
@@ -35,74 +51,25 @@ type VF struct {
 	MAC        string // of the netdev; empty without one
 	AdminMAC   string // what the PF assigns; empty when it cannot be read
 	StableMAC  string // what the PF shall assign, see StableMAC
+	GUID       string // InfiniBand: its node GUID; empty when it cannot be read
+	StableGUID string // what the PF shall assign, see StableGUID and GUIDs
+	Drift      string // settings at the PF that are not the baseline, for people; empty when all are
+	VDPA       string // driver of its vDPA device: virtio, vhost or another word; empty without a device
+	IOMMU      bool   // it is in an IOMMU group
+	RDMA       bool   // it has an RDMA device
 	Held       bool   // by a pod: it is not touched
 	Holder     string // the pod, "namespace/name"
-}
-
-// Kind is what an Operation does.
-type Kind string
-
-// The operations, in the order they are done on one PF. New VFs have no driver
-// until BindDriver: they get their address first and are probed once.
-const (
-	RaisePFMTU    Kind = "RaisePFMTU"    // Number: bytes
-	SetPFUp       Kind = "SetPFUp"       //
-	SetNumVFs     Kind = "SetNumVFs"     // Number: how many; destroys those there are
-	SetVFAdminMAC Kind = "SetVFAdminMAC" // Value: the MAC the PF assigns
-	BindVFDriver  Kind = "BindVFDriver"  // Value: driver, empty for the kernel's choice
-	RenameVF      Kind = "RenameVF"      // Value: the name
-	SetVFMAC      Kind = "SetVFMAC"      // Value: the MAC of the netdev itself
-	SetVFMTU      Kind = "SetVFMTU"      // Number: bytes
-)
-
-// Operation is one change of one function.
-type Operation struct {
-	Kind       Kind
-	PCIAddress string // the function: the PF's or the VF's
-	VF         int    // index below the PF; -1 for the PF
-	Value      string
-	Number     int
-}
-
-// String reads "SetVFMTU 9000 on VF 3 (0000:3b:02.3)".
-func (o Operation) String() string {
-	s := string(o.Kind)
-	switch o.Kind {
-	case RaisePFMTU, SetNumVFs, SetVFMTU:
-		s += " " + strconv.Itoa(o.Number)
-	case BindVFDriver:
-		s += " " + strings.TrimSpace(cmp.Or(o.Value, "default"))
-	case SetVFAdminMAC, RenameVF, SetVFMAC:
-		s += " " + o.Value
-	case SetPFUp:
-	}
-	if o.VF < 0 {
-		return s + " on " + o.PCIAddress
-	}
-	return fmt.Sprintf("%s on VF %d (%s)", s, o.VF, o.PCIAddress)
-}
-
-// Blocked is a change that must wait because a pod holds a VF it would destroy
-// or take away.
-type Blocked struct {
-	Operation Operation
-	VFs       []VF // those in use
-}
-
-// String names what waits, for whom, and the mend.
-func (b Blocked) String() string {
-	pods := make([]string, len(b.VFs))
-	for i, vf := range b.VFs {
-		pods[i] = fmt.Sprintf("%s (VF %d)", cmp.Or(vf.Holder, "an unknown pod"), vf.Index)
-	}
-	return fmt.Sprintf("%s waits for the pods that hold its VFs: %s; delete them or take the change back", b.Operation, strings.Join(pods, ", "))
 }
 
 // Operations plans what turns the PF as it is into the PF as want says, and
 // only that: a function that is right already is not in the plan, and neither
 // is a VF that a pod holds. VFs get numbers and addresses only when they exist,
-// so after SetNumVFs, and after BindVFDriver, the caller looks again and plans
-// again until nothing is left.
+// so after SetNumVFs, SetEswitchMode and BindVFDriver the caller looks again and
+// plans again until nothing is left.
+//
+// What a pod's VF lacks only while nobody holds it (addresses, names, MTU) comes
+// right when the pod gives it back, and is not Blocked: an attached interface
+// keeps the MTU it was attached with.
 //
 // An error says which field of want cannot be had; nothing is planned then.
 func Operations(want v1.Interface, have PF) ([]Operation, []Blocked, error) {
@@ -113,53 +80,146 @@ func Operations(want v1.Interface, have PF) ([]Operation, []Blocked, error) {
 	if err := possible(want, have); err != nil {
 		return nil, nil, err
 	}
-	var ops []Operation
-	var blocked []Blocked
-	pf := Operation{PCIAddress: have.PCIAddress, VF: -1}
-	if !want.ExternallyManaged && want.NumVfs > 0 {
-		if want.Mtu > have.MTU {
-			pf.Kind, pf.Number = RaisePFMTU, want.Mtu
-			ops = append(ops, pf)
-		}
-		if !have.Up {
-			pf.Kind, pf.Number = SetPFUp, 0
-			ops = append(ops, pf)
+	p := pfWork{want: want, have: have}
+	for _, vf := range have.VFs {
+		if vf.Held {
+			p.held = append(p.held, vf)
 		}
 	}
-	if !want.ExternallyManaged && want.NumVfs != have.NumVFs {
-		pf.Kind, pf.Number = SetNumVFs, want.NumVfs
-		held := slices.DeleteFunc(slices.Clone(have.VFs), func(vf VF) bool { return !vf.Held })
-		if len(held) == 0 {
-			return append(ops, pf), nil, nil
+	if !want.ExternallyManaged {
+		p.link()
+		if p.shape() {
+			return p.ops, nil, nil
 		}
-		blocked = append(blocked, Blocked{Operation: pf, VFs: held})
 	}
 	for _, vf := range have.VFs {
-		if vf.Index >= want.NumVfs {
-			continue
+		if vf.Index < want.NumVfs {
+			p.vf(groups.of(vf.Index), vf)
 		}
-		vfOps := vfOperations(want, groups.of(vf.Index), have, vf)
-		if !vf.Held {
-			ops = append(ops, vfOps...)
-			continue
+	}
+	return p.ops, p.blocked, nil
+}
+
+// pfWork is a plan in the making.
+type pfWork struct {
+	want    v1.Interface
+	have    PF
+	held    []VF
+	ops     []Operation
+	blocked []Blocked
+}
+
+func (p *pfWork) add(op Operation) {
+	op.PCIAddress, op.VF = p.have.PCIAddress, -1
+	p.ops = append(p.ops, op)
+}
+
+// link plans for the PF's own netdev.
+func (p *pfWork) link() {
+	mtu := p.want.Mtu
+	o := p.have.Original
+	switch {
+	case mtu > p.have.MTU && p.want.NumVfs > 0:
+		p.add(Operation{Kind: SetPFMTU, Number: mtu})
+	// Lowered only when the MTU is the one that it was raised to here, for others
+	// may need what they set; and while no pod may rely on it: some NICs drop what
+	// is longer than the PF's MTU on VFs too.
+	case o != nil && o.MTU > 0 && o.RaisedMTU == p.have.MTU && max(mtu, o.MTU) < p.have.MTU && len(p.held) == 0:
+		p.add(Operation{Kind: SetPFMTU, Number: max(mtu, o.MTU)})
+	}
+	if !p.have.Up && p.want.NumVfs > 0 {
+		p.add(Operation{Kind: SetPFUp})
+	}
+}
+
+// modeFirst are the drivers that change the mode of their eswitch only while
+// they have no VFs (ice_eswitch_mode_set in drivers/net/ethernet/intel/ice). The
+// others make representors for the VFs there are, and older ones need to have some.
+var modeFirst = []string{"ice"}
+
+// eswitch is the mode the PF shall have; empty when any will do.
+func (p *pfWork) eswitch() string {
+	switch {
+	case p.have.Eswitch == "":
+		return "" // possible has refused switchdev
+	case p.want.EswitchMode != "":
+		return p.want.EswitchMode
+	case p.want.NumVfs > 0:
+		return v1.EswitchModeLegacy
+	case p.have.Original != nil:
+		return p.have.Original.Eswitch
+	}
+	return ""
+}
+
+// shape plans for the number of VFs and the mode of the eswitch. It tells
+// whether the VFs are others afterwards, or without driver, so that nothing can
+// be planned for them now.
+func (p *pfWork) shape() bool {
+	var op Operation
+	var why string
+	unbind := false
+	mode := p.eswitch()
+	count := p.want.NumVfs != p.have.NumVFs
+	switch {
+	case mode == p.have.Eswitch || mode == "":
+		if !count {
+			return false
 		}
-		// The rest comes right when the pod gives the VF back.
-		for _, op := range vfOps {
-			if op.Kind == BindVFDriver {
-				blocked = append(blocked, Blocked{Operation: op, VFs: []VF{vf}})
+		op = Operation{Kind: SetNumVFs, Number: p.want.NumVfs}
+	case slices.Contains(modeFirst, p.have.Driver) && p.have.NumVFs > 0:
+		op = Operation{Kind: SetNumVFs, Number: 0}
+		why = fmt.Sprintf("driver %s changes the eswitch mode to %s only while there are no VFs: ", p.have.Driver, mode)
+	case count && !slices.Contains(modeFirst, p.have.Driver):
+		op = Operation{Kind: SetNumVFs, Number: p.want.NumVfs}
+	default:
+		op, unbind = Operation{Kind: SetEswitchMode, Value: mode}, true
+	}
+	if n := len(p.have.VFs); n > 0 {
+		op.Cost = VFReset
+		switch {
+		case unbind:
+			op.Reason = fmt.Sprintf("the eswitch mode changes only while nothing uses the VFs: all %d VFs of the PF leave their driver", n)
+		default:
+			op.Reason = cmp.Or(why, "the kernel changes the number of VFs only through 0: ") + fmt.Sprintf("all %d VFs of the PF are made anew", n)
+		}
+	}
+	if len(p.held) > 0 {
+		op.PCIAddress, op.VF, op.Cost = p.have.PCIAddress, -1, Evict
+		p.blocked = append(p.blocked, Blocked{Operation: op, VFs: p.held})
+		return false
+	}
+	if unbind {
+		for _, vf := range p.have.VFs {
+			if vf.Driver != "" {
+				p.ops = append(p.ops, Operation{Kind: UnbindVFDriver, PCIAddress: vf.PCIAddress, VF: vf.Index, Cost: VFReset, Reason: op.Reason})
 			}
 		}
 	}
-	return ops, blocked, nil
+	p.add(op)
+	return true
 }
 
-// Ours tells whether this project made the PF's VFs: one has the address that
-// only StableMAC gives. It tells after any restart and needs no record.
+// Ours tells whether the PF's VFs are this project's to remove: it made them,
+// and one has the address that only StableMAC gives, or it took them over. It
+// tells after any restart and needs no record of its own.
 func Ours(have PF) bool {
-	return slices.ContainsFunc(have.VFs, func(vf VF) bool {
-		return vf.StableMAC != "" && vf.AdminMAC == vf.StableMAC
+	return have.TakenOver || slices.ContainsFunc(have.VFs, func(vf VF) bool {
+		return vf.StableMAC != "" && vf.AdminMAC == vf.StableMAC || vf.StableGUID != "" && vf.GUID == vf.StableGUID
 	})
 }
+
+// HomeMAC is the address the PF shall assign to the VF while no pod asks for
+// another: StableMAC, or of a VF that was taken over the one it has.
+func (have PF) HomeMAC(vf VF) string {
+	if have.TakenOver && !vf.Held && isSet(vf.AdminMAC) {
+		return vf.AdminMAC
+	}
+	return vf.StableMAC
+}
+
+// isSet tells an address from none and from the all-zero one.
+func isSet(address string) bool { return strings.Trim(address, "0:") != "" }
 
 // possible checks want against what the PF can do at all.
 func possible(want v1.Interface, have PF) error {
@@ -175,47 +235,105 @@ func possible(want v1.Interface, have PF) error {
 		return field("numVfs", "%d VFs are asked of an externally managed PF that has %d: create them, or ask for %d or less", want.NumVfs, have.NumVFs, have.NumVFs)
 	case want.ExternallyManaged && want.Mtu > have.MTU:
 		return field("mtu", "%d is more than the %d of the externally managed PF: raise the PF's, or ask for %d or less", want.Mtu, have.MTU, have.MTU)
-	case want.EswitchMode == v1.EswitchModeSwitchdev:
-		return field("eSwitchMode", "switchdev is not supported by this version of the agent: use legacy")
+	case want.EswitchMode == v1.EswitchModeSwitchdev && have.Eswitch == "":
+		return field("eSwitchMode", "switchdev: driver %s has no eswitch that devlink can switch: use legacy, or another NIC", have.Driver)
+	case want.ExternallyManaged && want.EswitchMode != "" && have.Eswitch != "" && want.EswitchMode != have.Eswitch:
+		return field("eSwitchMode", "%s is asked of an externally managed PF that is in %s: change it there, or ask for %s", want.EswitchMode, have.Eswitch, have.Eswitch)
 	}
 	return nil
 }
 
 // userspace are drivers that give a device to user space: no netdev.
-var userspace = []string{"vfio-pci", "uio_pci_generic", "igb_uio"}
+var userspace = []string{v1.DeviceTypeVfioPci, "mlx5_vfio_pci", "uio_pci_generic", "igb_uio"}
 
-func vfOperations(want v1.Interface, group v1.VfGroup, pf PF, vf VF) []Operation {
-	var ops []Operation
-	add := func(kind Kind, value string, number int) {
-		ops = append(ops, Operation{Kind: kind, PCIAddress: vf.PCIAddress, VF: vf.Index, Value: value, Number: number})
+// vf plans for one VF of the PF.
+func (p *pfWork) vf(group v1.VfGroup, vf VF) {
+	add := func(op Operation) {
+		op.PCIAddress, op.VF = vf.PCIAddress, vf.Index
+		if !vf.Held {
+			p.ops = append(p.ops, op)
+		} else if op.Cost > Live {
+			op.Cost = Evict
+			p.blocked = append(p.blocked, Blocked{Operation: op, VFs: []VF{vf}})
+		}
 	}
-	mac := pf.Ethernet && !want.ExternallyManaged && vf.StableMAC != ""
-	if mac && vf.AdminMAC != vf.StableMAC {
-		add(SetVFAdminMAC, vf.StableMAC, 0)
+	refuse := func(kind Kind, value, reason string) {
+		op := Operation{Kind: kind, PCIAddress: vf.PCIAddress, VF: vf.Index, Value: value, Cost: Refused, Reason: reason}
+		p.blocked = append(p.blocked, Blocked{Operation: op})
+	}
+	bind := func(driver string) {
+		op := Operation{Kind: BindVFDriver, Value: driver}
+		if vf.Driver != "" {
+			op.Cost, op.Reason = VFReset, fmt.Sprintf("the VF must leave driver %s", vf.Driver)
+		}
+		add(op)
+	}
+	mac, ethernet := p.have.HomeMAC(vf), p.have.Ethernet && !p.want.ExternallyManaged
+	if ethernet && mac != "" && vf.AdminMAC != mac {
+		add(Operation{Kind: SetVFAdminMAC, Value: mac})
+	}
+	// In switchdev mode the rules of the switch say all this, and drivers take
+	// none of it.
+	if ethernet && vf.Drift != "" && p.have.Eswitch != v1.EswitchModeSwitchdev {
+		add(Operation{Kind: ResetVFSettings, Value: vf.Drift})
+	}
+	rebind := p.guid(vf, add)
+
+	if vf.VDPA != "" && vf.VDPA != group.VdpaType {
+		add(Operation{Kind: SetVFVDPA, Cost: VFReset, Reason: "the VF's vDPA device is removed"})
 	}
 	if group.DeviceType == v1.DeviceTypeVfioPci {
-		if vf.Driver != v1.DeviceTypeVfioPci {
-			add(BindVFDriver, v1.DeviceTypeVfioPci, 0)
+		switch {
+		case vf.Driver == v1.DeviceTypeVfioPci:
+		case !vf.IOMMU:
+			refuse(BindVFDriver, v1.DeviceTypeVfioPci, "deviceType vfio-pci needs an IOMMU and the VF is in no IOMMU group: turn VT-d or AMD-Vi on in the BIOS and boot with intel_iommu=on or amd_iommu=on, and iommu=pt")
+		default:
+			bind(v1.DeviceTypeVfioPci)
 		}
-		return ops
+		return
 	}
-	if vf.Driver == "" || slices.Contains(userspace, vf.Driver) {
-		add(BindVFDriver, "", 0)
-		return ops
+	if vf.Driver == "" || slices.Contains(userspace, vf.Driver) || rebind {
+		bind("")
+		return
+	}
+	if group.VdpaType != "" && vf.VDPA == "" {
+		add(Operation{Kind: SetVFVDPA, Value: group.VdpaType})
 	}
 	if vf.Name == "" {
-		return ops // its event brings us back
+		return // its event brings us back
 	}
 	if vf.HostName != "" && vf.Name != vf.HostName {
-		add(RenameVF, vf.HostName, 0)
+		add(Operation{Kind: RenameVF, Value: vf.HostName})
 	}
-	if mac && vf.MAC != vf.StableMAC {
-		add(SetVFMAC, vf.StableMAC, 0)
+	if ethernet && mac != "" && vf.MAC != mac && !p.have.TakenOver {
+		add(Operation{Kind: SetVFMAC, Value: mac})
 	}
 	if group.Mtu > 0 && vf.MTU != group.Mtu {
-		add(SetVFMTU, "", group.Mtu)
+		add(Operation{Kind: SetVFMTU, Number: group.Mtu})
 	}
-	return ops
+	if group.IsRdma && !vf.RDMA && !vf.Held {
+		refuse(RequireRDMA, "", fmt.Sprintf("isRdma is asked for and driver %s has made no RDMA device for the VF: load its RDMA module on the node, or set isRdma to false", vf.Driver))
+	}
+}
+
+// guid plans for the GUID of an InfiniBand VF, which its driver reads when it
+// starts, and tells whether it must start again.
+func (p *pfWork) guid(vf VF, add func(Operation)) (rebind bool) {
+	switch {
+	case p.have.Ethernet, p.want.ExternallyManaged, vf.StableGUID == "", vf.GUID == vf.StableGUID:
+		return false
+	case p.have.TakenOver && isSet(vf.GUID):
+		return false
+	case vf.GUID == "" && vf.Driver != "":
+		return false // it cannot be read, so nobody knows that it is wrong
+	}
+	op := Operation{Kind: SetVFGUID, Value: vf.StableGUID}
+	bound := vf.Driver != "" && !slices.Contains(userspace, vf.Driver)
+	if bound {
+		op.Cost, op.Reason = VFReset, "the VF's driver reads the GUID only when it starts"
+	}
+	add(op)
+	return bound
 }
 
 // VFGroups are the groups of one PF with their ranges read.

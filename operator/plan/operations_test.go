@@ -18,12 +18,12 @@ func vfAt(i int) VF {
 	mac := fmt.Sprintf("02:00:00:00:00:%02x", i)
 	return VF{
 		Index: i, PCIAddress: fmt.Sprintf("0000:3b:02.%d", i), Driver: "iavf", Name: fmt.Sprintf("ens1f0v%d", i), HostName: fmt.Sprintf("ens1f0v%d", i),
-		MTU: 1500, MAC: mac, AdminMAC: mac, StableMAC: mac,
+		MTU: 1500, MAC: mac, AdminMAC: mac, StableMAC: mac, IOMMU: true,
 	}
 }
 
 func pfWith(vfs ...VF) PF {
-	return PF{PCIAddress: pfAddress, Name: "ens1f0", Ethernet: true, MTU: 1500, Up: true, TotalVFs: 8, NumVFs: len(vfs), VFs: vfs}
+	return PF{PCIAddress: pfAddress, Name: "ens1f0", Driver: "i40e", Ethernet: true, MTU: 1500, Up: true, TotalVFs: 8, NumVFs: len(vfs), VFs: vfs}
 }
 
 func asked(numVfs int, groups ...v1.VfGroup) v1.Interface {
@@ -55,7 +55,7 @@ func TestOperations(t *testing.T) {
 		"right already": {asked(2, group("0-1")), pfWith(vf0, vf1), nil, nil},
 		"first VFs": {
 			with(asked(2, group("0-1")), func(i *v1.Interface) { i.Mtu = 9000 }), with(pfWith(), func(p *PF) { p.Up = false }),
-			[]string{"RaisePFMTU 9000 on 0000:3b:00.0", "SetPFUp on 0000:3b:00.0", "SetNumVFs 2 on 0000:3b:00.0"}, nil,
+			[]string{"SetPFMTU 9000 on 0000:3b:00.0", "SetPFUp on 0000:3b:00.0", "SetNumVFs 2 on 0000:3b:00.0"}, nil,
 		},
 		"PF MTU is not lowered": {with(asked(2, group("0-1")), func(i *v1.Interface) { i.Mtu = 1400 }), pfWith(vf0, vf1), nil, nil},
 		"new VF gets its MAC before its driver": {
@@ -125,7 +125,7 @@ func TestOperationsRefuse(t *testing.T) {
 		"overlap":           {asked(4, group("0-2"), group("2-3")), `vfGroups[1] (policy p): vfRange "2-3" overlaps "0-2"`},
 		"external, too few": {with(asked(4), func(i *v1.Interface) { i.ExternallyManaged = true }), "externally managed PF that has 2"},
 		"external, MTU":     {with(asked(2), func(i *v1.Interface) { i.ExternallyManaged, i.Mtu = true, 9000 }), "mtu: 9000 is more than the 1500"},
-		"switchdev":         {with(asked(2), func(i *v1.Interface) { i.EswitchMode = "switchdev" }), "eSwitchMode: switchdev is not supported"},
+		"switchdev":         {with(asked(2), func(i *v1.Interface) { i.EswitchMode = "switchdev" }), "eSwitchMode: switchdev: driver i40e has no eswitch that devlink can switch"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ops, blocked, err := Operations(c.want, pfWith(vfAt(0), vfAt(1)))
@@ -140,7 +140,7 @@ func TestOperationsRefuse(t *testing.T) {
 func do(op Operation, pf *PF) {
 	if op.VF < 0 {
 		switch op.Kind {
-		case RaisePFMTU:
+		case SetPFMTU:
 			pf.MTU = op.Number
 		case SetPFUp:
 			pf.Up = true
