@@ -7,15 +7,12 @@ import (
 	"testing"
 	"time"
 
-	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	corev1 "k8s.io/api/core/v1"
 	eventsv1 "k8s.io/api/events/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/yaml"
 
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 )
@@ -267,172 +264,5 @@ func TestPolicyStatus(t *testing.T) {
 			return fmt.Errorf("the events are %v", seen)
 		}
 		return nil
-	})
-}
-
-// nadKind is as much of Multus' kind as matters here.
-const nadKind = `
-apiVersion: apiextensions.k8s.io/v1
-kind: CustomResourceDefinition
-metadata: {name: network-attachment-definitions.k8s.cni.cncf.io}
-spec:
-  group: k8s.cni.cncf.io
-  scope: Namespaced
-  names: {plural: network-attachment-definitions, singular: network-attachment-definition, kind: NetworkAttachmentDefinition}
-  versions:
-  - name: v1
-    served: true
-    storage: true
-    schema:
-      openAPIV3Schema:
-        type: object
-        properties: {spec: {type: object, properties: {config: {type: string}}}}
-`
-
-func makeNamespace(t *testing.T, name string) {
-	t.Helper()
-	if err := api.Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func makeNetwork(t *testing.T, namespace, name, target string) *sriovv1.SriovNetwork {
-	t.Helper()
-	n := &sriovv1.SriovNetwork{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}}
-	n.Spec.ResourceName, n.Spec.NetworkNamespace = "intel", target
-	if err := api.Create(t.Context(), n); err != nil {
-		t.Fatal(err)
-	}
-	return n
-}
-
-func TestNetwork(t *testing.T) {
-	needAPI(t)
-	for _, ns := range []string{"apps", "more", "tenant"} {
-		makeNamespace(t, ns)
-	}
-	ready := func(n *sriovv1.SriovNetwork, status metav1.ConditionStatus, reason, message string) {
-		t.Helper()
-		wantCondition(t, n, func() []metav1.Condition { return n.Status.Conditions }, sriovv1.ConditionReady, status, reason, message)
-	}
-	nad := func(namespace, name string) (*nadv1.NetworkAttachmentDefinition, error) {
-		n := &nadv1.NetworkAttachmentDefinition{}
-		return n, api.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: name}, n)
-	}
-	gone := func(namespace, name string) {
-		t.Helper()
-		eventually(t, func() error {
-			if _, err := nad(namespace, name); !apierrors.IsNotFound(err) {
-				return fmt.Errorf("NetworkAttachmentDefinition %s/%s is not gone: %w", namespace, name, errors.Join(err))
-			}
-			return nil
-		})
-	}
-
-	// Without Multus a network says so, and comes to life when Multus does.
-	own := makeNetwork(t, operatorNamespace, "own", "")
-	ready(own, metav1.ConditionFalse, sriovv1.ReasonNADNotFound, "the cluster has no kind NetworkAttachmentDefinition: install Multus")
-	kind := &unstructured.Unstructured{}
-	if err := yaml.Unmarshal([]byte(nadKind), &kind.Object); err != nil {
-		t.Fatal(err)
-	}
-	if err := api.Create(t.Context(), kind); err != nil {
-		t.Fatal(err)
-	}
-	ready(own, metav1.ConditionTrue, sriovv1.ReasonNetworkReady, "")
-	made, err := nad(operatorNamespace, "own")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if made.Spec.Config != `{"cniVersion":"1.0.0","name":"own","type":"sriov","vlan":0,"vlanQoS":0,"logLevel":"info","ipam":{}}` ||
-		made.Annotations[sriovv1.AnnotationResourceName] != "openshift.io/intel" || !metav1.IsControlledBy(made, own) {
-		t.Errorf("it is %+v", made)
-	}
-
-	t.Run("another namespace", func(t *testing.T) {
-		n := makeNetwork(t, operatorNamespace, "moving", "apps")
-		ready(n, metav1.ConditionTrue, sriovv1.ReasonNetworkReady, "")
-		made, err := nad("apps", "moving")
-		if err != nil {
-			t.Fatal(err)
-		}
-		version := made.ResourceVersion
-
-		// Status and metadata changes write nothing; a changed or deleted one is put right.
-		change(t, n, func(n *sriovv1.SriovNetwork) { n.Labels = map[string]string{"touched": "yes"} })
-		time.Sleep(500 * time.Millisecond)
-		if made, err = nad("apps", "moving"); err != nil || made.ResourceVersion != version {
-			t.Errorf("it was written without a change: %v", err)
-		}
-		change(t, made, func(n *nadv1.NetworkAttachmentDefinition) { n.Spec.Config = "{}" })
-		eventually(t, func() error {
-			if made, err = nad("apps", "moving"); err == nil && made.Spec.Config == "{}" {
-				err = errors.New("the configuration is not put right")
-			}
-			return err
-		})
-		if err := api.Delete(t.Context(), made); err != nil {
-			t.Fatal(err)
-		}
-		eventually(t, func() error { _, err := nad("apps", "moving"); return err })
-
-		// Bad JSON leaves what is there.
-		change(t, n, func(n *sriovv1.SriovNetwork) { n.Spec.IPAM = `{"type": "static"` })
-		ready(n, metav1.ConditionFalse, sriovv1.ReasonNADInvalid, "SriovNetwork sriov-network-operator/moving: spec.ipam: invalid JSON at line 1, column 17")
-		if _, err := nad("apps", "moving"); err != nil {
-			t.Error(err)
-		}
-
-		// It moves, and leaves nothing behind.
-		change(t, n, func(n *sriovv1.SriovNetwork) { n.Spec.IPAM, n.Spec.NetworkNamespace = "", "more" })
-		ready(n, metav1.ConditionTrue, sriovv1.ReasonNetworkReady, "more/moving")
-		gone("apps", "moving")
-		if err := api.Delete(t.Context(), n); err != nil {
-			t.Fatal(err)
-		}
-		gone("more", "moving")
-		eventually(t, func() error {
-			if err := api.Get(t.Context(), client.ObjectKeyFromObject(n), n); !apierrors.IsNotFound(err) {
-				return fmt.Errorf("the network is held: %w", errors.Join(err))
-			}
-			return nil
-		})
-	})
-
-	t.Run("a namespace that comes later", func(t *testing.T) {
-		n := makeNetwork(t, operatorNamespace, "early", "later")
-		ready(n, metav1.ConditionFalse, sriovv1.ReasonNamespaceNotFound, "spec.networkNamespace later: there is no such namespace")
-		makeNamespace(t, "later")
-		ready(n, metav1.ConditionTrue, sriovv1.ReasonNetworkReady, "")
-	})
-
-	t.Run("a tenant's network", func(t *testing.T) {
-		n := makeNetwork(t, "tenant", "tenants", "")
-		ready(n, metav1.ConditionTrue, sriovv1.ReasonNetworkReady, "")
-		n = makeNetwork(t, "tenant", "reaching", "apps")
-		ready(n, metav1.ConditionFalse, sriovv1.ReasonNADInvalid, "spec.networkNamespace apps: only networks in namespace sriov-network-operator may name another namespace")
-		gone("apps", "reaching")
-	})
-
-	t.Run("what is another's is left alone", func(t *testing.T) {
-		foreign := &nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{Namespace: "apps", Name: "taken"}}
-		foreign.Spec.Config = `{"type":"bridge"}`
-		if err := api.Create(t.Context(), foreign); err != nil {
-			t.Fatal(err)
-		}
-		n := makeNetwork(t, operatorNamespace, "taken", "apps")
-		ready(n, metav1.ConditionFalse, sriovv1.ReasonNADInvalid, "NetworkAttachmentDefinition apps/taken belongs to somebody else and is left as it is")
-		if err := api.Delete(t.Context(), n); err != nil {
-			t.Fatal(err)
-		}
-		eventually(t, func() error {
-			if err := api.Get(t.Context(), client.ObjectKeyFromObject(n), n); !apierrors.IsNotFound(err) {
-				return fmt.Errorf("the network is held: %w", errors.Join(err))
-			}
-			return nil
-		})
-		if left, err := nad("apps", "taken"); err != nil || left.Spec.Config != `{"type":"bridge"}` {
-			t.Errorf("it is %+v: %v", left, err)
-		}
 	})
 }

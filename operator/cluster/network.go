@@ -5,10 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
-	"sync"
 	"time"
 
+	"github.com/go-logr/logr"
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
@@ -17,86 +16,136 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/tools/events"
 	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
-	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 	"sigs.k8s.io/controller-runtime/pkg/source"
 
+	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/operator/render"
 )
 
-// byOwnerUID indexes NetworkAttachmentDefinitions by the network that made them, so
-// that one left behind in another namespace is found without trusting any annotation
-// that a user may write on the network.
-const byOwnerUID = "ownerUID"
+// networkKinds are the kinds that NetworkAttachmentDefinitions are made from.
+var networkKinds = []schema.GroupVersionKind{
+	sriovv1.SchemeGroupVersion.WithKind("SriovNetwork"),
+	sriovv1.SchemeGroupVersion.WithKind("SriovIBNetwork"),
+	sriovv1.SchemeGroupVersion.WithKind("OVSNetwork"),
+	sluicev1.SchemeGroupVersion.WithKind("MacvlanNetwork"),
+}
+
+// Indexes of the cache: networks by the namespace they belong in, and
+// NetworkAttachmentDefinitions by the owner that their annotation names.
+const (
+	byTarget   = "target"
+	byOwnerRef = "ownerRef"
+)
 
 // nadKindPoll is how often the API server is asked whether it has the
 // NetworkAttachmentDefinition kind by now.
 const nadKindPoll = 5 * time.Second
 
-// network keeps the NetworkAttachmentDefinition of a SriovNetwork.
+// networkKey is one network, of any kind.
+type networkKey struct {
+	kind schema.GroupVersionKind
+	client.ObjectKey
+}
+
+// network keeps the NetworkAttachmentDefinitions of networks of all kinds.
 //
 // It never touches one that another made, and deletes only what carries the UID of the
-// network: a name in an annotation is not a proof of ownership.
+// network: a name that a user may write into an annotation is not a proof of ownership.
 type network struct {
 	client.Client
 	config Config
 	events events.EventRecorder
 
 	cache      cache.Cache
-	controller controller.Controller
-	watching   sync.Mutex // guards watched
-	watched    bool       // the NetworkAttachmentDefinition kind is being watched
+	controller controller.TypedController[networkKey]
+	watched    bool // the NetworkAttachmentDefinition kind; only one worker runs, so nothing guards it
 }
 
 func (r *network) setup(mgr ctrl.Manager) error {
 	r.cache = mgr.GetCache()
-	c, err := ctrl.NewControllerManagedBy(mgr).
-		Named("sriovnetwork").
-		For(&sriovv1.SriovNetwork{}).
-		WatchesMetadata(metadataOf(corev1.SchemeGroupVersion.WithKind("Namespace")), handler.EnqueueRequestsFromMapFunc(r.ofNamespace)).
-		Build(r)
+	b := builder.TypedControllerManagedBy[networkKey](mgr).Named("network").
+		WithLogConstructor(func(key *networkKey) logr.Logger {
+			log := mgr.GetLogger().WithValues("controller", "network")
+			if key != nil {
+				log = log.WithValues("kind", key.kind.Kind, "namespace", key.Namespace, "name", key.Name)
+			}
+			return log
+		}).
+		WatchesMetadata(metadataOf(corev1.SchemeGroupVersion.WithKind("Namespace")), handler.TypedEnqueueRequestsFromMapFunc(
+			func(ctx context.Context, namespace client.Object) []networkKey {
+				return r.inNamespace(ctx, namespace.GetName(), "")
+			}))
+	for _, kind := range networkKinds {
+		object, err := r.newNetwork(kind)
+		if err != nil {
+			return err
+		}
+		if err := r.cache.IndexField(context.Background(), object, byTarget, target); err != nil {
+			return fmt.Errorf("index %ss: %w", kind.Kind, err)
+		}
+		b = b.Watches(object, handler.TypedEnqueueRequestsFromMapFunc(func(_ context.Context, o client.Object) []networkKey {
+			return []networkKey{{kind, client.ObjectKeyFromObject(o)}}
+		}))
+	}
+	c, err := b.Build(r)
 	r.controller = c
 	return err
 }
 
-func (r *network) ofNamespace(ctx context.Context, namespace client.Object) []reconcile.Request {
-	networks := &sriovv1.SriovNetworkList{}
-	if err := r.List(ctx, networks); err != nil {
-		ctrl.LoggerFrom(ctx).Error(err, "Lost an event of a namespace", "namespace", namespace.GetName())
-		return nil
+func (r *network) newNetwork(kind schema.GroupVersionKind) (client.Object, error) {
+	object, err := r.Scheme().New(kind)
+	if err != nil {
+		return nil, fmt.Errorf("make a %s: %w", kind.Kind, err)
 	}
-	var requests []reconcile.Request
-	for i := range networks.Items {
-		if n := &networks.Items[i]; render.TargetNamespace(n) == namespace.GetName() {
-			requests = append(requests, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(n)})
-		}
-	}
-	return requests
+	return object.(client.Object), nil
 }
 
-// ofNAD finds the network by the owner annotation: what is not in there is not ours.
-func ofNAD(_ context.Context, nad *nadv1.NetworkAttachmentDefinition) []reconcile.Request {
-	rest, ok := strings.CutPrefix(nad.Annotations[sriovv1.AnnotationOwnerRef], "SriovNetwork."+sriovv1.GroupName+"/")
-	namespace, name, slash := strings.Cut(rest, "/")
-	if !ok || !slash {
+func target(o client.Object) []string {
+	net, ok := render.Of(o)
+	if !ok {
 		return nil
 	}
-	return []reconcile.Request{{NamespacedName: client.ObjectKey{Namespace: namespace, Name: name}}}
+	return []string{net.Target}
+}
+
+// inNamespace finds the networks of all kinds that belong in a namespace; if a name is
+// given, only those.
+func (r *network) inNamespace(ctx context.Context, namespace, name string) []networkKey {
+	var keys []networkKey
+	for _, kind := range networkKinds {
+		list, err := r.Scheme().New(kind.GroupVersion().WithKind(kind.Kind + "List"))
+		if err == nil {
+			err = r.List(ctx, list.(client.ObjectList), client.MatchingFields{byTarget: namespace})
+		}
+		if err == nil {
+			err = meta.EachListItem(list, func(o runtime.Object) error {
+				if key := client.ObjectKeyFromObject(o.(client.Object)); name == "" || name == key.Name {
+					keys = append(keys, networkKey{kind, key})
+				}
+				return nil
+			})
+		}
+		if err != nil {
+			ctrl.LoggerFrom(ctx).Error(err, "Lost an event", "kind", kind.Kind, "namespace", namespace)
+		}
+	}
+	return keys
 }
 
 // watchNADs begins to watch NetworkAttachmentDefinitions once the API server has the
 // kind. It is not watched from the start because a manager does not start while a kind
 // it watches is missing, and Multus may be installed later than we are.
 func (r *network) watchNADs(ctx context.Context) error {
-	r.watching.Lock()
-	defer r.watching.Unlock()
 	if r.watched {
 		return nil
 	}
@@ -104,13 +153,17 @@ func (r *network) watchNADs(ctx context.Context) error {
 	if _, err := r.RESTMapper().RESTMapping(kind.GroupKind(), kind.Version); err != nil {
 		return err
 	}
-	err := r.cache.IndexField(ctx, &nadv1.NetworkAttachmentDefinition{}, byOwnerUID, func(o client.Object) []string {
-		return []string{o.GetAnnotations()[sriovv1.AnnotationOwnerUID]}
+	err := r.cache.IndexField(ctx, &nadv1.NetworkAttachmentDefinition{}, byOwnerRef, func(o client.Object) []string {
+		return []string{o.GetAnnotations()[sriovv1.AnnotationOwnerRef]}
 	})
 	if err != nil {
 		return fmt.Errorf("index NetworkAttachmentDefinitions: %w", err)
 	}
-	err = r.controller.Watch(source.Kind(r.cache, &nadv1.NetworkAttachmentDefinition{}, handler.TypedEnqueueRequestsFromMapFunc(ofNAD)))
+	// Whoever made it: when one that was in a network's way goes, the network's turn comes.
+	err = r.controller.Watch(source.TypedKind(r.cache, &nadv1.NetworkAttachmentDefinition{}, handler.TypedEnqueueRequestsFromMapFunc(
+		func(ctx context.Context, nad *nadv1.NetworkAttachmentDefinition) []networkKey {
+			return r.inNamespace(ctx, nad.Namespace, nad.Name)
+		})))
 	if err != nil {
 		return fmt.Errorf("watch NetworkAttachmentDefinitions: %w", err)
 	}
@@ -124,79 +177,79 @@ type refusal struct{ reason, message string }
 func (e *refusal) Error() string { return e.message }
 
 // Reconcile makes, mends or removes the NetworkAttachmentDefinition of one network.
-func (r *network) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
-	net := &sriovv1.SriovNetwork{}
-	if err := r.Get(ctx, request.NamespacedName, net); err != nil {
+func (r *network) Reconcile(ctx context.Context, key networkKey) (ctrl.Result, error) {
+	object, err := r.newNetwork(key.kind)
+	if err != nil {
+		return ctrl.Result{}, err
+	}
+	if err = r.Get(ctx, key.ObjectKey, object); err != nil {
 		return ctrl.Result{}, client.IgnoreNotFound(err)
 	}
 	noKind := false
-	if err := r.watchNADs(ctx); meta.IsNoMatchError(err) {
+	if err = r.watchNADs(ctx); meta.IsNoMatchError(err) {
 		noKind = true
 	} else if err != nil {
 		return ctrl.Result{}, err
 	}
-	if net.DeletionTimestamp != nil {
-		return ctrl.Result{}, r.remove(ctx, net, noKind)
+	if object.GetDeletionTimestamp() != nil {
+		return ctrl.Result{}, r.remove(ctx, object, noKind)
 	}
 	if noKind {
-		err := r.report(ctx, net, &refusal{sriovv1.ReasonNADNotFound,
+		err = r.report(ctx, object, &refusal{sriovv1.ReasonNADNotFound,
 			"the cluster has no kind NetworkAttachmentDefinition: install Multus and its CustomResourceDefinition; it will be noticed"})
 		return ctrl.Result{RequeueAfter: nadKindPoll}, err
 	}
-	err := r.ensure(ctx, net)
+	err = r.ensure(ctx, object)
 	var refused *refusal
 	if errors.As(err, &refused) {
-		return ctrl.Result{}, r.report(ctx, net, refused)
+		return ctrl.Result{}, r.report(ctx, object, refused)
 	}
 	if err != nil && !apierrors.IsConflict(err) { // a conflict is settled by the next try
-		return ctrl.Result{}, errors.Join(err, r.report(ctx, net, &refusal{sriovv1.ReasonNADNotFound, err.Error()}))
+		return ctrl.Result{}, errors.Join(err, r.report(ctx, object, &refusal{sriovv1.ReasonNADNotFound, err.Error()}))
 	}
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	return ctrl.Result{}, r.report(ctx, net, nil)
+	return ctrl.Result{}, r.report(ctx, object, nil)
 }
 
 // ensure makes the NetworkAttachmentDefinition as the network wants it, and removes
 // those of the same network elsewhere.
-func (r *network) ensure(ctx context.Context, net *sriovv1.SriovNetwork) error {
-	target := render.TargetNamespace(net)
-	if target != net.Namespace && net.Namespace != r.config.Namespace {
-		return &refusal{sriovv1.ReasonNADInvalid, fmt.Sprintf("spec.networkNamespace %s: only networks in namespace %s may name another namespace: remove networkNamespace, or make the network in %s",
-			target, r.config.Namespace, r.config.Namespace)}
+func (r *network) ensure(ctx context.Context, object client.Object) error {
+	net, _ := render.Of(object)
+	want, errs := net.Definition(r.config.ResourcePrefix, r.config.Namespace)
+	if len(errs) > 0 {
+		return &refusal{sriovv1.ReasonNADInvalid, errs.ToAggregate().Error()}
 	}
-	want, err := render.SriovNetwork(net, r.config.ResourcePrefix)
-	if err != nil {
-		return &refusal{sriovv1.ReasonNADInvalid, err.Error()}
-	}
-	want.Annotations[sriovv1.AnnotationOwnerUID] = string(net.UID)
+	want.Annotations[sriovv1.AnnotationOwnerUID] = string(net.GetUID())
 	namespace := metadataOf(corev1.SchemeGroupVersion.WithKind("Namespace"))
-	if err := r.Get(ctx, client.ObjectKey{Name: target}, namespace); apierrors.IsNotFound(err) {
-		return &refusal{sriovv1.ReasonNamespaceNotFound, fmt.Sprintf("spec.networkNamespace %s: there is no such namespace: make it, or change networkNamespace; it will be noticed", target)}
+	if err := r.Get(ctx, client.ObjectKey{Name: net.Target}, namespace); apierrors.IsNotFound(err) {
+		return &refusal{sriovv1.ReasonNamespaceNotFound, fmt.Sprintf("spec.networkNamespace %s: there is no such namespace: make it, or change networkNamespace; it will be noticed", net.Target)}
 	} else if err != nil {
-		return fmt.Errorf("read namespace %s: %w", target, err)
+		return fmt.Errorf("read namespace %s: %w", net.Target, err)
 	}
-	if target == net.Namespace {
-		if err := controllerutil.SetControllerReference(net, want, r.Scheme()); err != nil {
-			return fmt.Errorf("own NetworkAttachmentDefinition %s/%s: %w", target, want.Name, err)
+	local := net.Target == net.GetNamespace()
+	if local {
+		if err := controllerutil.SetControllerReference(object, want, r.Scheme()); err != nil {
+			return fmt.Errorf("own NetworkAttachmentDefinition %s/%s: %w", want.Namespace, want.Name, err)
 		}
-	} else if err := r.setFinalizer(ctx, net, true); err != nil {
+	} else if err := r.setFinalizer(ctx, object, true); err != nil {
 		return err
 	}
 	if err := r.write(ctx, net, want); err != nil {
 		return err
 	}
-	if err := r.deleteOwned(ctx, net, target); err != nil {
+	if err := r.deleteMade(ctx, net, net.Target); err != nil {
 		return err
 	}
-	if target == net.Namespace {
-		return r.setFinalizer(ctx, net, false)
+	if local {
+		return r.setFinalizer(ctx, object, false)
 	}
 	return nil
 }
 
 // write creates or mends the NetworkAttachmentDefinition.
-func (r *network) write(ctx context.Context, net *sriovv1.SriovNetwork, want *nadv1.NetworkAttachmentDefinition) error {
+func (r *network) write(ctx context.Context, net *render.Network, want *nadv1.NetworkAttachmentDefinition) error {
 	have := &nadv1.NetworkAttachmentDefinition{}
 	err := r.Get(ctx, client.ObjectKeyFromObject(want), have)
 	if apierrors.IsNotFound(err) {
@@ -209,7 +262,7 @@ func (r *network) write(ctx context.Context, net *sriovv1.SriovNetwork, want *na
 	if err != nil {
 		return fmt.Errorf("read NetworkAttachmentDefinition %s/%s: %w", want.Namespace, want.Name, err)
 	}
-	if owner := have.Annotations[sriovv1.AnnotationOwnerRef]; owner != render.OwnerRef(net) {
+	if owner := have.Annotations[sriovv1.AnnotationOwnerRef]; owner != net.OwnerRef() {
 		if owner == "" {
 			owner = "somebody else"
 		}
@@ -247,25 +300,26 @@ func asWanted(have, want *nadv1.NetworkAttachmentDefinition) bool {
 }
 
 // remove deletes what the network made and lets it go.
-func (r *network) remove(ctx context.Context, net *sriovv1.SriovNetwork, noKind bool) error {
+func (r *network) remove(ctx context.Context, object client.Object, noKind bool) error {
 	if !noKind {
-		if err := r.deleteOwned(ctx, net, ""); err != nil {
+		net, _ := render.Of(object)
+		if err := r.deleteMade(ctx, net, ""); err != nil {
 			return err
 		}
 	}
-	return r.setFinalizer(ctx, net, false)
+	return r.setFinalizer(ctx, object, false)
 }
 
-// deleteOwned deletes the NetworkAttachmentDefinitions that carry the network's UID in
-// all namespaces but one.
-func (r *network) deleteOwned(ctx context.Context, net *sriovv1.SriovNetwork, except string) error {
+// deleteMade deletes the NetworkAttachmentDefinitions that the network made in all
+// namespaces but one.
+func (r *network) deleteMade(ctx context.Context, net *render.Network, except string) error {
 	made := &nadv1.NetworkAttachmentDefinitionList{}
-	if err := r.List(ctx, made, client.MatchingFields{byOwnerUID: string(net.UID)}); err != nil {
+	if err := r.List(ctx, made, client.MatchingFields{byOwnerRef: net.OwnerRef()}); err != nil {
 		return fmt.Errorf("list NetworkAttachmentDefinitions: %w", err)
 	}
 	for i := range made.Items {
 		nad := &made.Items[i]
-		if nad.Namespace == except || nad.Name != net.Name || nad.Annotations[sriovv1.AnnotationOwnerRef] != render.OwnerRef(net) {
+		if nad.Namespace == except || !r.made(net, nad) {
 			continue
 		}
 		uid, version := nad.UID, nad.ResourceVersion
@@ -276,44 +330,63 @@ func (r *network) deleteOwned(ctx context.Context, net *sriovv1.SriovNetwork, ex
 	return nil
 }
 
+// made tells whether this very network made the NetworkAttachmentDefinition. The SR-IOV
+// network operator wrote no UID; what it made is known by the owner it wrote, and could
+// be in another namespace only for networks in the operator's own.
+func (r *network) made(net *render.Network, nad *nadv1.NetworkAttachmentDefinition) bool {
+	uid := nad.Annotations[sriovv1.AnnotationOwnerUID]
+	return nad.Name == net.GetName() && nad.Annotations[sriovv1.AnnotationOwnerRef] == net.OwnerRef() &&
+		(uid == string(net.GetUID()) || uid == "" && slices.Contains([]string{nad.Namespace, r.config.Namespace}, net.GetNamespace()))
+}
+
 // setFinalizer puts our finalizer on the network, or takes it off.
-func (r *network) setFinalizer(ctx context.Context, net *sriovv1.SriovNetwork, on bool) error {
-	if controllerutil.ContainsFinalizer(net, sriovv1.FinalizerNetAttDef) == on {
+func (r *network) setFinalizer(ctx context.Context, object client.Object, on bool) error {
+	if controllerutil.ContainsFinalizer(object, sriovv1.FinalizerNetAttDef) == on {
 		return nil
 	}
-	before := client.MergeFromWithOptions(net.DeepCopy(), client.MergeFromWithOptimisticLock{})
+	before := client.MergeFromWithOptions(object.DeepCopyObject().(client.Object), client.MergeFromWithOptimisticLock{})
 	if on {
-		controllerutil.AddFinalizer(net, sriovv1.FinalizerNetAttDef)
+		controllerutil.AddFinalizer(object, sriovv1.FinalizerNetAttDef)
 	} else {
-		controllerutil.RemoveFinalizer(net, sriovv1.FinalizerNetAttDef)
+		controllerutil.RemoveFinalizer(object, sriovv1.FinalizerNetAttDef)
 	}
-	if err := r.Patch(ctx, net, before, fieldOwner); client.IgnoreNotFound(err) != nil {
-		return fmt.Errorf("set the finalizer of SriovNetwork %s/%s: %w", net.Namespace, net.Name, err)
+	if err := r.Patch(ctx, object, before, fieldOwner); client.IgnoreNotFound(err) != nil {
+		return fmt.Errorf("set the finalizer of network %s: %w", client.ObjectKeyFromObject(object), err)
 	}
 	return nil
 }
 
-// report writes the Ready condition, if it changed. No refusal means ready.
-func (r *network) report(ctx context.Context, net *sriovv1.SriovNetwork, refused *refusal) error {
-	condition := metav1.Condition{
-		Type: sriovv1.ConditionReady, Status: metav1.ConditionTrue, Reason: sriovv1.ReasonNetworkReady, ObservedGeneration: net.Generation,
-		Message: fmt.Sprintf("NetworkAttachmentDefinition %s/%s is as this network wants it", render.TargetNamespace(net), net.Name),
+// report writes the conditions, if they changed. No refusal means ready.
+func (r *network) report(ctx context.Context, object client.Object, refused *refusal) error {
+	net, _ := render.Of(object)
+	ready := metav1.Condition{
+		Type: sriovv1.ConditionReady, Status: metav1.ConditionTrue, Reason: sriovv1.ReasonNetworkReady, ObservedGeneration: net.GetGeneration(),
+		Message: fmt.Sprintf("NetworkAttachmentDefinition %s/%s is as this network wants it", net.Target, net.GetName()),
 	}
+	degraded := ready
+	degraded.Type, degraded.Status = sriovv1.ConditionDegraded, metav1.ConditionFalse
 	if refused != nil {
-		condition.Status, condition.Reason, condition.Message = metav1.ConditionFalse, refused.reason, shorten(refused.message, 32768)
+		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, refused.reason, shorten(refused.message, 32768)
+		degraded.Status, degraded.Reason, degraded.Message = metav1.ConditionTrue, ready.Reason, ready.Message
 	}
-	status := *net.Status.DeepCopy()
-	if !meta.SetStatusCondition(&status.Conditions, condition) {
+	status := net.Status.DeepCopy()
+	status.ObservedGeneration = net.GetGeneration()
+	meta.SetStatusCondition(&status.Conditions, ready)
+	meta.SetStatusCondition(&status.Conditions, degraded)
+	if equality.Semantic.DeepEqual(status, net.Status) {
 		return nil
 	}
-	key := client.ObjectKeyFromObject(net)
-	desired, err := applyPart("SriovNetwork", key, "status", &status)
+	kind, err := r.GroupVersionKindFor(object)
+	if err != nil {
+		return err
+	}
+	desired, err := applyPartOf(kind, client.ObjectKeyFromObject(object), "status", status)
 	if err != nil {
 		return err
 	}
 	if err := r.Status().Apply(ctx, desired, fieldOwner, client.ForceOwnership); err != nil {
-		return client.IgnoreNotFound(fmt.Errorf("apply the status of SriovNetwork %s: %w", key, err))
+		return client.IgnoreNotFound(fmt.Errorf("apply the status of %s: %w", net, err))
 	}
-	reportTransition(r.events, net, net.Status.Conditions, status.Conditions)
+	reportTransition(r.events, object, net.Status.Conditions, status.Conditions)
 	return nil
 }

@@ -18,6 +18,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 )
 
@@ -36,7 +37,7 @@ type Config struct {
 // NewScheme has every kind the controllers use.
 func NewScheme() (*runtime.Scheme, error) {
 	scheme := runtime.NewScheme()
-	for _, add := range []func(*runtime.Scheme) error{clientgoscheme.AddToScheme, sriovv1.AddToScheme, nadv1.AddToScheme} {
+	for _, add := range []func(*runtime.Scheme) error{clientgoscheme.AddToScheme, sriovv1.AddToScheme, sluicev1.AddToScheme, nadv1.AddToScheme} {
 		if err := add(scheme); err != nil {
 			return nil, fmt.Errorf("register kinds: %w", err)
 		}
@@ -69,14 +70,19 @@ func Setup(mgr ctrl.Manager, config Config) error {
 	return nil
 }
 
-// applyPart is one top-level field of an object of this group as an apply configuration.
+// applyPart is one top-level field of an object of the group sriovnetwork.openshift.io as
+// an apply configuration.
 func applyPart(kind string, key client.ObjectKey, field string, value any) (runtime.ApplyConfiguration, error) {
+	return applyPartOf(sriovv1.SchemeGroupVersion.WithKind(kind), key, field, value)
+}
+
+func applyPartOf(kind schema.GroupVersionKind, key client.ObjectKey, field string, value any) (runtime.ApplyConfiguration, error) {
 	part, err := runtime.DefaultUnstructuredConverter.ToUnstructured(value)
 	if err != nil {
-		return nil, fmt.Errorf("convert the %s of %s %s: %w", field, kind, key, err)
+		return nil, fmt.Errorf("convert the %s of %s %s: %w", field, kind.Kind, key, err)
 	}
 	return client.ApplyConfigurationFromUnstructured(&unstructured.Unstructured{Object: map[string]any{
-		"apiVersion": sriovv1.SchemeGroupVersion.String(), "kind": kind,
+		"apiVersion": kind.GroupVersion().String(), "kind": kind.Kind,
 		"metadata": map[string]any{"name": key.Name, "namespace": key.Namespace},
 		field:      part,
 	}}), nil

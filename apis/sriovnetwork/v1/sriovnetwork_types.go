@@ -67,18 +67,22 @@ type SriovNetworkSpec struct {
 	// +kubebuilder:default=info
 	// +kubebuilder:validation:Enum={"panic","error","warning","info","debug",""}
 	LogLevel string `json:"logLevel,omitempty"`
-	// logFile of the CNI plugin.
+	// logFile of the CNI plugin, a path on the node. Only networks in the operator's
+	// namespace may name one.
 	// +optional
 	LogFile string `json:"logFile,omitempty"`
 }
 
 // NetworkStatus says what became of a network.
 type NetworkStatus struct {
-	// conditions are Ready.
+	// conditions are Ready and Degraded.
 	// +optional
 	// +listType=map
 	// +listMapKey=type
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
+	// observedGeneration is the generation of the spec this status speaks of. Added.
+	// +optional
+	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 }
 
 // SriovNetwork makes a NetworkAttachmentDefinition through which pods get a VF.
