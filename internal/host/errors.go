@@ -74,7 +74,15 @@ var numVFsHints = []hint{
 var mtuHints = []hint{
 	{unix.EINVAL, "the driver does not take this MTU: see minmtu and maxmtu in \"ip -d link show\", for a VF also the PF's MTU"},
 	{unix.EBUSY, "the driver changes the MTU only while the link is down"},
+	{unix.ERANGE, "the link below it has a smaller MTU: raise that first"},
 	{unix.EPERM, "the PF's driver does not let this VF have a larger MTU than its own: raise the PF's MTU"},
+}
+
+var vlanHints = []hint{
+	{unix.EEXIST, "a link of this name is there already and is not this VLAN's: rename or remove it"},
+	{unix.EOPNOTSUPP, "the node's kernel lacks the module 8021q, or the link takes no VLANs: load the module, or select another link"},
+	{unix.ENETDOWN, "the link is down and must come up first"},
+	{unix.EINVAL, "the link does not take this VLAN: see the kernel log of the node"},
 }
 
 var macHints = []hint{

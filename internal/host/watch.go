@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Watch tells when links of physical devices or PCI devices came, went or
-// changed: RTM_NEWLINK and RTM_DELLINK of this network namespace, and the
+// Watch tells when links that can be parents (see Links) or PCI devices came,
+// went or changed: RTM_NEWLINK and RTM_DELLINK of this network namespace, and the
 // kernel's uevents of subsystem pci (add, remove, bind, unbind, change).
 //
 // A value means "look again", however much happened since the last was taken,
@@ -45,7 +45,7 @@ func (h *Host) Watch(ctx context.Context) (<-chan struct{}, error) {
 		stop()
 		done <- struct{}{}
 	}
-	go follow(links, physicalLinkChanged)
+	go follow(links, linkFilter{}.relevant)
 	go follow(uevents, pciChanged)
 	go func() {
 		<-ctx.Done()
@@ -112,36 +112,67 @@ func fromKernel(from unix.Sockaddr) bool {
 	return ok && a.Pid == 0
 }
 
-// physicalLinkChanged tells whether a datagram of rtnetlink messages speaks of
-// a link that may be a PF's or VF's: one without an IFLA_INFO_KIND, which all
-// virtual links have (veth, bridge, macvlan), and which is not loopback. Pods
-// without a VF cause no work here. What cannot be parsed counts.
-func physicalLinkChanged(datagram []byte) bool {
+// linkFilter tells which link messages matter. It remembers, of each bond, bridge, VLAN
+// and VXLAN device, what Links shows of it: the kernel tells of a bridge whenever a
+// pod's interface joins or leaves it.
+type linkFilter map[int32]string
+
+// relevant tells whether a datagram of rtnetlink messages speaks of a link that may be
+// a PF's or VF's, or of one of the kinds above that is not as it was. What is neither
+// (veth, macvlan, loopback) is the pods', which cause no work here. What cannot be
+// parsed counts.
+func (f linkFilter) relevant(datagram []byte) bool {
 	msgs, err := syscall.ParseNetlinkMessage(datagram)
 	if err != nil {
 		return true
 	}
+	any := false
 	for i := range msgs {
-		if t := msgs[i].Header.Type; t != unix.RTM_NEWLINK && t != unix.RTM_DELLINK {
-			continue
-		}
-		if len(msgs[i].Data) < unix.SizeofIfInfomsg {
-			return true
-		}
-		const flagsAt = 8 // struct ifinfomsg
-		flags := binary.NativeEndian.Uint32(msgs[i].Data[flagsAt:])
-		if flags&unix.IFF_LOOPBACK != 0 {
-			continue
-		}
-		info, ok := attribute(msgs[i].Data[unix.SizeofIfInfomsg:], unix.IFLA_LINKINFO)
-		if !ok {
-			return true
-		}
-		if _, virtual := attribute(info, unix.IFLA_INFO_KIND); !virtual {
-			return true
-		}
+		any = f.matters(msgs[i].Header.Type, msgs[i].Data) || any
 	}
-	return false
+	return any
+}
+
+func (f linkFilter) matters(kind uint16, data []byte) bool {
+	if kind != unix.RTM_NEWLINK && kind != unix.RTM_DELLINK {
+		return false
+	}
+	if len(data) < unix.SizeofIfInfomsg {
+		return true
+	}
+	const indexAt, flagsAt = 4, 8 // struct ifinfomsg
+	index, flags := int32(binary.NativeEndian.Uint32(data[indexAt:])), binary.NativeEndian.Uint32(data[flagsAt:])
+	attributes := data[unix.SizeofIfInfomsg:]
+	// A bridge tells of its ports by messages of its own family, which say nothing of
+	// the link itself.
+	if flags&unix.IFF_LOOPBACK != 0 || data[0] == unix.AF_BRIDGE {
+		return false
+	}
+	info, ok := attribute(attributes, unix.IFLA_LINKINFO)
+	if !ok {
+		return true
+	}
+	virtual, ok := attribute(info, unix.IFLA_INFO_KIND)
+	if !ok {
+		return true
+	}
+	switch LinkKind(bytes.TrimRight(virtual, "\x00")) {
+	case BondLink, BridgeLink, VLANLink, VXLANLink:
+	default:
+		return false
+	}
+	if kind == unix.RTM_DELLINK {
+		delete(f, index)
+		return true
+	}
+	is := fmt.Sprint(flags & unix.IFF_UP)
+	for _, shown := range []uint16{unix.IFLA_IFNAME, unix.IFLA_MTU, unix.IFLA_ADDRESS, unix.IFLA_MASTER, unix.IFLA_LINK, unix.IFLA_PROP_LIST} {
+		value, _ := attribute(attributes, shown)
+		is += fmt.Sprintf(" %x", value)
+	}
+	was, known := f[index]
+	f[index] = is
+	return !known || was != is
 }
 
 // attribute finds the first netlink attribute of the type.

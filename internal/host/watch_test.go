@@ -188,7 +188,7 @@ func linkMessage(kind string, flags uint32) []byte {
 	return append(m, body...)
 }
 
-func TestPhysicalLinkChanged(t *testing.T) {
+func TestLinksThatMatter(t *testing.T) {
 	for name, c := range map[string]struct {
 		in   []byte
 		want bool
@@ -197,10 +197,41 @@ func TestPhysicalLinkChanged(t *testing.T) {
 		"veth":           {linkMessage("veth", 0), false},
 		"loopback":       {linkMessage("", unix.IFF_LOOPBACK), false},
 		"veth, then NIC": {append(linkMessage("veth", 0), linkMessage("", 0)...), true},
+		"bridge":         {linkMessage("bridge", 0), true},
+		"VLAN device":    {linkMessage("vlan", 0), true},
+		"bridge's port":  {ofBridge(linkMessage("", 0)), false},
 		"broken":         {append([]byte{255, 255, 0, 0}, make([]byte, 20)...), true},
 	} {
-		if got := physicalLinkChanged(c.in); got != c.want {
+		if got := (linkFilter{}).relevant(c.in); got != c.want {
 			t.Errorf("%s: %t", name, got)
+		}
+	}
+}
+
+// ofBridge makes it the message that a bridge sends of its port.
+func ofBridge(m []byte) []byte {
+	m[unix.SizeofNlMsghdr] = unix.AF_BRIDGE
+	return m
+}
+
+// A bridge is told of each time that a pod comes; that matters only if it changed.
+func TestUnchangedLinksDoNotMatter(t *testing.T) {
+	f := linkFilter{}
+	gone := linkMessage("bridge", 0)
+	binary.NativeEndian.PutUint16(gone[4:], unix.RTM_DELLINK)
+	for i, c := range []struct {
+		in   []byte
+		want bool
+	}{
+		{linkMessage("bridge", 0), true},
+		{linkMessage("bridge", unix.IFF_RUNNING), false},
+		{linkMessage("bridge", unix.IFF_UP), true},
+		{linkMessage("bridge", unix.IFF_UP), false},
+		{gone, true},
+		{linkMessage("bridge", unix.IFF_UP), true},
+	} {
+		if got := f.relevant(c.in); got != c.want {
+			t.Errorf("message %d: %t", i, got)
 		}
 	}
 }
@@ -212,8 +243,8 @@ func TestPCIChanged(t *testing.T) {
 	}
 }
 
-func FuzzPhysicalLinkChanged(f *testing.F) {
+func FuzzLinkFilter(f *testing.F) {
 	f.Add(linkMessage("", 0))
 	f.Add(linkMessage("veth", 1))
-	f.Fuzz(func(_ *testing.T, b []byte) { physicalLinkChanged(b) })
+	f.Fuzz(func(_ *testing.T, b []byte) { linkFilter{}.relevant(b) })
 }

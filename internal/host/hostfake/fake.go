@@ -1,6 +1,7 @@
 package hostfake
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"fmt"
@@ -37,6 +38,8 @@ var Changes = []Op{SetNumVFs, BindDriver, SetVFMAC, SetMAC, SetMTU, SetLinkUp, R
 type Kernel struct {
 	mu       sync.Mutex
 	pfs      []host.PF
+	links    []host.ParentLink // but those of the NICs
+	users    map[string]string // what stands on a link, by name
 	fail     map[Op][]unix.Errno
 	ignore   map[Op]bool
 	calls    []string
@@ -46,7 +49,7 @@ type Kernel struct {
 
 // New returns a kernel with the NICs.
 func New(pfs ...host.PF) *Kernel {
-	k := &Kernel{fail: map[Op][]unix.Errno{}, ignore: map[Op]bool{}, lastLink: 100}
+	k := &Kernel{users: map[string]string{}, fail: map[Op][]unix.Errno{}, ignore: map[Op]bool{}, lastLink: 100}
 	k.pfs = clone(pfs)
 	return k
 }
@@ -259,7 +262,7 @@ type fields struct {
 func (k *Kernel) onLink(op Op, what string, l host.Link, do func(fields)) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.change(op, what, l.PCIAddress, func() unix.Errno {
+	return k.change(op, what, cmp.Or(l.PCIAddress, l.Name), func() unix.Errno {
 		for i := range k.pfs {
 			pf := &k.pfs[i]
 			if l.Index != 0 && pf.IfIndex == l.Index {
@@ -272,6 +275,10 @@ func (k *Kernel) onLink(op Op, what string, l host.Link, do func(fields)) error 
 					return 0
 				}
 			}
+		}
+		if f, ok := k.linkFields(l.Index); ok && l.Index != 0 {
+			do(f)
+			return 0
 		}
 		return unix.ENODEV
 	})
