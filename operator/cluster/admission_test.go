@@ -96,11 +96,51 @@ func TestAgentWritesOnlyItsOwnNodesState(t *testing.T) {
 	if err := agent.List(t.Context(), &sriovv1.SriovNetworkNodeStateList{}, client.InNamespace(operatorNamespace), client.MatchingFields{"metadata.name": "adm-1"}); err != nil {
 		t.Errorf("read its own state: %v", err)
 	}
-	event := &corev1.Event{ObjectMeta: metav1.ObjectMeta{GenerateName: "e", Namespace: operatorNamespace}, InvolvedObject: corev1.ObjectReference{Namespace: operatorNamespace}}
-	if err := agent.Create(t.Context(), event); err != nil {
-		t.Errorf("make an event: %v", err)
+	event := func(kind, name string) *corev1.Event {
+		return &corev1.Event{
+			ObjectMeta:     metav1.ObjectMeta{GenerateName: "e", Namespace: operatorNamespace},
+			InvolvedObject: corev1.ObjectReference{Namespace: operatorNamespace, Kind: kind, Name: name},
+		}
 	}
-	if err := agent.Delete(t.Context(), &sriovv1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "adm-1"}}); err == nil {
-		t.Error("an agent may delete a node's state")
+	if err := agent.Create(t.Context(), event("SriovNetworkNodeState", "adm-1")); err != nil {
+		t.Errorf("make an event about its own state: %v", err)
+	}
+	for kind, name := range map[string]string{"SriovNetworkNodeState": "adm-2", "SriovNetworkNodePolicy": "adm-1"} {
+		if err := refusedWith(agent.Create(t.Context(), event(kind, name)), "an agent makes events about its own node's SriovNetworkNodeState only"); err != nil {
+			t.Errorf("an event about %s %s: %v", kind, name, err)
+		}
+	}
+}
+
+// Even an agent that came to have all rights in its namespace writes nothing else of ours.
+func TestAgentWritesNothingElse(t *testing.T) {
+	needAPI(t)
+	makeNode(t, "adm-3", nil)
+	state := &sriovv1.SriovNetworkNodeState{}
+	eventually(t, func() error {
+		return api.Get(t.Context(), client.ObjectKey{Namespace: operatorNamespace, Name: "adm-3"}, state)
+	})
+	config := as("sluice-agent", map[string][]string{"authentication.kubernetes.io/node-name": {"adm-3"}})
+	config.Impersonate.Groups = append(config.Impersonate.Groups, "system:masters")
+	agent, err := client.New(config, client.Options{Scheme: api.Scheme()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	policy := &sriovv1.SriovNetworkNodePolicy{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "adm"}}
+	policy.Spec.ResourceName, policy.Spec.NumVfs, policy.Spec.NodeSelector = "r", 1, map[string]string{"no": "node"}
+	policy.Spec.NicSelector.Vendor = "8086"
+	pool := &sriovv1.SriovNetworkPoolConfig{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "adm"}}
+	annotated := state.DeepCopy()
+	annotated.Annotations = map[string]string{"sluice.dev/reboot-allowed": "x"}
+	for name, err := range map[string]error{
+		"make a policy":            agent.Create(t.Context(), policy),
+		"make a pool":              agent.Create(t.Context(), pool),
+		"annotate its own state":   agent.Patch(t.Context(), annotated, client.MergeFrom(state)),
+		"delete its own state":     agent.Delete(t.Context(), state.DeepCopy()),
+		"delete the configuration": agent.Delete(t.Context(), &sriovv1.SriovOperatorConfig{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "default"}}),
+	} {
+		if err := refusedWith(err, "an agent writes the status of its node's SriovNetworkNodeState, and nothing else"); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

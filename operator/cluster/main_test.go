@@ -70,7 +70,7 @@ func withCluster(run func() int) (code int, err error) {
 	if api, err = client.New(apiConfig, client.Options{Scheme: scheme}); err != nil {
 		return 0, fmt.Errorf("make a client: %w", err)
 	}
-	config := Config{Namespace: operatorNamespace, ResourcePrefix: "openshift.io"}
+	config := Config{Namespace: operatorNamespace, ResourcePrefix: "openshift.io", AgentImage: "example.com/sluice:test"}
 	mgr, err := ctrl.NewManager(as("sluice-operator", nil), ctrl.Options{
 		Scheme: scheme, Cache: CacheOptions(config), Metrics: server.Options{BindAddress: "0"},
 		LeaderElection: true, LeaderElectionID: "sluice-operator", LeaderElectionNamespace: operatorNamespace, LeaderElectionReleaseOnCancel: true,

@@ -4,9 +4,12 @@ import (
 	"context"
 	"fmt"
 
+	appsv1 "k8s.io/api/apps/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -28,6 +31,9 @@ func (r *nodeState) setup(mgr ctrl.Manager) error {
 	return ctrl.NewControllerManagedBy(mgr).
 		Named("nodestate").
 		For(&sriovv1.SriovNetworkNodeState{}).
+		// Nodes with an agent have a state.
+		Watches(&sriovv1.SriovOperatorConfig{}, handler.EnqueueRequestsFromMapFunc(r.ofAll), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		Watches(&appsv1.DaemonSet{}, handler.EnqueueRequestsFromMapFunc(r.ofAll), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		WatchesMetadata(nodeMetadata(), handler.EnqueueRequestsFromMapFunc(r.ofNode), builder.WithPredicates(predicate.LabelChangedPredicate{})).
 		// On an update the old and the new policy are both mapped, so that nodes it no
 		// longer selects are seen to as well.
@@ -37,6 +43,19 @@ func (r *nodeState) setup(mgr ctrl.Manager) error {
 
 func (r *nodeState) ofNode(_ context.Context, node client.Object) []reconcile.Request {
 	return []reconcile.Request{{NamespacedName: client.ObjectKey{Namespace: r.namespace, Name: node.GetName()}}}
+}
+
+func (r *nodeState) ofAll(ctx context.Context, _ client.Object) []reconcile.Request {
+	nodes, err := listNodes(ctx, r)
+	if err != nil {
+		ctrl.LoggerFrom(ctx).Error(err, "Lost an event of the agents' DaemonSet")
+		return nil
+	}
+	var requests []reconcile.Request
+	for i := range nodes {
+		requests = append(requests, r.ofNode(ctx, &nodes[i])...)
+	}
+	return requests
 }
 
 func (r *nodeState) ofPolicy(ctx context.Context, object client.Object) []reconcile.Request {
@@ -68,7 +87,7 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 	if client.IgnoreNotFound(err) != nil {
 		return ctrl.Result{}, fmt.Errorf("read node %s: %w", request.Name, err)
 	}
-	if err != nil || !runsLinux(node) {
+	if err != nil { // the node is gone
 		if missing {
 			return ctrl.Result{}, nil
 		}
@@ -78,30 +97,64 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 		}
 		return ctrl.Result{}, nil
 	}
+	config, agents := &sriovv1.SriovOperatorConfig{}, &appsv1.DaemonSet{}
+	err = r.Get(ctx, client.ObjectKey{Namespace: r.namespace, Name: sriovv1.DefaultOperatorConfigName}, config)
+	if client.IgnoreNotFound(err) != nil {
+		return ctrl.Result{}, fmt.Errorf("read SriovOperatorConfig %s: %w", sriovv1.DefaultOperatorConfigName, err)
+	}
+	unwanted := err != nil
+	if !unwanted {
+		err = r.Get(ctx, client.ObjectKey{Namespace: r.namespace, Name: agentName}, agents, client.UnsafeDisableDeepCopy)
+		if apierrors.IsNotFound(err) {
+			return ctrl.Result{}, nil // it is about to be made, which wakes us
+		}
+		if err != nil {
+			return ctrl.Result{}, fmt.Errorf("read DaemonSet %s: %w", agentName, err)
+		}
+	}
+	if unwanted || !selects(agents.Spec.Template.Spec.NodeSelector, node.Labels) {
+		if missing {
+			return ctrl.Result{}, nil
+		}
+		return ctrl.Result{}, deleteOfConfig(ctx, r, state)
+	}
 	policies := &sriovv1.SriovNetworkNodePolicyList{}
 	if err = r.List(ctx, policies, client.InNamespace(r.namespace)); err != nil {
 		return ctrl.Result{}, fmt.Errorf("list policies: %w", err)
 	}
 	spec, _ := plan.Desired(inEffect(policies.Items), node.Labels, state.Status.Interfaces, state.Spec)
-	if !missing && equality.Semantic.DeepEqual(spec, state.Spec) {
+	if !missing && equality.Semantic.DeepEqual(spec, state.Spec) && metav1.IsControlledBy(state, config) {
 		return ctrl.Result{}, nil
 	}
-	// Interfaces are always given, if only as an empty list: what is left out of an apply
-	// stays when somebody else has written it too. The rest of the spec is not ours.
-	desired, err := applyPart("SriovNetworkNodeState", request.NamespacedName, "spec", &struct {
-		Interfaces []sriovv1.Interface `json:"interfaces"`
-	}{append([]sriovv1.Interface{}, spec.Interfaces...)})
-	if err != nil {
+	if err = r.apply(ctx, request.NamespacedName, config, &spec); err != nil {
 		return ctrl.Result{}, err
-	}
-	if err = r.Apply(ctx, desired, fieldOwner, client.ForceOwnership); err != nil {
-		return ctrl.Result{}, fmt.Errorf("apply the spec of SriovNetworkNodeState %s: %w", request.Name, err)
 	}
 	ctrl.LoggerFrom(ctx).Info("Applied the node's spec", "node", request.Name, "interfaces", len(spec.Interfaces))
 	if missing {
 		return ctrl.Result{}, r.awaitAgent(ctx, request.NamespacedName)
 	}
 	return ctrl.Result{}, nil
+}
+
+// apply writes the spec.
+func (r *nodeState) apply(ctx context.Context, key client.ObjectKey, config *sriovv1.SriovOperatorConfig, spec *sriovv1.SriovNetworkNodeStateSpec) error {
+	// Interfaces are always given, if only as an empty list: what is left out of an apply
+	// stays when somebody else has written it too. The rest of the spec is not ours.
+	part, err := runtime.DefaultUnstructuredConverter.ToUnstructured(&struct {
+		Interfaces []sriovv1.Interface `json:"interfaces"`
+	}{append([]sriovv1.Interface{}, spec.Interfaces...)})
+	if err != nil {
+		return fmt.Errorf("convert the spec of SriovNetworkNodeState %s: %w", key.Name, err)
+	}
+	desired := &unstructured.Unstructured{Object: map[string]any{"spec": part}}
+	desired.SetGroupVersionKind(sriovv1.SchemeGroupVersion.WithKind("SriovNetworkNodeState"))
+	desired.SetNamespace(key.Namespace)
+	desired.SetName(key.Name)
+	desired.SetOwnerReferences([]metav1.OwnerReference{ownedBy(config)})
+	if err := r.Apply(ctx, client.ApplyConfigurationFromUnstructured(desired), fieldOwner, client.ForceOwnership); err != nil {
+		return fmt.Errorf("apply the spec of SriovNetworkNodeState %s: %w", key.Name, err)
+	}
+	return nil
 }
 
 // awaitAgent says in a new state what to look at should nothing else ever be said there.

@@ -6,10 +6,12 @@ import (
 	"strings"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
@@ -32,6 +34,10 @@ type Config struct {
 	Namespace string
 	// ResourcePrefix goes before the names of resources, without a slash.
 	ResourcePrefix string
+	// AgentImage is what the agents run: the operator's own image.
+	AgentImage string
+	// ImagePullSecrets are the agents', in the operator's namespace.
+	ImagePullSecrets []corev1.LocalObjectReference
 }
 
 // NewScheme has every kind the controllers use.
@@ -49,15 +55,25 @@ func NewScheme() (*runtime.Scheme, error) {
 // Networks are cached from all, because tenants may have their own.
 func CacheOptions(config Config) cache.Options {
 	own := cache.ByObject{Namespaces: map[string]cache.Config{config.Namespace: {}}}
+	named := func(name string) cache.ByObject {
+		only := cache.Config{FieldSelector: fields.OneTermEqualSelector("metadata.name", name)}
+		return cache.ByObject{Namespaces: map[string]cache.Config{config.Namespace: only}}
+	}
 	return cache.Options{ByObject: map[client.Object]cache.ByObject{
-		&sriovv1.SriovNetworkNodePolicy{}: own,
-		&sriovv1.SriovNetworkNodeState{}:  own,
+		&sriovv1.SriovNetworkNodePolicy{}:                            own,
+		&sriovv1.SriovNetworkNodeState{}:                             own,
+		&sriovv1.SriovOperatorConfig{}:                               own,
+		&appsv1.DaemonSet{}:                                          named(agentName),
+		metadataOf(appsv1.SchemeGroupVersion.WithKind("Deployment")): named(operatorName),
 	}}
 }
 
 // Setup adds all controllers of this package to the manager.
 func Setup(mgr ctrl.Manager, config Config) error {
 	recorder := mgr.GetEventRecorder("sluice-operator")
+	if err := (&operatorConfig{Client: mgr.GetClient(), settings: config, events: recorder}).setup(mgr); err != nil {
+		return fmt.Errorf("set up the operator configuration controller: %w", err)
+	}
 	if err := (&nodeState{Client: mgr.GetClient(), namespace: config.Namespace}).setup(mgr); err != nil {
 		return fmt.Errorf("set up the node state controller: %w", err)
 	}
@@ -102,7 +118,8 @@ func metadataOf(kind schema.GroupVersionKind) *metav1.PartialObjectMetadata {
 func listNodes(ctx context.Context, c client.Reader) ([]metav1.PartialObjectMetadata, error) {
 	list := &metav1.PartialObjectMetadataList{}
 	list.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("NodeList"))
-	if err := c.List(ctx, list); err != nil {
+	// They are only read: copies of thousands would cost more than what they are read for.
+	if err := c.List(ctx, list, client.UnsafeDisableDeepCopy); err != nil {
 		return nil, fmt.Errorf("list nodes: %w", err)
 	}
 	return list.Items, nil

@@ -98,6 +98,9 @@ func (d *demo) install(ctx context.Context) error {
 	if _, err := d.kubectl(ctx, "", "apply", "-k", "config/default"); err != nil {
 		return err
 	}
+	if _, err := d.kubectl(ctx, "", "-n", namespace, "wait", "--for=create", "daemonset/sluice-agent", "--timeout=5m"); err != nil {
+		return err // the operator makes it when it is there itself
+	}
 	for _, w := range []string{"deployment/sluice-operator", "daemonset/sluice-agent"} {
 		if _, err := d.kubectl(ctx, "", "-n", namespace, "rollout", "status", w, "--timeout=5m"); err != nil {
 			return err

@@ -66,6 +66,9 @@ func install(ctx context.Context) error {
 	if _, err := cluster.Kubectl(ctx, "apply", "-k", "config/default"); err != nil {
 		return err
 	}
+	if _, err := cluster.Kubectl(ctx, "-n", namespace, "wait", "--for=create", "daemonset/sluice-agent", "--timeout=5m"); err != nil {
+		return err // the operator makes it when it is there itself
+	}
 	for _, w := range []string{"deployment/sluice-operator", "daemonset/sluice-agent"} {
 		if _, err := cluster.Kubectl(ctx, "-n", namespace, "rollout", "status", w, "--timeout=5m"); err != nil {
 			return err

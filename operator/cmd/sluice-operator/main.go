@@ -5,14 +5,18 @@
 package main
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
 	"os"
 
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/healthz"
 	"sigs.k8s.io/controller-runtime/pkg/metrics/filters"
 	"sigs.k8s.io/controller-runtime/pkg/metrics/server"
@@ -24,6 +28,7 @@ import (
 type settings struct {
 	cluster.Config
 	probes, metrics string
+	pod             string
 	elect           bool
 }
 
@@ -37,6 +42,8 @@ func parse(args []string, env func(string) string) (*settings, error) {
 	klog.InitFlags(f)
 	f.StringVar(&s.Namespace, "namespace", env("POD_NAMESPACE"), "namespace of the policies and node states (environment POD_NAMESPACE)")
 	f.StringVar(&s.ResourcePrefix, "resource-prefix", prefix, "prefix of the resource names (environment RESOURCE_PREFIX)")
+	f.StringVar(&s.AgentImage, "agent-image", env("AGENT_IMAGE"), "image of the agents; empty means the operator's own (environment AGENT_IMAGE)")
+	f.StringVar(&s.pod, "pod-name", env("POD_NAME"), "name of the operator's own pod (environment POD_NAME)")
 	f.StringVar(&s.probes, "health-probe-bind-address", ":8081", "address for /healthz and /readyz")
 	f.StringVar(&s.metrics, "metrics-bind-address", ":8443", "address for /metrics over HTTPS, to clients that may read it; 0 turns it off")
 	f.BoolVar(&s.elect, "leader-elect", true, "wait until no other replica works")
@@ -45,6 +52,9 @@ func parse(args []string, env func(string) string) (*settings, error) {
 	}
 	if f.NArg() > 0 {
 		return nil, fmt.Errorf("unexpected argument %q: all settings are flags", f.Arg(0))
+	}
+	if s.AgentImage == "" && s.pod == "" {
+		return nil, errors.New("--pod-name and --agent-image are empty: set the first, or POD_NAME from the pod's fields in the Deployment, to run agents from the operator's image, or the second")
 	}
 	if s.Namespace == "" {
 		return nil, errors.New("--namespace is empty: set it, or POD_NAMESPACE from the pod's fields in the Deployment")
@@ -69,7 +79,7 @@ func run() error {
 		return err
 	}
 	ctrl.SetLogger(klog.Background())
-	rest, err := ctrl.GetConfig()
+	config, err := ctrl.GetConfig()
 	if err != nil {
 		return fmt.Errorf("find the API server: %w", err)
 	}
@@ -77,7 +87,11 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	mgr, err := ctrl.NewManager(rest, ctrl.Options{
+	ctx := ctrl.SetupSignalHandler()
+	if err = s.findImage(ctx, config); err != nil {
+		return err
+	}
+	mgr, err := ctrl.NewManager(config, ctrl.Options{
 		Scheme:                        scheme,
 		Cache:                         cluster.CacheOptions(s.Config),
 		LeaderElection:                s.elect,
@@ -105,5 +119,29 @@ func run() error {
 			return fmt.Errorf("add a health check: %w", err)
 		}
 	}
-	return mgr.Start(ctrl.SetupSignalHandler())
+	return mgr.Start(ctx)
+}
+
+// findImage lets the agents run from what the operator itself runs from, so that there is
+// one place where people set image and pull secrets.
+func (s *settings) findImage(ctx context.Context, config *rest.Config) error {
+	if s.AgentImage != "" {
+		return nil
+	}
+	c, err := client.New(config, client.Options{})
+	if err != nil {
+		return fmt.Errorf("connect to the API server: %w", err)
+	}
+	pod := &corev1.Pod{}
+	if err := c.Get(ctx, client.ObjectKey{Namespace: s.Namespace, Name: s.pod}, pod); err != nil {
+		return fmt.Errorf("read the operator's own pod %s/%s: %w", s.Namespace, s.pod, err)
+	}
+	s.ImagePullSecrets = pod.Spec.ImagePullSecrets
+	for _, c := range pod.Spec.Containers {
+		if c.Name == "operator" {
+			s.AgentImage = c.Image
+			return nil
+		}
+	}
+	return fmt.Errorf("pod %s/%s has no container named operator, whose image the agents would run: name it so, or set --agent-image", s.Namespace, s.pod)
 }

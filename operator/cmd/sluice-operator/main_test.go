@@ -6,19 +6,19 @@ import (
 )
 
 func TestParse(t *testing.T) {
-	env := map[string]string{"POD_NAMESPACE": "ns", "RESOURCE_PREFIX": "example.com"}
+	env := map[string]string{"POD_NAMESPACE": "ns", "RESOURCE_PREFIX": "example.com", "POD_NAME": "p"}
 	s, err := parse([]string{"--metrics-bind-address=0"}, func(k string) string { return env[k] })
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s.Namespace != "ns" || s.ResourcePrefix != "example.com" || s.metrics != "0" || s.probes != ":8081" || !s.elect {
+	if s.Namespace != "ns" || s.ResourcePrefix != "example.com" || s.metrics != "0" || s.probes != ":8081" || s.pod != "p" || !s.elect {
 		t.Errorf("the settings are %+v", s)
 	}
 	delete(env, "RESOURCE_PREFIX")
 	if s, _ = parse(nil, func(k string) string { return env[k] }); s.ResourcePrefix != "openshift.io" {
 		t.Errorf("the default prefix is %q", s.ResourcePrefix)
 	}
-	for want, args := range map[string][]string{"--namespace is empty": {"--namespace="}, `unexpected argument "x"`: {"x"}} {
+	for want, args := range map[string][]string{"--namespace is empty": {"--namespace="}, "--pod-name and --agent-image are empty": {"--pod-name="}, `unexpected argument "x"`: {"x"}} {
 		if _, err := parse(args, func(k string) string { return env[k] }); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v gives %v, want %q", args, err, want)
 		}

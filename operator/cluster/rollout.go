@@ -1,0 +1,189 @@
+package cluster
+
+import (
+	"crypto/sha256"
+	_ "embed" // the agent's manifest
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"sigs.k8s.io/yaml"
+
+	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+)
+
+// agentName is the name of the agents' DaemonSet, service account and container owner.
+const agentName = "sluice-agent"
+
+// workerLabel, when any node has it, is what nodes must have for an agent unless the
+// configuration selects others.
+const workerLabel = "node-role.kubernetes.io/worker"
+
+// annotationTemplate is the digest of the agents' DaemonSet as applied, by which a
+// setting that was taken back is noticed.
+const annotationTemplate = "sluice.dev/template"
+
+//go:embed agent.yaml
+var agentManifest []byte
+
+// ownEnv are the agent's variables that the operator sets.
+var ownEnv = []string{"NODE_NAME", "POD_NAMESPACE", "RESOURCE_PREFIX"}
+
+// agentDaemonSet is the DaemonSet of the agents as the configuration wants it.
+func agentDaemonSet(config *sriovv1.SriovOperatorConfig, selector map[string]string, settings Config) (*appsv1.DaemonSet, error) {
+	ds := &appsv1.DaemonSet{}
+	if err := yaml.UnmarshalStrict(agentManifest, ds); err != nil {
+		return nil, fmt.Errorf("read the agent's manifest: %w", err)
+	}
+	ds.Namespace = config.Namespace
+	ds.OwnerReferences = []metav1.OwnerReference{ownedBy(config)}
+	pod := &ds.Spec.Template.Spec
+	pod.NodeSelector, pod.Tolerations, pod.ImagePullSecrets = selector, config.Spec.Tolerations, settings.ImagePullSecrets
+	if len(pod.Tolerations) == 0 {
+		pod.Tolerations = []corev1.Toleration{{Operator: corev1.TolerationOpExists}}
+	}
+	agent := &pod.Containers[0]
+	agent.Image = settings.AgentImage
+	agent.Args = []string{fmt.Sprintf("--v=%d", config.Spec.LogLevel)}
+	agent.Env = append(agent.Env, corev1.EnvVar{Name: "RESOURCE_PREFIX", Value: settings.ResourcePrefix})
+	for _, name := range slices.Sorted(maps.Keys(config.Spec.ConfigDaemonEnvVars)) {
+		if !slices.Contains(ownEnv, name) {
+			agent.Env = append(agent.Env, corev1.EnvVar{Name: name, Value: config.Spec.ConfigDaemonEnvVars[name]})
+		}
+	}
+	data, err := json.Marshal(ds)
+	if err != nil {
+		return nil, fmt.Errorf("encode DaemonSet %s: %w", ds.Name, err)
+	}
+	digest := sha256.Sum256(data)
+	ds.Annotations = map[string]string{annotationTemplate: fmt.Sprintf("%x", digest[:8])}
+	return ds, nil
+}
+
+// ownedBy makes the garbage collector delete an object with the configuration, also when
+// no operator is there to do it.
+func ownedBy(config *sriovv1.SriovOperatorConfig) metav1.OwnerReference {
+	controller := true
+	return metav1.OwnerReference{
+		APIVersion: sriovv1.SchemeGroupVersion.String(), Kind: "SriovOperatorConfig",
+		Name: config.Name, UID: config.UID, Controller: &controller,
+	}
+}
+
+// agentSelector are the labels a node must have for an agent.
+func agentSelector(config *sriovv1.SriovOperatorConfig, nodes []metav1.PartialObjectMetadata) map[string]string {
+	selector := map[string]string{corev1.LabelOSStable: "linux"}
+	if len(config.Spec.ConfigDaemonNodeSelector) > 0 {
+		maps.Copy(selector, config.Spec.ConfigDaemonNodeSelector)
+		return selector
+	}
+	for i := range nodes {
+		if role, ok := nodes[i].Labels[workerLabel]; ok && role == "" && runsLinux(&nodes[i]) {
+			selector[workerLabel] = ""
+			break
+		}
+	}
+	return selector
+}
+
+// selects tells whether labels have all that the selector wants.
+func selects(selector, nodeLabels map[string]string) bool {
+	return labels.SelectorFromSet(selector).Matches(labels.Set(nodeLabels))
+}
+
+// gates are the feature gates that the SR-IOV network operator has, with what Sluice does
+// instead of heeding them.
+var gates = map[string]struct {
+	on   bool
+	does string
+}{
+	"parallelNicConfig":                {true, "PFs of a node are always configured side by side"},
+	"blockDevicePluginUntilConfigured": {true, "a VF is never advertised before it is configured"},
+	"metricsExporter":                  {true, "agents always serve their metrics"},
+	"mellanoxFirmwareReset":            {false, "firmware is never changed, so it needs no reset"},
+	"resourceInjectorMatchCondition":   {false, "the network resources injector is not installed"},
+	"manageSoftwareBridges":            {false, "software bridges are not managed"},
+}
+
+// defaultsOn are gates that are on where nothing is said of them. Turned on they ask for
+// nothing that the user has chosen.
+var defaultsOn = []string{"mellanoxFirmwareReset"}
+
+// unsupported says what of the configuration Sluice does not do, each naming field, value
+// and mend.
+func unsupported(spec *sriovv1.SriovOperatorConfigSpec) []string {
+	var all []string
+	if spec.ConfigurationMode == sriovv1.ConfigurationModeSystemd {
+		all = append(all, "configurationMode systemd: agents configure NICs themselves, and VFs are not there before kubelet starts: set it to daemon")
+	}
+	if spec.EnableInjector {
+		all = append(all, "enableInjector true: the network resources injector is a project of its own and is not installed: install it by its own manifests, and set enableInjector to false")
+	}
+	if spec.UseCDI {
+		all = append(all, "useCDI true: kubelet is told of devices by the device plugin's own answer: set it to false")
+	}
+	for _, name := range slices.Sorted(maps.Keys(spec.FeatureGates)) {
+		gate, known := gates[name]
+		switch on := spec.FeatureGates[name]; {
+		case !known:
+			all = append(all, fmt.Sprintf("featureGates %s: there is no such gate: remove it, or use one of %s", name, strings.Join(slices.Sorted(maps.Keys(gates)), ", ")))
+		case on != gate.on && !slices.Contains(defaultsOn, name):
+			all = append(all, fmt.Sprintf("featureGates %s %t: %s: set it to %t or remove it", name, on, gate.does, gate.on))
+		}
+	}
+	for _, name := range ownEnv {
+		if _, set := spec.ConfigDaemonEnvVars[name]; set {
+			all = append(all, fmt.Sprintf("configDaemonEnvVars %s: the operator sets this variable of the agents: remove it", name))
+		}
+	}
+	return all
+}
+
+// covers tells whether an object has all that another one, of the same kind and as JSON,
+// asks for. It may have more: the API server fills in defaults, and other writers have
+// their say in what is not ours. Lists of things with names are compared by name.
+func covers(have, want any) bool {
+	switch want := want.(type) {
+	case map[string]any:
+		h, ok := have.(map[string]any)
+		if !ok {
+			return len(want) == 0 && have == nil
+		}
+		for key, value := range want {
+			if !covers(h[key], value) {
+				return false
+			}
+		}
+		return true
+	case []any:
+		h, ok := have.([]any)
+		if !ok || len(h) < len(want) {
+			return len(want) == 0 && have == nil
+		}
+		for i, value := range want {
+			name := nameIn(value)
+			if name == "" && (len(h) != len(want) || !covers(h[i], value)) {
+				return false
+			}
+			if name != "" && !slices.ContainsFunc(h, func(v any) bool { return nameIn(v) == name && covers(v, value) }) {
+				return false
+			}
+		}
+		return true
+	case nil:
+		return true // an empty field, such as creationTimestamp, asks for nothing
+	}
+	return fmt.Sprint(have) == fmt.Sprint(want) // numbers differ in their Go types
+}
+
+func nameIn(v any) string {
+	m, _ := v.(map[string]any)
+	name, _ := m["name"].(string)
+	return name
+}
