@@ -214,8 +214,11 @@ func (h *Host) ReadVFSettings(_ context.Context, pf *PF) error {
 func (p *PF) object() string { return objectName(p.PCIAddress, p.Name) }
 
 func objectName(address, link string) string {
-	if link == "" {
+	switch "" {
+	case link:
 		return address
+	case address:
+		return link
 	}
 	return address + " (" + link + ")"
 }

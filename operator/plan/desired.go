@@ -33,6 +33,7 @@ type Finding struct {
 	Policy     string // name of the policy
 	PCIAddress string // PF; empty when the finding is about the whole node
 	PFName     string
+	Link       string // the same for a MacvlanNodePolicy: the link whose slots it is about
 	Reason     Reason
 	Message    string // names object, field, value and, unless all is well, the mend
 }
@@ -140,7 +141,7 @@ func (n *nodePlan) add(policy *sriovv1.SriovNetworkNodePolicy, nodeLabels map[st
 		n.find(policy, nil, PolicyIgnored, "a policy named default is ignored: give it another name")
 		return
 	}
-	if why := whyNotNode(policy, nodeLabels); why != "" {
+	if why := whyNotNode(policy.Spec.NodeSelector, nodeLabels); why != "" {
 		n.find(policy, nil, NodeNotSelected, why)
 		return
 	}

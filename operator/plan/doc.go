@@ -14,4 +14,7 @@
 //
 // A policy refused for a value that cannot be right (more VFs than the NIC has, say)
 // keeps what it had on the PF before: a typing error must not take VFs from pods.
+//
+// DesiredMacvlan does the same for MacVLAN parents, where a policy claims links, or
+// VLANs of links, and MacvlanOperations and UnusedVLANs for what is to be done to them.
 package plan

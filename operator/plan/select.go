@@ -11,13 +11,13 @@ import (
 
 // SelectsNode tells whether a policy's nodeSelector selects a node with these labels.
 func SelectsNode(policy *sriovv1.SriovNetworkNodePolicy, labels map[string]string) bool {
-	return whyNotNode(policy, labels) == ""
+	return whyNotNode(policy.Spec.NodeSelector, labels) == ""
 }
 
-// whyNotNode says why the nodeSelector does not select the node; empty when it does.
-func whyNotNode(policy *sriovv1.SriovNetworkNodePolicy, labels map[string]string) string {
-	for _, key := range slices.Sorted(maps.Keys(policy.Spec.NodeSelector)) {
-		want := policy.Spec.NodeSelector[key]
+// whyNotNode says why a nodeSelector does not select the node; empty when it does.
+func whyNotNode(nodeSelector, labels map[string]string) string {
+	for _, key := range slices.Sorted(maps.Keys(nodeSelector)) {
+		want := nodeSelector[key]
 		switch have, ok := labels[key]; {
 		case !ok:
 			return fmt.Sprintf("the node has no label %s, nodeSelector wants it to be %q", key, want)

@@ -257,9 +257,12 @@ type Link struct {
 	// lower is the link a VLAN device is on.
 	// +optional
 	Lower string `json:"lower,omitempty"`
-	// vlan is the VLAN of a VLAN device.
+	// vlan is the VLAN of a VLAN device; 0 when that is not an IEEE 802.1Q one.
 	// +optional
 	Vlan int `json:"vlan,omitempty"`
+	// managed tells that the agent made it, for the vlan of a MacvlanNodePolicy.
+	// +optional
+	Managed bool `json:"managed,omitempty"`
 	// pciAddress of a physical NIC.
 	// +optional
 	PciAddress string `json:"pciAddress,omitempty"`
