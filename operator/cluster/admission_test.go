@@ -10,6 +10,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 )
 
@@ -49,6 +50,20 @@ func TestUnknownSelectorKeyIsRefused(t *testing.T) {
 	}
 }
 
+// An empty parentSelector would select every link of a node.
+func TestUnknownParentKeyIsRefused(t *testing.T) {
+	needAPI(t)
+	for selector, want := range map[string]string{
+		"{pfNames: [bond0], pfName: x}": "spec.parentSelector.pfName: unknown field: use vendor, deviceID, rootDevices, pfNames or kinds",
+		"{kinds: [bond], netFilter: x}": "spec.parentSelector.netFilter: unknown field",
+		"{}":                            "spec.parentSelector: it selects every link: give at least one of vendor, deviceID, rootDevices, pfNames, kinds",
+		"{vendor: '', kinds: []}":       "spec.parentSelector: it selects every link",
+	} {
+		p := object(t, "MacvlanNodePolicy", "unknown-key", "nodeSelector: {}\nresourceName: r\nparentSelector: "+selector)
+		eventually(t, func() error { return refusedWith(api.Create(t.Context(), p.DeepCopy(), client.DryRunAll), want) })
+	}
+}
+
 // The operator must see the key too, in case the admission policy is not installed.
 func TestUnknownSelectorKeyIsSeen(t *testing.T) {
 	var s sriovv1.SriovNetworkNicSelector
@@ -57,6 +72,13 @@ func TestUnknownSelectorKeyIsSeen(t *testing.T) {
 	}
 	if got := strings.Join(s.UnknownKeys, " "); got != "a pfName" || s.Vendor != "8086" {
 		t.Errorf("the selector is %+v", s)
+	}
+	var p sluicev1.ParentSelector
+	if err := p.UnmarshalJSON([]byte(`{"vendor": "8086", "pfName": ["x"], "netFilter": ""}`)); err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.Join(p.UnknownKeys, " "); got != "netFilter pfName" || p.Vendor != "8086" {
+		t.Errorf("the selector is %+v", p)
 	}
 }
 

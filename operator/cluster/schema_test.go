@@ -9,18 +9,23 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/yaml"
 
+	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 )
 
-// object parses the YAML spec of an object of this group.
+// object parses the YAML spec of an object of one of our kinds.
 func object(t *testing.T, kind, name, spec string) *unstructured.Unstructured {
 	t.Helper()
 	var s map[string]any
 	if err := yaml.Unmarshal([]byte(spec), &s); err != nil {
 		t.Fatalf("parse the spec of %s: %v", name, err)
 	}
+	group := sriovv1.SchemeGroupVersion
+	if strings.HasPrefix(kind, "Macvlan") {
+		group = sluicev1.SchemeGroupVersion
+	}
 	return &unstructured.Unstructured{Object: map[string]any{
-		"apiVersion": sriovv1.SchemeGroupVersion.String(), "kind": kind,
+		"apiVersion": group.String(), "kind": kind,
 		"metadata": map[string]any{"name": name, "namespace": operatorNamespace},
 		"spec":     s,
 	}}
@@ -28,8 +33,12 @@ func object(t *testing.T, kind, name, spec string) *unstructured.Unstructured {
 
 func TestSchemaRefuses(t *testing.T) {
 	needAPI(t)
-	const policy, network = "SriovNetworkNodePolicy", "SriovNetwork"
-	const node = "nodeSelector: {a: b}\nresourceName: r\n"
+	const (
+		policy, network, ib, ovs = "SriovNetworkNodePolicy", "SriovNetwork", "SriovIBNetwork", "OVSNetwork"
+		config, pool             = "SriovOperatorConfig", "SriovNetworkPoolConfig"
+		slots, macvlan           = "MacvlanNodePolicy", "MacvlanNetwork"
+		node                     = "nodeSelector: {a: b}\nresourceName: r\n"
+	)
 	for _, c := range []struct{ name, kind, spec, field, want string }{
 		{"no spec", policy, "null", "spec", "Required value"},
 		{"no VFs", policy, node + "numVfs: 0\nnicSelector: {vendor: '8086'}", "spec.numVfs",
@@ -71,7 +80,19 @@ func TestSchemaRefuses(t *testing.T) {
 		{"resource name", policy, "nodeSelector: {a: b}\nresourceName: -x\nnumVfs: 1\nnicSelector: {vendor: '15b3'}", "spec.resourceName",
 			`resourceName "-x" is not a resource name`},
 		{"priority", policy, node + "numVfs: 1\npriority: 100\nnicSelector: {vendor: '15b3'}", "spec.priority",
-			"should be less than or equal to 99"},
+			"Invalid value: 100: not a priority: set priority to 0, the strongest, to 99"},
+		{"MTU", policy, node + "numVfs: 1\nmtu: 67\nnicSelector: {vendor: '15b3'}", "spec.mtu",
+			"Invalid value: 67: not an MTU: set mtu to 68 to 65535 bytes"},
+		{"vendor by name", policy, node + "numVfs: 1\nnicSelector: {vendor: Intel}", "spec.nicSelector.vendor",
+			`vendor "Intel" is not a PCI vendor ID: write four hex digits, such as 8086`},
+		{"device ID", policy, node + "numVfs: 1\nnicSelector: {deviceID: '0x158b'}", "spec.nicSelector.deviceID",
+			`deviceID "0x158b" is not a PCI device ID: write four hex digits, such as 158b`},
+		{"PCI address", policy, node + "numVfs: 1\nnicSelector: {rootDevices: ['0000:3b:00.0', '3b:00.0']}", "spec.nicSelector.rootDevices[1]",
+			`"3b:00.0" is not a PCI address: write, for example, 0000:3b:00.0`},
+		{"link type", policy, node + "numVfs: 1\nlinkType: ethernet\nnicSelector: {vendor: '15b3'}", "spec.linkType", "supported values"},
+		{"eswitch mode", policy, node + "numVfs: 1\neSwitchMode: offload\nnicSelector: {vendor: '15b3'}", "spec.eSwitchMode", "supported values"},
+		{"vDPA type", policy, node + "numVfs: 1\neSwitchMode: switchdev\nvdpaType: net\nnicSelector: {vendor: '15b3'}", "spec.vdpaType", "supported values"},
+		{"bridge's fail mode", policy, node + "numVfs: 1\neSwitchMode: switchdev\nbridge: {ovs: {bridge: {failMode: closed}}}\nnicSelector: {vendor: '15b3'}", "spec.bridge.ovs.bridge.failMode", "supported values"},
 		{"device type", policy, node + "numVfs: 1\ndeviceType: igb_uio\nnicSelector: {vendor: '15b3'}", "spec.deviceType",
 			`supported values: "netdevice", "vfio-pci"`},
 
@@ -80,6 +101,9 @@ func TestSchemaRefuses(t *testing.T) {
 		{"negative VLAN", network, "resourceName: r\nvlan: -1", "spec.vlan", "Invalid value: -1: not a VLAN ID"},
 		{"VLAN priority", network, "resourceName: r\nvlanQoS: 8", "spec.vlanQoS", "Invalid value: 8: not an 802.1p priority: set vlanQoS to 0 to 7"},
 		{"VLAN priority without a VLAN", network, "resourceName: r\nvlanQoS: 3", "spec.vlanQoS", "vlanQoS is the priority in a VLAN tag: set vlan, or set vlanQoS to 0"},
+		{"VLAN protocol without a VLAN", network, "resourceName: r\nvlanProto: 802.1ad", "spec.vlanProto", "vlanProto 802.1ad is the kind of a VLAN tag: set vlan, or remove vlanProto"},
+		{"link state", network, "resourceName: r\nlinkState: up", "spec.linkState", "supported values"},
+		{"log level", network, "resourceName: r\nlogLevel: trace", "spec.logLevel", "supported values"},
 		{"VLAN protocol", network, "resourceName: r\nvlanProto: 802.1x", "spec.vlanProto", "supported values"},
 		{"rates", network, "resourceName: r\nminTxRate: 200\nmaxTxRate: 100", "spec.minTxRate",
 			"minTxRate is above maxTxRate: lower minTxRate or raise maxTxRate"},
@@ -87,9 +111,69 @@ func TestSchemaRefuses(t *testing.T) {
 		{"namespace", network, "resourceName: r\nnetworkNamespace: A_B", "spec.networkNamespace", `networkNamespace "A_B" is not a namespace name`},
 		{"network resource name", network, "resourceName: a/b", "spec.resourceName", `resourceName "a/b" is not a resource name`},
 		{"spoofChk", network, "resourceName: r\nspoofChk: 'yes'", "spec.spoofChk", `supported values: "on", "off"`},
+
+		{"InfiniBand resource name", ib, "resourceName: a/b", "spec.resourceName", `resourceName "a/b" is not a resource name`},
+		{"InfiniBand namespace", ib, "resourceName: r\nnetworkNamespace: A", "spec.networkNamespace", `networkNamespace "A" is not a namespace name`},
+		{"InfiniBand link state", ib, "resourceName: r\nlinkState: up", "spec.linkState", "supported values"},
+
+		{"OVS resource name", ovs, "resourceName: a/b", "spec.resourceName", `resourceName "a/b" is not a resource name`},
+		{"OVS namespace", ovs, "resourceName: r\nnetworkNamespace: A", "spec.networkNamespace", `networkNamespace "A" is not a namespace name`},
+		{"OVS VLAN", ovs, "resourceName: r\nvlan: 4096", "spec.vlan", "Invalid value: 4096: not a VLAN ID"},
+		{"OVS MTU", ovs, "resourceName: r\nmtu: 60", "spec.mtu", "Invalid value: 60: not an MTU: set mtu to 68 to 65535 bytes, or to 0 for the VF's own"},
+		{"trunk VLAN", ovs, "resourceName: r\ntrunk: [{id: 1}, {id: 4096}]", "spec.trunk[1].id", "Invalid value: 4096: not a VLAN ID: use 0 to 4095"},
+		{"trunk end", ovs, "resourceName: r\ntrunk: [{minID: 1, maxID: -1}]", "spec.trunk[0].maxID", "Invalid value: -1: not a VLAN ID"},
+		{"empty trunk entry", ovs, "resourceName: r\ntrunk: [{}]", "spec.trunk[0]", "an empty trunk entry passes nothing: give id, or minID and maxID"},
+		{"half a trunk range", ovs, "resourceName: r\ntrunk: [{minID: 1}]", "spec.trunk[0]", "a trunk range needs both ends: give minID and maxID"},
+		{"trunk backwards", ovs, "resourceName: r\ntrunk: [{minID: 2, maxID: 1}]", "spec.trunk[0]", "the trunk range runs backwards"},
+
+		{"configuration's log level", config, "logLevel: 3", "spec.logLevel", "Invalid value: 3: not a log level: set logLevel to 0, 1 or 2"},
+		{"configuration mode", config, "configurationMode: ansible", "spec.configurationMode", "supported values"},
+		{"plugin", config, "disablePlugins: [intel]", "spec.disablePlugins[0]", "supported values"},
+		{"onRemoval", config, "onRemoval: Reset", "spec.onRemoval", "supported values"},
+		{"environment variable", config, "configDaemonEnvVars: {A: b, 1B: c}", "spec.configDaemonEnvVars", "1B is not the name of an environment variable"},
+		{"toleration's operator", config, "tolerations: [{operator: Exists}, {key: a, operator: In}]", "spec.tolerations[1].operator", "operator In is none: use Exists or Equal"},
+		{"toleration's effect", config, "tolerations: [{operator: Exists, effect: NoStart}]", "spec.tolerations[0].effect", "effect NoStart is none: use NoSchedule"},
+		{"toleration without a key", config, "tolerations: [{value: a}]", "spec.tolerations[0].operator", "set operator to Exists, or give a key"},
+		{"toleration with a value too many", config, "tolerations: [{key: a, operator: Exists, value: b}]", "spec.tolerations[0].value", "operator Exists looks at no value: remove value"},
+
+		{"negative maxUnavailable", pool, "maxUnavailable: -1", "spec.maxUnavailable", "Invalid value: -1: maxUnavailable is not a number of nodes or a percentage: write 0 or more, or 1% to 100%"},
+		{"maxUnavailable in words", pool, "maxUnavailable: two", "spec.maxUnavailable", `Invalid value: "two": maxUnavailable is not`},
+		{"maxUnavailable of nothing", pool, "maxUnavailable: 0%", "spec.maxUnavailable", `Invalid value: "0%": maxUnavailable is not`},
+		{"maxUnavailable of more than all", pool, "maxUnavailable: 101%", "spec.maxUnavailable", `Invalid value: "101%": maxUnavailable is not`},
+		{"offload pool with maxUnavailable", pool, "maxUnavailable: 1\novsHardwareOffloadConfig: {name: worker}", "spec.ovsHardwareOffloadConfig", "cannot go with maxUnavailable or nodeSelector: make two SriovNetworkPoolConfigs"},
+		{"offload pool with nodes", pool, "nodeSelector: {}\novsHardwareOffloadConfig: {name: worker}", "spec.ovsHardwareOffloadConfig", "cannot go with"},
+		{"RDMA mode", pool, "rdmaMode: none", "spec.rdmaMode", "supported values"},
+		{"reboot policy", pool, "rebootPolicy: Always", "spec.rebootPolicy", "supported values"},
+		{"node expression", pool, "nodeSelector: {matchExpressions: [{key: a, operator: Is, values: [b]}]}", "spec.nodeSelector.matchExpressions", "an operator is none of In, NotIn, Exists and DoesNotExist"},
+		{"node expression without values", pool, "nodeSelector: {matchExpressions: [{key: a, operator: In}]}", "spec.nodeSelector.matchExpressions", "In and NotIn need values"},
+		{"node expression with values", pool, "nodeSelector: {matchExpressions: [{key: a, operator: Exists, values: [b]}]}", "spec.nodeSelector.matchExpressions", "Exists and DoesNotExist take none"},
+
+		{"slots", slots, node + "slots: 0\nparentSelector: {pfNames: [bond0]}", "spec.slots", "Invalid value: 0: not a number of slots: set slots to 1 to 4096"},
+		{"parent's VLAN", slots, node + "vlan: 4095\nparentSelector: {pfNames: [bond0]}", "spec.vlan", "Invalid value: 4095: not a VLAN ID: set vlan to 1 to 4094, or to 0"},
+		{"parent's MTU", slots, node + "mtu: 10\nparentSelector: {pfNames: [bond0]}", "spec.mtu", "Invalid value: 10: not an MTU"},
+		{"slots' priority", slots, node + "priority: -1\nparentSelector: {pfNames: [bond0]}", "spec.priority", "Invalid value: -1: not a priority"},
+		{"slots' resource name", slots, "nodeSelector: {}\nresourceName: a/b\nparentSelector: {pfNames: [bond0]}", "spec.resourceName", `resourceName "a/b" is not a resource name`},
+		{"parent with a VF range", slots, node + "parentSelector: {pfNames: [bond0, 'ens1f0#0-3']}", "spec.parentSelector.pfNames[1]", `"ens1f0#0-3" has a VF range: MacVLAN parents are whole links, write the name alone`},
+		{"parent's kind", slots, node + "parentSelector: {kinds: [dummy]}", "spec.parentSelector.kinds[0]", "supported values"},
+		{"parent's vendor", slots, node + "parentSelector: {vendor: Intel}", "spec.parentSelector.vendor", `vendor "Intel" is not a PCI vendor ID`},
+		{"parent's device", slots, node + "parentSelector: {deviceID: '1'}", "spec.parentSelector.deviceID", `deviceID "1" is not a PCI device ID`},
+		{"parent's address", slots, node + "parentSelector: {rootDevices: [x]}", "spec.parentSelector.rootDevices[0]", `"x" is not a PCI address`},
+		{"vendor of a bond", slots, node + "parentSelector: {vendor: '8086', kinds: [bond]}", "spec.parentSelector.kinds", "vendor, deviceID and rootDevices are of physical NICs, which kinds bond leaves out: add physical"},
+
+		{"no link", macvlan, "mode: bridge", "spec", "nothing says on which link: give resourceName, that of a MacvlanNodePolicy, or master"},
+		{"mode", macvlan, "master: bond0\nmode: source", "spec.mode", "supported values"},
+		{"MacVLAN MTU", macvlan, "master: bond0\nmtu: 67", "spec.mtu", "Invalid value: 67: not an MTU"},
+		{"master", macvlan, "master: a/b", "spec.master", `master "a/b" is not the name of a link: write 1 to 15 characters`},
+		{"long master", macvlan, "master: abcdefghijklmnop", "spec.master", `master "abcdefghijklmnop" is not the name of a link`},
+		{"MacVLAN resource name", macvlan, "resourceName: a/b", "spec.resourceName", `resourceName "a/b" is not a resource name`},
+		{"MacVLAN namespace", macvlan, "resourceName: r\nnetworkNamespace: A", "spec.networkNamespace", `networkNamespace "A" is not a namespace name`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			err := api.Create(t.Context(), object(t, c.kind, "refused", c.spec), client.DryRunAll)
+			name := "refused"
+			if c.kind == config {
+				name = sriovv1.DefaultOperatorConfigName
+			}
+			err := api.Create(t.Context(), object(t, c.kind, name, c.spec), client.DryRunAll)
 			if err == nil {
 				t.Fatal("it was accepted")
 			}
@@ -112,10 +196,36 @@ func TestSchemaAccepts(t *testing.T) {
 		{"SriovNetwork", "resourceName: r"},
 		{"SriovNetwork", "resourceName: r\nnetworkNamespace: default\nvlan: 4094\nvlanQoS: 7\nvlanProto: 802.1AD\nspoofChk: 'on'\ntrust: 'off'\nlinkState: auto\nminTxRate: 0\nmaxTxRate: 100\ncapabilities: '{\"mac\": true}'\nipam: '{}'\nmetaPlugins: '{\"type\": \"tuning\"}'\nlogLevel: ''\nlogFile: /tmp/x"},
 		{"SriovNetwork", "resourceName: r\nminTxRate: 10\nmaxTxRate: 0"},
+		{"SriovIBNetwork", "resourceName: r\nnetworkNamespace: default\nlinkState: disable\ncapabilities: '{\"infinibandGUID\": true}'\nipam: '{}'\nmetaPlugins: '{\"type\": \"rdma\"}'"},
+		{"OVSNetwork", "resourceName: r\nbridge: br0\nvlan: 4095\nmtu: 9000\ntrunk: [{id: 0}, {minID: 1, maxID: 4095}, {id: 7, minID: 8, maxID: 8}]\ninterfaceType: dpdk"},
+		{"SriovOperatorConfig", "{}"},
+		{"SriovOperatorConfig", "configDaemonNodeSelector: {a: b}\nenableInjector: true\nenableOperatorWebhook: true\nlogLevel: 2\ndisableDrain: true\nenableOvsOffload: true\nconfigurationMode: systemd\nuseCDI: true\n" +
+			"disablePlugins: [mellanox]\nfeatureGates: {parallelNicConfig: true, other: false}\nconfigDaemonEnvVars: {A_1: b}\nonRemoval: Restore\n" +
+			"tolerations: [{operator: Exists}, {key: a, value: b, effect: NoExecute, tolerationSeconds: 5}, {key: a, operator: Exists}]"},
+		{"SriovNetworkPoolConfig", "maxUnavailable: 0"},
+		{"SriovNetworkPoolConfig", "maxUnavailable: 100%\nrdmaMode: exclusive\nrebootPolicy: WhenRequired\nnodeSelector: {matchLabels: {a: b}, matchExpressions: [{key: a, operator: In, values: [b]}, {key: c, operator: DoesNotExist}]}"},
+		{"SriovNetworkPoolConfig", "ovsHardwareOffloadConfig: {name: worker}"},
+		{"MacvlanNodePolicy", node + "parentSelector: {kinds: [bond, vxlan]}"},
+		{"MacvlanNodePolicy", node + "priority: 0\nvlan: 4094\nmtu: 9000\nslots: 4096\nexcludeTopology: true\nparentSelector: {vendor: '8086', deviceID: 158B, rootDevices: ['10000:3b:00.7'], pfNames: [ens1f0], kinds: [physical, bond]}"},
+		{"MacvlanNetwork", "resourceName: r"},
+		{"MacvlanNetwork", "master: eth0.5\nresourceName: r\nmode: passthru\nmtu: 1400\nnetworkNamespace: default\nipam: '{}'\ncapabilities: '{\"mac\": true}'\nmetaPlugins: '{\"type\": \"tuning\"}'"},
 	} {
-		if err := api.Create(t.Context(), object(t, c.kind, fmt.Sprintf("accepted-%d", i), c.spec), client.DryRunAll); err != nil {
+		o := object(t, c.kind, fmt.Sprintf("accepted-%d", i), c.spec)
+		if c.kind == "SriovOperatorConfig" {
+			o.SetName(sriovv1.DefaultOperatorConfigName)
+			o.SetNamespace("default") // where nobody else makes one
+		}
+		if err := api.Create(t.Context(), o, client.DryRunAll); err != nil {
 			t.Errorf("the spec\n%s\nis refused: %v", c.spec, err)
 		}
+	}
+}
+
+func TestOperatorConfigIsNamedDefault(t *testing.T) {
+	needAPI(t)
+	const want = "metadata.name: mine would have no effect, because only the SriovOperatorConfig named default counts: name it default"
+	if err := refusedWith(api.Create(t.Context(), object(t, "SriovOperatorConfig", "mine", "{}"), client.DryRunAll), want); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -131,6 +241,10 @@ func TestSchemaDefaults(t *testing.T) {
 		{policy, "priority", int64(sriovv1.DefaultPriority)},
 		{policy, "deviceType", "netdevice"},
 		{network, "logLevel", "info"},
+		{object(t, "MacvlanNodePolicy", "defaults", "nodeSelector: {}\nresourceName: r\nparentSelector: {pfNames: [bond0]}"), "priority", int64(sriovv1.DefaultPriority)},
+		{object(t, "MacvlanNodePolicy", "defaults", "nodeSelector: {}\nresourceName: r\nparentSelector: {pfNames: [bond0]}"), "slots", int64(64)},
+		{object(t, "MacvlanNetwork", "defaults", "master: bond0"), "mode", "bridge"},
+		{object(t, "SriovNetworkPoolConfig", "defaults", "{}"), "rebootPolicy", "Never"},
 	} {
 		created := c.object.DeepCopy()
 		if err := api.Create(t.Context(), created, client.DryRunAll); err != nil {

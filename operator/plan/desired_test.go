@@ -165,6 +165,14 @@ func TestDesiredFields(t *testing.T) {
 	}
 }
 
+func TestAddressesSelectWhateverTheirCase(t *testing.T) {
+	p := policy("a", pfNames(), func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.NicSelector.RootDevices = []string{"0000:3B:00.0"} })
+	spec, _ := Desired([]sriovv1.SriovNetworkNodePolicy{p}, nil, []sriovv1.InterfaceExt{{Name: "a", PciAddress: "0000:3b:00.0", TotalVfs: 8}}, sriovv1.SriovNetworkNodeStateSpec{})
+	if len(spec.Interfaces) != 1 {
+		t.Errorf("the spec is %+v", spec)
+	}
+}
+
 func TestDesiredWithoutInventoryKeepsThePriorSpec(t *testing.T) {
 	prior, _ := Desired([]sriovv1.SriovNetworkNodePolicy{policy("a")}, nil, nics(), sriovv1.SriovNetworkNodeStateSpec{})
 	spec, findings := Desired([]sriovv1.SriovNetworkNodePolicy{policy("b")}, nil, nil, prior)

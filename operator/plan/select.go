@@ -37,7 +37,7 @@ func whyNotNIC(s *sriovv1.SriovNetworkNicSelector, pf *sriovv1.InterfaceExt) str
 		return fmt.Sprintf("its vendor is %s, nicSelector.vendor wants %s", pf.Vendor, s.Vendor)
 	case s.DeviceID != "" && !strings.EqualFold(s.DeviceID, pf.DeviceID):
 		return fmt.Sprintf("its device is %s, nicSelector.deviceID wants %s", pf.DeviceID, s.DeviceID)
-	case len(s.RootDevices) > 0 && !slices.Contains(s.RootDevices, pf.PciAddress):
+	case len(s.RootDevices) > 0 && !slices.ContainsFunc(s.RootDevices, func(d string) bool { return strings.EqualFold(d, pf.PciAddress) }):
 		return fmt.Sprintf("its address is not among nicSelector.rootDevices %s", strings.Join(s.RootDevices, " "))
 	case len(s.PfNames) > 0 && !slices.ContainsFunc(s.PfNames, func(n sriovv1.PfName) bool { return names(n, pf) }):
 		return fmt.Sprintf("its name is not among nicSelector.pfNames %s", join(s.PfNames))

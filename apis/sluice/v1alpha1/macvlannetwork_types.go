@@ -25,7 +25,8 @@ type MacvlanNetworkSpec struct {
 	// master is the name of the parent on every node, for networks without a resource.
 	// With resourceName, the parent of the slot must be this one.
 	// +optional
-	// +kubebuilder:validation:MaxLength=15
+	// +kubebuilder:validation:MaxLength=128
+	// +kubebuilder:validation:XValidation:rule="size(self) == 0 || self.matches('^[^/:[:space:]]{1,15}$') && !(self in ['.', '..'])",messageExpression="'master \"' + self + '\" is not the name of a link: write 1 to 15 characters without /, : and spaces, such as bond0'"
 	Master string `json:"master,omitempty"`
 	// mode of the sub-interface: bridge lets those of one parent talk to each other,
 	// private does not, vepa sends all traffic to the switch, passthru gives the parent to

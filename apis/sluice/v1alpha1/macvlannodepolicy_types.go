@@ -23,10 +23,13 @@ type MacvlanNodePolicySpec struct {
 	// different things of the same link: the lower number wins.
 	// +optional
 	// +kubebuilder:default=99
-	// +kubebuilder:validation:Minimum=0
-	// +kubebuilder:validation:Maximum=99
+	// +kubebuilder:validation:XValidation:rule="self >= 0 && self <= 99",message="not a priority: set priority to 0, the strongest, to 99"
 	Priority *int `json:"priority,omitempty"`
-	// parentSelector selects the links that sub-interfaces are made on.
+	// parentSelector selects the links that sub-interfaces are made on. All fields given
+	// must match; in a list any entry may.
+	//
+	// Unknown keys are kept by the schema so that an admission policy, and the operator if
+	// that is absent, can refuse them, and an empty selector, for every client.
 	// +required
 	// +kubebuilder:pruning:PreserveUnknownFields
 	ParentSelector ParentSelector `json:"parentSelector"`
@@ -52,17 +55,24 @@ type MacvlanNodePolicySpec struct {
 
 // ParentSelector selects links of a node's network namespace. All fields given must
 // match; in a list any entry may.
+//
+// +kubebuilder:validation:XValidation:rule="!has(self.kinds) || size(self.kinds) == 0 || 'physical' in self.kinds || !((has(self.vendor) && size(self.vendor) > 0) || (has(self.deviceID) && size(self.deviceID) > 0) || (has(self.rootDevices) && size(self.rootDevices) > 0))",fieldPath=".kinds",messageExpression="'vendor, deviceID and rootDevices are of physical NICs, which kinds ' + self.kinds.join(' ') + ' leaves out: add physical to kinds, or remove vendor, deviceID and rootDevices'"
 type ParentSelector struct {
 	// vendor is the PCI vendor of a physical NIC, four hex digits, such as 8086.
 	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	// +kubebuilder:validation:XValidation:rule="size(self) == 0 || self.matches('^[0-9a-fA-F]{4}$')",messageExpression="'vendor \"' + self + '\" is not a PCI vendor ID: write four hex digits, such as 8086'"
 	Vendor string `json:"vendor,omitempty"`
 	// deviceID is the PCI device of a physical NIC, four hex digits, such as 158b.
 	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	// +kubebuilder:validation:XValidation:rule="size(self) == 0 || self.matches('^[0-9a-fA-F]{4}$')",messageExpression="'deviceID \"' + self + '\" is not a PCI device ID: write four hex digits, such as 158b'"
 	DeviceID string `json:"deviceID,omitempty"`
 	// rootDevices are PCI addresses of physical NICs, such as 0000:3b:00.0.
 	// +optional
 	// +kubebuilder:validation:MaxItems=128
 	// +kubebuilder:validation:items:MaxLength=64
+	// +kubebuilder:validation:items:XValidation:rule="self.matches('^[0-9a-fA-F]{4,8}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}[.][0-7]$')",messageExpression="'\"' + self + '\" is not a PCI address: write, for example, 0000:3b:00.0'"
 	RootDevices []string `json:"rootDevices,omitempty"`
 	// pfNames are names or alternative names of links of any kind: physical NICs, bonds,
 	// bridges, VLAN and VXLAN devices. No VF range may follow a name.
@@ -74,6 +84,7 @@ type ParentSelector struct {
 	// kinds limits the links to some kinds.
 	// +optional
 	// +kubebuilder:validation:MaxItems=8
+	// +listType=set
 	Kinds []LinkKind `json:"kinds,omitempty"`
 
 	// UnknownKeys are the keys found in JSON that are none of the above, sorted. They

@@ -33,10 +33,12 @@ type OVSNetworkSpec struct {
 	Vlan uint `json:"vlan,omitempty"`
 	// mtu of the pod's interface in bytes, 0 for the VF's own.
 	// +optional
+	// +kubebuilder:validation:XValidation:rule="self == 0 || (self >= 68 && self <= 65535)",message="not an MTU: set mtu to 68 to 65535 bytes, or to 0 for the VF's own"
 	MTU uint `json:"mtu,omitempty"`
 	// trunk lists the VLANs that a trunk port passes.
 	// +optional
 	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=4096
 	Trunk []*TrunkConfig `json:"trunk,omitempty"`
 	// interfaceType is OVSDB Interface.type of the port.
 	// +optional
@@ -55,18 +57,15 @@ type OVSNetworkSpec struct {
 type TrunkConfig struct {
 	// minID is the first VLAN of a range.
 	// +optional
-	// +kubebuilder:validation:Minimum=0
-	// +kubebuilder:validation:Maximum=4095
+	// +kubebuilder:validation:XValidation:rule="self >= 0 && self <= 4095",message="not a VLAN ID: use 0 to 4095"
 	MinID *uint `json:"minID,omitempty"`
 	// maxID is the last VLAN of a range.
 	// +optional
-	// +kubebuilder:validation:Minimum=0
-	// +kubebuilder:validation:Maximum=4095
+	// +kubebuilder:validation:XValidation:rule="self >= 0 && self <= 4095",message="not a VLAN ID: use 0 to 4095"
 	MaxID *uint `json:"maxID,omitempty"`
 	// id is one VLAN.
 	// +optional
-	// +kubebuilder:validation:Minimum=0
-	// +kubebuilder:validation:Maximum=4095
+	// +kubebuilder:validation:XValidation:rule="self >= 0 && self <= 4095",message="not a VLAN ID: use 0 to 4095"
 	ID *uint `json:"id,omitempty"`
 }
 

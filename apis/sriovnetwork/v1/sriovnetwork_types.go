@@ -6,6 +6,7 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 //
 // +kubebuilder:validation:XValidation:rule="!has(self.minTxRate) || !has(self.maxTxRate) || self.maxTxRate == 0 || self.minTxRate <= self.maxTxRate",fieldPath=".minTxRate",message="minTxRate is above maxTxRate: lower minTxRate or raise maxTxRate (Mb/s)"
 // +kubebuilder:validation:XValidation:rule="!has(self.vlanQoS) || self.vlanQoS == 0 || (has(self.vlan) && self.vlan != 0)",fieldPath=".vlanQoS",message="vlanQoS is the priority in a VLAN tag: set vlan, or set vlanQoS to 0"
+// +kubebuilder:validation:XValidation:rule="!has(self.vlanProto) || !(self.vlanProto in ['802.1ad', '802.1AD']) || (has(self.vlan) && self.vlan != 0)",fieldPath=".vlanProto",messageExpression="'vlanProto ' + self.vlanProto + ' is the kind of a VLAN tag: set vlan, or remove vlanProto'"
 type SriovNetworkSpec struct {
 	// networkNamespace is where the NetworkAttachmentDefinition is made; empty means the
 	// network's own namespace. Only networks in the operator's namespace may name another.

@@ -34,13 +34,12 @@ type SriovNetworkNodePolicySpec struct {
 	// lower number.
 	// +optional
 	// +kubebuilder:default=99
-	// +kubebuilder:validation:Minimum=0
-	// +kubebuilder:validation:Maximum=99
+	// +kubebuilder:validation:XValidation:rule="self >= 0 && self <= 99",message="not a priority: set priority to 0, the strongest, to 99"
 	Priority *int `json:"priority,omitempty"`
 	// mtu of the VFs in bytes. The PF's MTU is raised to at least this. Unset leaves the
 	// NIC's own.
 	// +optional
-	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:XValidation:rule="self >= 68 && self <= 65535",message="not an MTU: set mtu to 68 to 65535 bytes, or leave it out for the NIC's own"
 	Mtu int `json:"mtu,omitempty"`
 	// numVfs is the number of VFs to make on each selected PF.
 	// +required
@@ -98,14 +97,19 @@ type SriovNetworkNodePolicySpec struct {
 type SriovNetworkNicSelector struct {
 	// vendor is the PCI vendor, four hex digits, such as 8086.
 	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	// +kubebuilder:validation:XValidation:rule="size(self) == 0 || self.matches('^[0-9a-fA-F]{4}$')",messageExpression="'vendor \"' + self + '\" is not a PCI vendor ID: write four hex digits, such as 8086'"
 	Vendor string `json:"vendor,omitempty"`
 	// deviceID is the PCI device of the PF, four hex digits, such as 158b.
 	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	// +kubebuilder:validation:XValidation:rule="size(self) == 0 || self.matches('^[0-9a-fA-F]{4}$')",messageExpression="'deviceID \"' + self + '\" is not a PCI device ID: write four hex digits, such as 158b'"
 	DeviceID string `json:"deviceID,omitempty"`
 	// rootDevices are PCI addresses of PFs, such as 0000:3b:00.0.
 	// +optional
 	// +kubebuilder:validation:MaxItems=128
 	// +kubebuilder:validation:items:MaxLength=64
+	// +kubebuilder:validation:items:XValidation:rule="self.matches('^[0-9a-fA-F]{4,8}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}[.][0-7]$')",messageExpression="'\"' + self + '\" is not a PCI address: write, for example, 0000:3b:00.0'"
 	RootDevices []string `json:"rootDevices,omitempty"`
 	// pfNames are names or alternative names of PFs, each with an optional choice of its
 	// VFs, counted from 0: ens1f0#0-3, ens1f0#3 or ens1f0#0-3,8.

@@ -29,6 +29,8 @@ type SriovNetworkPoolConfigSpec struct {
 	// nodeSelector selects the nodes of the pool; empty selects all. A node in two pools
 	// is in neither, which a condition on both says.
 	// +optional
+	// +kubebuilder:validation:XValidation:rule="!has(self.matchExpressions) || self.matchExpressions.all(e, e.operator in ['In', 'NotIn', 'Exists', 'DoesNotExist'])",fieldPath=".matchExpressions",message="an operator is none of In, NotIn, Exists and DoesNotExist: write one of these"
+	// +kubebuilder:validation:XValidation:rule="!has(self.matchExpressions) || self.matchExpressions.all(e, (e.operator in ['In', 'NotIn']) == (has(e.values) && size(e.values) > 0))",fieldPath=".matchExpressions",message="In and NotIn need values, Exists and DoesNotExist take none: add or remove values"
 	NodeSelector *metav1.LabelSelector `json:"nodeSelector,omitempty"`
 	// maxUnavailable is how many nodes of the pool, as a number or "N%", may have pods
 	// evicted or be rebooted at the same time. A percentage is rounded down, but not below

@@ -38,8 +38,7 @@ type SriovOperatorConfigSpec struct {
 	EnableOperatorWebhook bool `json:"enableOperatorWebhook,omitempty"`
 	// logLevel of operator and agents: 0 for what people act on, 1 and 2 for more.
 	// +optional
-	// +kubebuilder:validation:Minimum=0
-	// +kubebuilder:validation:Maximum=2
+	// +kubebuilder:validation:XValidation:rule="self >= 0 && self <= 2",message="not a log level: set logLevel to 0, 1 or 2"
 	LogLevel int `json:"logLevel,omitempty"`
 	// disableDrain evicts no pods: a change that needs VFs which pods hold waits for them.
 	// +optional
@@ -63,10 +62,17 @@ type SriovOperatorConfigSpec struct {
 	FeatureGates map[string]bool `json:"featureGates,omitempty"`
 	// configDaemonEnvVars are further environment variables of the agents.
 	// +optional
+	// +kubebuilder:validation:MaxProperties=64
+	// +kubebuilder:validation:XValidation:rule="self.all(k, k.matches('^[-._a-zA-Z][-._a-zA-Z0-9]*$'))",messageExpression="self.filter(k, !k.matches('^[-._a-zA-Z][-._a-zA-Z0-9]*$'))[0] + ' is not the name of an environment variable: use letters, digits, _, - and ., and no digit first'"
 	ConfigDaemonEnvVars map[string]string `json:"configDaemonEnvVars,omitempty"`
 	// tolerations of the agents. Empty tolerates every taint. Added.
 	// +optional
 	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:XValidation:rule="!has(self.operator) || self.operator in ['', 'Exists', 'Equal', 'Lt', 'Gt']",fieldPath=".operator",messageExpression="'operator ' + self.operator + ' is none: use Exists or Equal'"
+	// +kubebuilder:validation:items:XValidation:rule="!has(self.effect) || self.effect in ['', 'NoSchedule', 'PreferNoSchedule', 'NoExecute']",fieldPath=".effect",messageExpression="'effect ' + self.effect + ' is none: use NoSchedule, PreferNoSchedule or NoExecute, or leave it out for all'"
+	// +kubebuilder:validation:items:XValidation:rule="(has(self.key) && size(self.key) > 0) || (has(self.operator) && self.operator == 'Exists')",fieldPath=".operator",message="a toleration without a key is one of every taint: set operator to Exists, or give a key"
+	// +kubebuilder:validation:items:XValidation:rule="!has(self.operator) || self.operator != 'Exists' || !has(self.value) || size(self.value) == 0",fieldPath=".value",message="operator Exists looks at no value: remove value, or set operator to Equal"
 	Tolerations []corev1.Toleration `json:"tolerations,omitempty"`
 	// onRemoval says what becomes of the NICs when this object is deleted: Keep leaves
 	// them as they are; Restore removes the VFs that Sluice made and gives the PFs back
@@ -109,6 +115,7 @@ type SriovOperatorConfigStatus struct {
 // SriovOperatorConfig configures Sluice itself. Only the one named default in the
 // operator's namespace counts.
 //
+// +kubebuilder:validation:XValidation:rule="self.metadata.name == 'default'",messageExpression="'metadata.name: ' + self.metadata.name + ' would have no effect, because only the SriovOperatorConfig named default counts: name it default'"
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status
 // +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
