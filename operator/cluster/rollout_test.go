@@ -9,6 +9,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"pgregory.net/rapid"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -263,12 +264,32 @@ func TestRollOut(t *testing.T) {
 		t.Errorf("the state of ro-1 was made anew: %v", err)
 	}
 
-	other := &sriovv1.SriovOperatorConfig{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "other"}}
-	if err := api.Create(t.Context(), other); err != nil {
-		t.Fatal(err)
-	}
+	other := makeOtherConfig(t)
 	defer func() { _ = api.Delete(t.Context(), other) }()
 	wantCondition(t, other, func() []metav1.Condition { return other.Status.Conditions }, sriovv1.ConditionReady, metav1.ConditionFalse, "Ignored", "only the SriovOperatorConfig named default")
+}
+
+// makeOtherConfig makes what the schema refuses now and may have been there before it did.
+func makeOtherConfig(t *testing.T) *sriovv1.SriovOperatorConfig {
+	t.Helper()
+	kind := &unstructured.Unstructured{}
+	kind.SetAPIVersion("apiextensions.k8s.io/v1")
+	kind.SetKind("CustomResourceDefinition")
+	kind.SetName("sriovoperatorconfigs." + sriovv1.GroupName)
+	var rules any
+	setRules := func(o *unstructured.Unstructured) {
+		versions, _, _ := unstructured.NestedSlice(o.Object, "spec", "versions")
+		schema := versions[0].(map[string]any)["schema"].(map[string]any)["openAPIV3Schema"].(map[string]any)
+		rules, schema["x-kubernetes-validations"] = schema["x-kubernetes-validations"], rules
+		if err := unstructured.SetNestedSlice(o.Object, versions, "spec", "versions"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	change(t, kind, setRules)
+	defer change(t, kind, setRules)
+	other := &sriovv1.SriovOperatorConfig{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "other"}}
+	eventually(t, func() error { return api.Create(t.Context(), other) })
+	return other
 }
 
 // A configuration that is deleted takes the agents with it, and stays deleted.

@@ -115,7 +115,7 @@ type SriovOperatorConfigStatus struct {
 // SriovOperatorConfig configures Sluice itself. Only the one named default in the
 // operator's namespace counts.
 //
-// +kubebuilder:validation:XValidation:rule="self.metadata.name == 'default'",messageExpression="'metadata.name: ' + self.metadata.name + ' would have no effect, because only the SriovOperatorConfig named default counts: name it default'"
+// +kubebuilder:validation:XValidation:rule="oldSelf.hasValue() || self.metadata.name == 'default'",optionalOldSelf=true,messageExpression="'metadata.name: ' + self.metadata.name + ' would have no effect, because only the SriovOperatorConfig named default counts: name it default'"
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status
 // +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
