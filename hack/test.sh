@@ -40,6 +40,28 @@ unit() {
   go test -timeout 15m ./...
 }
 
+# Every fuzz target there is, with so many inputs beyond its seeds. A count, because
+# Go 1.26 now and then takes the end of a time limit for a failure.
+fuzz() {
+  export FUZZ=${FUZZ:-10000x} FUZZ_OUT=$PWD/out/fuzz FUZZ_CACHE
+  FUZZ_CACHE=$(go env GOCACHE)/fuzz/sluice
+  say "fuzz targets, $FUZZ inputs each"
+  local dir program
+  for dir in $(git grep --untracked -l '^func Fuzz' -- '*_test.go' | xargs -n 1 dirname | sort -u); do
+    program=$FUZZ_OUT/$dir/test
+    # With the coverage counters that guide the search.
+    go test -c -fuzz=Fuzz -o "$program" "./$dir"
+    "$program" -test.list '^Fuzz' | sed "s|^|$dir |"
+  done >"$FUZZ_OUT.list"
+  # An input that fails is left in the package's testdata, where each go test tries it.
+  xargs -n 2 -P 2 bash -c '
+    cd "$0" && out=$("$FUZZ_OUT/$0/test" -test.run "^$" -test.fuzz "^$1\$" -test.fuzztime "$FUZZ" -test.parallel 1 -test.fuzzcachedir "$FUZZ_CACHE/$0" 2>&1)
+    rc=$?
+    [ $rc = 0 ] || printf "%s\n" "$out"
+    printf "%-4s %s %s\n" "$([ $rc = 0 ] && echo ok || echo FAIL)" "$0" "$1"
+    exit $rc' <"$FUZZ_OUT.list"
+}
+
 lab() {
   tools
   # Built here and not by the tests: go test would hold back the progress.
@@ -77,14 +99,15 @@ case ${1:-all} in
 all)
   verify
   unit
+  fuzz
   lab
   guest uml
   e2e uml
   guest qemu
   e2e qemu
   ;;
-verify | unit | lab | bench) "$1" ;;
+verify | unit | fuzz | lab | bench) "$1" ;;
 guest | e2e) "$1" "${2:-uml}" ;;
-*) echo "usage: $0 [verify|unit|lab|guest|e2e|bench] [uml|qemu]" >&2; exit 2 ;;
+*) echo "usage: $0 [verify|unit|fuzz|lab|guest|e2e|bench] [uml|qemu]" >&2; exit 2 ;;
 esac
 say "done"

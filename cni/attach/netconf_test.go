@@ -3,9 +3,11 @@ package attach
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/containernetworking/cni/pkg/types"
 	"pgregory.net/rapid"
 
 	"github.com/sluice-network/sluice/internal/host"
@@ -160,27 +162,50 @@ func TestDistanceIsAMetric(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	f.Add([]byte(`{"cniVersion":"1.1.0","name":"n","type":"sriov","deviceID":"0000:01:10.0",`+full+`}`), "MAC=02:00:00:00:00:01")
-	f.Add([]byte(`{"cniVersion":"0.3.1","name":"n","vlan":5000,"Vlan":1}`), "")
-	f.Fuzz(func(t *testing.T, stdin []byte, args string) {
-		cfg, err := Parse(Request{Command: Add, ContainerID: "c", Netns: "/n", IfName: "net1", Args: args, Stdin: stdin})
+	f.Add("ADD", []byte(`{"cniVersion":"1.1.0","name":"n","type":"sriov","deviceID":"0000:01:10.0",`+full+`}`), "MAC=02:00:00:00:00:01", "net1")
+	f.Add("ADD", []byte(`{"cniVersion":"0.3.1","name":"n","vlan":5000,"Vlan":1}`), "", "net1")
+	f.Add("DEL", []byte(`{"cniVersion":"1.0.0","name":"n","runtimeConfig":{"mac":"02:00:00:00:00:01","ips":["10.0.0.1/24"]},"prevResult":{}}`), "IgnoreUnknown=1;X=y", "eth0")
+	f.Add("GC", []byte(`{"cniVersion":"1.1.0","name":"n","cni.dev/valid-attachments":[{"containerID":"c","ifname":"i"}]}`), "", "")
+	f.Fuzz(func(t *testing.T, command string, stdin []byte, args, ifName string) {
+		cfg, err := Parse(Request{Command: Command(command), ContainerID: "c", Netns: "/n", IfName: ifName, Args: args, Stdin: stdin})
+		var keys map[string]json.RawMessage
+		notJSON := json.Unmarshal(stdin, &keys)
 		if err != nil {
-			if code := codeOf(err); code == 0 || code > 100 {
+			switch code := codeOf(err); {
+			case code != types.ErrIncompatibleCNIVersion && code != types.ErrInvalidEnvironmentVariables && code != types.ErrDecodingFailure && code != types.ErrInvalidNetworkConfig:
 				t.Fatalf("code %d: %v", code, err)
+			case code == types.ErrInvalidNetworkConfig && !strings.HasPrefix(err.Error(), "network "):
+				t.Fatalf("names no network: %v", err)
 			}
 			return
 		}
-		var keys map[string]json.RawMessage
-		if err := json.Unmarshal(stdin, &keys); err != nil {
-			t.Fatalf("accepted what is no JSON: %v", err)
+		if notJSON != nil {
+			t.Fatalf("accepted what is no JSON: %v", notJSON)
 		}
 		for k := range keys {
 			if _, known := fields[k]; !known {
 				t.Fatalf("accepted the unknown key %q", k)
 			}
 		}
-		if cfg.VLAN != nil && (*cfg.VLAN < 0 || *cfg.VLAN > 4094) || !host.ValidPCIAddress(cfg.DeviceID) || cfg.Network == "" {
-			t.Fatalf("accepted %+v", cfg)
+		var runtime map[string]json.RawMessage
+		_ = json.Unmarshal(keys["runtimeConfig"], &runtime)
+		for k := range runtime {
+			if _, known := runtimeKeys[k]; !known {
+				t.Fatalf("accepted the unknown key runtimeConfig.%q", k)
+			}
+		}
+		if _, known := since[Command(command)]; !known || cfg.Network == "" || !slices.Contains(Versions, cfg.CNIVersion) ||
+			cfg.DeviceID != "" && !host.ValidPCIAddress(cfg.DeviceID) || command == "ADD" && cfg.DeviceID == "" {
+			t.Fatalf("accepted %s with %+v", command, cfg)
+		}
+		want, asked := cfg.Settings(Baseline{MAC: mac0})
+		if want.VLAN < 0 || want.VLAN > 4094 || want.VLANQoS < 0 || want.VLANQoS > 7 || want.MinTxRate < 0 || want.MaxTxRate < 0 ||
+			len(want.MAC) != 6 || want.MAC[0]&1 != 0 || cfg.MTU != 0 && (cfg.MTU < 68 || cfg.MTU > 65535) || strings.ContainsAny(cfg.IPAM, "/\x00") {
+			t.Fatalf("accepted %+v, %+v", cfg, want)
+		}
+		// What was not asked for stays at baseline, however it was spelt.
+		if asked&host.VFTrust == 0 && want.Trust || asked&host.VFSpoofChk == 0 && !want.SpoofChk {
+			t.Fatalf("asks for %b and gets %+v", asked, want)
 		}
 	})
 }

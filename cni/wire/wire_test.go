@@ -50,7 +50,25 @@ func TestTimeoutsAreInOrder(t *testing.T) {
 	}
 }
 
+// What was read can be sent on, and is read again as the same.
 func FuzzDecode(f *testing.F) {
 	f.Add([]byte("\x00\x00\x00\x02{}"))
-	f.Fuzz(func(t *testing.T, b []byte) { _ = Decode(bytes.NewReader(b), &Request{}) })
+	f.Add([]byte("\xff\xff\xff\xff{"))
+	if frame, err := Encode(Request{Command: "ADD", ContainerID: "c", Netns: "/n", IfName: "net1", Args: "A=b", Stdin: []byte("{}")}); err == nil {
+		f.Add(frame)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var req Request
+		if Decode(bytes.NewReader(b), &req) != nil {
+			return
+		}
+		frame, err := Encode(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var again Request
+		if err := Decode(bytes.NewReader(frame), &again); err != nil || string(again.Stdin) != string(req.Stdin) || again.Args != req.Args || QueueName(again) != QueueName(req) {
+			t.Fatalf("%+v became %+v, %v", req, again, err)
+		}
+	})
 }

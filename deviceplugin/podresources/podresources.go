@@ -60,11 +60,16 @@ func (c *Client) Devices(ctx context.Context) (map[string]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ask the kubelet's pod-resources API: %w", err)
 	}
+	return holders(all, c.prefix), nil
+}
+
+// holders maps the devices of resources below prefix to their pods.
+func holders(all *api.ListPodResourcesResponse, prefix string) map[string]string {
 	pods := make(map[string]string)
 	for _, p := range all.GetPodResources() {
 		for _, container := range p.GetContainers() {
 			for _, d := range container.GetDevices() {
-				if !strings.HasPrefix(d.GetResourceName(), c.prefix) {
+				if !strings.HasPrefix(d.GetResourceName(), prefix) {
 					continue
 				}
 				for _, id := range d.GetDeviceIds() {
@@ -73,5 +78,5 @@ func (c *Client) Devices(ctx context.Context) (map[string]string, error) {
 			}
 		}
 	}
-	return pods, nil
+	return pods
 }

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 	api "k8s.io/kubelet/pkg/apis/podresources/v1"
 )
 
@@ -72,4 +73,47 @@ func (c *Client) allocatedWhenReady(t *testing.T, id string) (string, bool, erro
 		c.conn.Connect()
 	}
 	return c.Allocated(t.Context(), id)
+}
+
+// Whatever the kubelet answers, a device counts only when a container has it from
+// a resource below the prefix, and each that does counts.
+func FuzzHolders(f *testing.F) {
+	for _, answer := range []*api.ListPodResourcesResponse{
+		{},
+		{PodResources: []*api.PodResources{pod("a", "example.com/nics", "0000:01:00.1"), pod("b", "example.community/nics", "0000:01:00.2")}},
+		{PodResources: []*api.PodResources{nil, {Containers: []*api.ContainerResources{{Devices: []*api.ContainerDevices{{DeviceIds: []string{""}}}}}}}},
+	} {
+		b, err := proto.Marshal(answer)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		answer := &api.ListPodResourcesResponse{}
+		if proto.Unmarshal(b, answer) != nil {
+			return
+		}
+		got := holders(answer, "example.com/")
+		want := map[string]bool{}
+		for _, p := range answer.GetPodResources() {
+			for _, c := range p.GetContainers() {
+				for _, d := range c.GetDevices() {
+					for _, id := range d.GetDeviceIds() {
+						if strings.HasPrefix(d.GetResourceName(), "example.com/") {
+							want[id] = true
+						}
+					}
+				}
+			}
+		}
+		for id, pod := range got {
+			if !want[id] || !strings.Contains(pod, "/") {
+				t.Fatalf("device %q is said to be of pod %q", id, pod)
+			}
+		}
+		if len(got) != len(want) {
+			t.Fatalf("%d devices, want %d", len(got), len(want))
+		}
+	})
 }

@@ -36,21 +36,7 @@ func TestVFSettingsRoundTrip(t *testing.T) {
 			want.VLANProto = rapid.SampledFrom([]VLANProto{Dot1Q, Dot1AD}).Draw(t, "proto")
 		}
 		index := rapid.IntRange(0, 255).Draw(t, "vf")
-		list := nl.NewRtAttr(unix.IFLA_VFINFO_LIST|unix.NLA_F_NESTED, nil)
-		// The kernel leaves out VFs: the number counts, not the place.
-		for _, vf := range []int{index + 7, index, index + 1} {
-			info := list.AddRtAttr(nl.IFLA_VF_INFO|unix.NLA_F_NESTED, nil)
-			s := want
-			if vf != index {
-				s = VFSettings{VLAN: 1, Trust: !want.Trust}
-			}
-			for _, attr := range vfAttrs {
-				attr.encode(info, uint32(vf), s)
-			}
-			// answers have VLAN and priority here; requests only in the list
-			info.AddRtAttr(nl.IFLA_VF_VLAN, u32(uint32(vf), uint32(s.VLAN), uint32(s.VLANQoS)))
-		}
-		message := append(make([]byte, unix.SizeofIfInfomsg), list.Serialize()...)
+		message := vfAnswer(index, want)
 		got, ok, err := parseVFInfo(message, index)
 		if err != nil || !ok || DiffVFSettings(got, want) != nil || !bytes.Equal(got.MAC, want.MAC) {
 			t.Fatalf("wrote %+v, read %+v, %v, %v", want, got, ok, err)
@@ -59,6 +45,25 @@ func TestVFSettingsRoundTrip(t *testing.T) {
 			t.Fatal("found a VF that is not there")
 		}
 	})
+}
+
+// vfAnswer is a link message that tells of the VF, and of two others.
+func vfAnswer(index int, settings VFSettings) []byte {
+	list := nl.NewRtAttr(unix.IFLA_VFINFO_LIST|unix.NLA_F_NESTED, nil)
+	// The kernel leaves out VFs: the number counts, not the place.
+	for _, vf := range []int{index + 7, index, index + 1} {
+		info := list.AddRtAttr(nl.IFLA_VF_INFO|unix.NLA_F_NESTED, nil)
+		s := settings
+		if vf != index {
+			s = VFSettings{VLAN: 1, Trust: !settings.Trust}
+		}
+		for _, attr := range vfAttrs {
+			attr.encode(info, uint32(vf), s)
+		}
+		// answers have VLAN and priority here; requests only in the list
+		info.AddRtAttr(nl.IFLA_VF_VLAN, u32(uint32(vf), uint32(s.VLAN), uint32(s.VLANQoS)))
+	}
+	return append(make([]byte, unix.SizeofIfInfomsg), list.Serialize()...)
 }
 
 func TestDiffVFSettings(t *testing.T) {
@@ -76,7 +81,13 @@ func TestDiffVFSettings(t *testing.T) {
 
 func FuzzParseVFInfo(f *testing.F) {
 	f.Add(make([]byte, 40), 0)
-	f.Fuzz(func(t *testing.T, m []byte, index int) { _, _, _ = parseVFInfo(m, index) })
+	f.Add(vfAnswer(3, VFSettings{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, VLAN: 5, VLANProto: Dot1AD, Trust: true, MaxTxRate: 100}), 3)
+	f.Fuzz(func(t *testing.T, m []byte, index int) {
+		s, ok, err := parseVFInfo(m, index)
+		if (!ok || err != nil) && DiffVFSettings(s, VFSettings{}) != nil {
+			t.Fatalf("settings of a VF that was not found: %+v, %v", s, err)
+		}
+	})
 }
 
 func TestAnnouncements(t *testing.T) {

@@ -297,9 +297,6 @@ func (a *Attacher) VFSettings(vf VFRef) (VFSettings, error) {
 	return VFSettings{}, fmt.Errorf("read VFs of %s: the driver tells nothing of VF %d", vf.PFName, vf.Index)
 }
 
-// nlaTypeMask takes the flags off the type of a netlink attribute.
-const nlaTypeMask = ^uint16(unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
-
 // parseVFInfo finds the VF with the given number in an RTM_NEWLINK message. The
 // number is part of each attribute; the place in the list is not it, for the
 // kernel leaves out VFs the driver gives no answer for.
@@ -307,32 +304,16 @@ func parseVFInfo(m []byte, index int) (VFSettings, bool, error) {
 	if len(m) < unix.SizeofIfInfomsg {
 		return VFSettings{}, false, fmt.Errorf("short link message of %d bytes", len(m))
 	}
-	attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfInfomsg:])
-	if err != nil {
-		return VFSettings{}, false, fmt.Errorf("parse link message: %w", err)
-	}
-	for _, list := range attrs {
-		if list.Attr.Type&nlaTypeMask != unix.IFLA_VFINFO_LIST {
-			continue
+	list, _ := attribute(m[unix.SizeofIfInfomsg:], unix.IFLA_VFINFO_LIST)
+	for _, info := range eachAttribute(list) {
+		s, n := VFSettings{VLANProto: Dot1Q}, -1
+		for kind, value := range eachAttribute(info) {
+			if vf, ok := parseVFField(&s, int(kind), value); ok {
+				n = vf
+			}
 		}
-		infos, err := nl.ParseRouteAttr(list.Value)
-		if err != nil {
-			return VFSettings{}, false, fmt.Errorf("parse VF list: %w", err)
-		}
-		for _, info := range infos {
-			fields, err := nl.ParseRouteAttr(info.Value)
-			if err != nil {
-				return VFSettings{}, false, fmt.Errorf("parse VF: %w", err)
-			}
-			s, n := VFSettings{VLANProto: Dot1Q}, -1
-			for _, f := range fields {
-				if v, ok := parseVFField(&s, int(f.Attr.Type&nlaTypeMask), f.Value); ok {
-					n = v
-				}
-			}
-			if n == index {
-				return s, true, nil
-			}
+		if n == index {
+			return s, true, nil
 		}
 	}
 	return VFSettings{}, false, nil
@@ -348,9 +329,8 @@ func parseVFField(s *VFSettings, kind int, b []byte) (vf int, ok bool) {
 	case kind == nl.IFLA_VF_VLAN && len(b) >= 12:
 		s.VLAN, s.VLANQoS = int(word(1)), int(word(2))
 	case kind == nl.IFLA_VF_VLAN_LIST:
-		entries, err := nl.ParseRouteAttr(b)
-		if err == nil && len(entries) > 0 && len(entries[0].Value) >= 14 {
-			if p := VLANProto(binary.BigEndian.Uint16(entries[0].Value[12:])); p != 0 {
+		if info, ok := attribute(b, nl.IFLA_VF_VLAN_INFO); ok && len(info) >= 14 {
+			if p := VLANProto(binary.BigEndian.Uint16(info[12:])); p != 0 {
 				s.VLANProto = p
 			}
 		}

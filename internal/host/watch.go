@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"syscall"
 
@@ -175,19 +176,30 @@ func (f linkFilter) matters(kind uint16, data []byte) bool {
 	return !known || was != is
 }
 
+// nlaTypeMask takes the flags off the type of a netlink attribute.
+const nlaTypeMask = ^uint16(unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
+
+// eachAttribute gives netlink attributes, type and payload, up to the end or the first
+// that is broken.
+func eachAttribute(b []byte) iter.Seq2[uint16, []byte] {
+	return func(yield func(uint16, []byte) bool) {
+		for len(b) >= unix.SizeofNlAttr {
+			size := int(binary.NativeEndian.Uint16(b))
+			if size < unix.SizeofNlAttr || size > len(b) || !yield(binary.NativeEndian.Uint16(b[2:])&nlaTypeMask, b[unix.SizeofNlAttr:size]) {
+				return
+			}
+			next := (size + unix.NLA_ALIGNTO - 1) &^ (unix.NLA_ALIGNTO - 1)
+			b = b[min(next, len(b)):]
+		}
+	}
+}
+
 // attribute finds the first netlink attribute of the type.
 func attribute(b []byte, want uint16) ([]byte, bool) {
-	for len(b) >= unix.SizeofNlAttr {
-		size := int(binary.NativeEndian.Uint16(b))
-		kind := binary.NativeEndian.Uint16(b[2:]) &^ (unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
-		if size < unix.SizeofNlAttr || size > len(b) {
-			return nil, false
-		}
+	for kind, payload := range eachAttribute(b) {
 		if kind == want {
-			return b[unix.SizeofNlAttr:size], true
+			return payload, true
 		}
-		next := (size + unix.NLA_ALIGNTO - 1) &^ (unix.NLA_ALIGNTO - 1)
-		b = b[min(next, len(b)):]
 	}
 	return nil, false
 }

@@ -1,14 +1,18 @@
 package host
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"os"
 	"runtime"
+	"slices"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
@@ -246,5 +250,54 @@ func TestPCIChanged(t *testing.T) {
 func FuzzLinkFilter(f *testing.F) {
 	f.Add(linkMessage("", 0))
 	f.Add(linkMessage("veth", 1))
-	f.Fuzz(func(_ *testing.T, b []byte) { linkFilter{}.relevant(b) })
+	f.Add(append(linkMessage("veth", 1), linkMessage("", unix.IFF_LOOPBACK)...))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		filter := linkFilter{}
+		if filter.relevant(b) {
+			return
+		}
+		// It hides no NIC that comes after it.
+		msgs, err := syscall.ParseNetlinkMessage(b)
+		if err != nil {
+			t.Fatalf("a broken datagram is overlooked: %v", err)
+		}
+		size := 0
+		for _, m := range msgs {
+			size += (int(m.Header.Len) + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1)
+		}
+		if size == len(b) && !filter.relevant(append(b, linkMessage("", 0)...)) {
+			t.Fatal("a NIC after it is overlooked")
+		}
+	})
+}
+
+func FuzzAttribute(f *testing.F) {
+	f.Add(linkMessage("veth", 0)[unix.SizeofNlMsghdr+unix.SizeofIfInfomsg:], uint16(unix.IFLA_LINKINFO))
+	f.Add([]byte{5, 0, 1, 0, 9}, uint16(1)) // the last one may lack its padding
+	f.Add([]byte{3, 0, 1, 0}, uint16(1))
+	f.Fuzz(func(t *testing.T, b []byte, kind uint16) {
+		got, ok := attribute(b, kind)
+		if len(b)%unix.NLA_ALIGNTO != 0 {
+			return // the library's parser panics when the last one lacks its padding
+		}
+		attrs, err := nl.ParseRouteAttr(b)
+		if err != nil {
+			return
+		}
+		i := slices.IndexFunc(attrs, func(a syscall.NetlinkRouteAttr) bool { return a.Attr.Type&nlaTypeMask == kind })
+		if ok != (i >= 0) || ok && !bytes.Equal(got, attrs[i].Value) {
+			t.Fatalf("% x, %t; want %d of %v", got, ok, i, attrs)
+		}
+	})
+}
+
+func FuzzPCIChanged(f *testing.F) {
+	f.Add([]byte("bind@/devices/pci0000:00/0000:01:00.0\x00ACTION=bind\x00SUBSYSTEM=pci\x00"))
+	f.Add([]byte("add@/x\x00SUBSYSTEM=pci_bus"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		want := bytes.Contains(slices.Concat([]byte{0}, b, []byte{0}), []byte("\x00SUBSYSTEM=pci\x00"))
+		if pciChanged(b) != want {
+			t.Fatalf("%q: %t", b, !want)
+		}
+	})
 }
