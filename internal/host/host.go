@@ -29,6 +29,7 @@ type Host struct {
 
 	// What Inventory reads besides sysfs; unit tests on a tree of files replace them.
 	links   func() ([]netlink.Link, error)
+	link    lookup
 	eswitch func(pciAddress string) (EswitchMode, error)
 	speed   func(link string) int
 }
@@ -54,6 +55,7 @@ func Open(sysfs string) (*Host, error) {
 		return nil, fmt.Errorf("open ethtool socket: %w", err)
 	}
 	h.links = h.dumpLinks
+	h.link = h.linkNamed
 	h.eswitch = h.readEswitch
 	h.speed = h.readSpeed
 	return h, nil
@@ -80,6 +82,21 @@ func (h *Host) dumpLinks() ([]netlink.Link, error) {
 			return links, err
 		}
 	}
+}
+
+// linkNamed asks for one netdev of the namespace.
+func (h *Host) linkNamed(name string) (*netlink.LinkAttrs, error) {
+	if name == "" {
+		return nil, nil
+	}
+	l, err := h.rt.LinkByName(name)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return nil, nil // renamed or moved since sysfs was read; its event follows
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ask for link %s: %w", name, err)
+	}
+	return l.Attrs(), nil
 }
 
 // readEswitch asks devlink for the mode of the device's eswitch. A kernel,

@@ -31,10 +31,11 @@ func (h *Host) Inventory(ctx context.Context) ([]PF, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
-	links := make(map[string]*netlink.LinkAttrs, len(list))
+	byName := make(map[string]*netlink.LinkAttrs, len(list))
 	for _, l := range list {
-		links[l.Attrs().Name] = l.Attrs()
+		byName[l.Attrs().Name] = l.Attrs()
 	}
+	links := func(name string) (*netlink.LinkAttrs, error) { return byName[name], nil }
 	var pfs []PF
 	var errs []error
 	for _, e := range entries {
@@ -55,8 +56,25 @@ func (h *Host) Inventory(ctx context.Context) ([]PF, error) {
 	return pfs, errors.Join(errs...)
 }
 
+// ReadPF reads one device as Inventory does, in sysfs and by one query for each
+// netdev, whatever else there is on the machine; ok is false when it is not, or
+// no longer, a device that can make VFs.
+func (h *Host) ReadPF(_ context.Context, address string) (pf PF, ok bool, err error) {
+	pf, ok, err = h.readPF(address, h.link)
+	if err != nil {
+		if h.gone(address) {
+			return PF{}, false, nil
+		}
+		return PF{}, false, fmt.Errorf("read NIC %s: %w", address, err)
+	}
+	return pf, ok, nil
+}
+
+// lookup finds a netdev of this namespace by its name, nil when there is none.
+type lookup func(name string) (*netlink.LinkAttrs, error)
+
 // readPF reads one PCI device; ok is false when it is no SR-IOV NIC.
-func (h *Host) readPF(address string, links map[string]*netlink.LinkAttrs) (pf PF, ok bool, err error) {
+func (h *Host) readPF(address string, links lookup) (pf PF, ok bool, err error) {
 	device, err := h.device(address)
 	if err != nil {
 		return PF{}, false, err
@@ -101,7 +119,11 @@ func (h *Host) readPF(address string, links map[string]*netlink.LinkAttrs) (pf P
 	if err != nil {
 		return PF{}, false, err
 	}
-	if l := links[name]; l != nil {
+	l, err := links(name)
+	if err != nil {
+		return PF{}, false, err
+	}
+	if l != nil {
 		pf.Name, pf.IfIndex, pf.AltNames = name, l.Index, l.AltNames
 		pf.MAC, pf.PermMAC, pf.MTU = l.HardwareAddr, l.PermHWAddr, l.MTU
 		pf.AdminUp = l.RawFlags&unix.IFF_UP != 0
@@ -138,7 +160,7 @@ func (h *Host) gone(address string) bool {
 }
 
 // readVF reads one VF. On error, too, the result says which it was, if known.
-func (h *Host) readVF(pf string, index int, links map[string]*netlink.LinkAttrs) (vf VF, err error) {
+func (h *Host) readVF(pf string, index int, links lookup) (vf VF, err error) {
 	vf.Index = index
 	if vf.PCIAddress, err = linkBase(filepath.Join(pf, fmt.Sprintf("virtfn%d", index))); err != nil {
 		return vf, err
@@ -164,7 +186,11 @@ func (h *Host) readVF(pf string, index int, links map[string]*netlink.LinkAttrs)
 	if err != nil {
 		return vf, err
 	}
-	if l := links[name]; l != nil {
+	l, err := links(name)
+	if err != nil {
+		return vf, err
+	}
+	if l != nil {
 		vf.Name, vf.IfIndex, vf.MTU, vf.MAC = name, l.Index, l.MTU, l.HardwareAddr
 	}
 	return vf, nil

@@ -201,7 +201,7 @@ func TestLabEventsOfLinks(t *testing.T) {
 }
 
 // told waits for the events to end, and checks whether there were any.
-func told(t *testing.T, events <-chan struct{}, want bool, what string) {
+func told(t *testing.T, events <-chan Changes, want bool, what string) {
 	t.Helper()
 	got := false
 	for {

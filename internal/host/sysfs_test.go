@@ -35,8 +35,16 @@ func newTree(t *testing.T) *tree {
 
 func (tr *tree) host() *Host {
 	return &Host{
-		sysfs:   tr.root,
-		links:   func() ([]netlink.Link, error) { return tr.links, nil },
+		sysfs: tr.root,
+		links: func() ([]netlink.Link, error) { return tr.links, nil },
+		link: func(name string) (*netlink.LinkAttrs, error) {
+			for _, l := range tr.links {
+				if l.Attrs().Name == name {
+					return l.Attrs(), nil
+				}
+			}
+			return nil, nil
+		},
 		eswitch: func(a string) (EswitchMode, error) { return tr.modes[a], nil },
 		speed:   func(string) int { return 25000 },
 	}

@@ -2,26 +2,62 @@ package host
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"iter"
 	"os"
+	"slices"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// Watch tells when links that can be parents (see Links) or PCI devices came,
+// Changes tells where something changed, for who wants to look again.
+type Changes struct {
+	// Devices are addresses of PCI devices that came, went, got or lost a driver,
+	// or whose netdev in this namespace came, went or changed. Sorted.
+	Devices []string
+	// Links are the indexes of netdevs that changed and whose kernel does not tell
+	// their device (IFLA_PARENT_DEV_NAME, since Linux 5.14). Sorted.
+	Links []int
+	// Parents tells that another link that can be a parent (see Links) came, went or
+	// changed.
+	Parents bool
+	// All tells that it is not known where: messages were lost.
+	All bool
+}
+
+// With adds the changes of b.
+func (c Changes) With(b Changes) Changes {
+	return Changes{Devices: union(c.Devices, b.Devices), Links: union(c.Links, b.Links), Parents: c.Parents || b.Parents, All: c.All || b.All}
+}
+
+func union[E cmp.Ordered](a, b []E) []E {
+	all := slices.Concat(a, b)
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+func (c Changes) empty() bool {
+	return len(c.Devices) == 0 && len(c.Links) == 0 && !c.Parents && !c.All
+}
+
+// Watch tells where links that can be parents (see Links) or PCI devices came,
 // went or changed: RTM_NEWLINK and RTM_DELLINK of this network namespace, and the
 // kernel's uevents of subsystem pci (add, remove, bind, unbind, change).
 //
-// A value means "look again", however much happened since the last was taken,
-// so nothing is ever missed: when the kernel had to drop messages (ENOBUFS) a
-// value is sent as well. The channel closes when ctx ends or a socket fails
-// for good.
-func (h *Host) Watch(ctx context.Context) (<-chan struct{}, error) {
+// A change of a VF through its PF shows as a change of the PF, which tells
+// nothing of the VF (do_setlink in net/core/rtnetlink.c), and only while the PF
+// is up (netdev_state_change).
+//
+// A value has all that happened since the last was taken, so nothing is ever
+// missed: when the kernel had to drop messages (ENOBUFS) it says All. The
+// channel closes when ctx ends or a socket fails for good.
+func (h *Host) Watch(ctx context.Context) (<-chan Changes, error) {
 	links, err := listen(unix.NETLINK_ROUTE, unix.RTMGRP_LINK)
 	if err != nil {
 		return nil, fmt.Errorf("subscribe to link events: %w", err)
@@ -33,21 +69,26 @@ func (h *Host) Watch(ctx context.Context) (<-chan struct{}, error) {
 		return nil, fmt.Errorf("subscribe to device events: %w", err)
 	}
 	ctx, stop := context.WithCancel(ctx)
-	changed := make(chan struct{}, 1)
-	tell := func() {
+	changed := make(chan Changes, 1)
+	var mu sync.Mutex
+	tell := func(c Changes) {
+		mu.Lock()
+		defer mu.Unlock()
 		select {
-		case changed <- struct{}{}:
-		default: // one is waiting, and means this change too
+		case waiting := <-changed:
+			c = waiting.With(c)
+		default:
 		}
+		changed <- c // there is room: only this function, under mu, sends
 	}
 	done := make(chan struct{}, 2)
-	follow := func(socket *os.File, relevant func([]byte) bool) {
-		receive(socket, relevant, tell)
+	follow := func(socket *os.File, parse func([]byte) Changes) {
+		receive(socket, parse, tell)
 		stop()
 		done <- struct{}{}
 	}
-	go follow(links, linkFilter{}.relevant)
-	go follow(uevents, pciChanged)
+	go follow(links, linkFilter{}.changes)
+	go follow(uevents, deviceChanges)
 	go func() {
 		<-ctx.Done()
 		stop()
@@ -77,7 +118,7 @@ func listen(family int, groups uint32) (*os.File, error) {
 }
 
 // receive reads until the socket is closed or broken.
-func receive(socket *os.File, relevant func([]byte) bool, tell func()) {
+func receive(socket *os.File, parse func([]byte) Changes, tell func(Changes)) {
 	conn, err := socket.SyscallConn()
 	if err != nil {
 		return
@@ -96,13 +137,14 @@ func receive(socket *os.File, relevant func([]byte) bool, tell func()) {
 		}
 		switch {
 		case errors.Is(recvErr, unix.ENOBUFS):
-			tell()
+			tell(Changes{All: true})
 		case errors.Is(recvErr, unix.EINTR):
 		case recvErr != nil:
 			return
-		case !fromKernel(from):
-		case relevant(buf[:n]):
-			tell()
+		case fromKernel(from):
+			if c := parse(buf[:n]); !c.empty() {
+				tell(c)
+			}
 		}
 	}
 }
@@ -118,28 +160,28 @@ func fromKernel(from unix.Sockaddr) bool {
 // pod's interface joins or leaves it.
 type linkFilter map[int32]string
 
-// relevant tells whether a datagram of rtnetlink messages speaks of a link that may be
-// a PF's or VF's, or of one of the kinds above that is not as it was. What is neither
+// changes are those that a datagram of rtnetlink messages tells of: of links that may
+// be a PF's or VF's, or of one of the kinds above that is not as it was. What is neither
 // (veth, macvlan, loopback) is the pods', which cause no work here. What cannot be
-// parsed counts.
-func (f linkFilter) relevant(datagram []byte) bool {
+// parsed may be anything.
+func (f linkFilter) changes(datagram []byte) Changes {
 	msgs, err := syscall.ParseNetlinkMessage(datagram)
 	if err != nil {
-		return true
+		return Changes{All: true}
 	}
-	any := false
+	var c Changes
 	for i := range msgs {
-		any = f.matters(msgs[i].Header.Type, msgs[i].Data) || any
+		c = c.With(f.change(msgs[i].Header.Type, msgs[i].Data))
 	}
-	return any
+	return c
 }
 
-func (f linkFilter) matters(kind uint16, data []byte) bool {
+func (f linkFilter) change(kind uint16, data []byte) Changes {
 	if kind != unix.RTM_NEWLINK && kind != unix.RTM_DELLINK {
-		return false
+		return Changes{}
 	}
 	if len(data) < unix.SizeofIfInfomsg {
-		return true
+		return Changes{All: true}
 	}
 	const indexAt, flagsAt = 4, 8 // struct ifinfomsg
 	index, flags := int32(binary.NativeEndian.Uint32(data[indexAt:])), binary.NativeEndian.Uint32(data[flagsAt:])
@@ -147,24 +189,27 @@ func (f linkFilter) matters(kind uint16, data []byte) bool {
 	// A bridge tells of its ports by messages of its own family, which say nothing of
 	// the link itself.
 	if flags&unix.IFF_LOOPBACK != 0 || data[0] == unix.AF_BRIDGE {
-		return false
+		return Changes{}
 	}
-	info, ok := attribute(attributes, unix.IFLA_LINKINFO)
-	if !ok {
-		return true
-	}
+	info, _ := attribute(attributes, unix.IFLA_LINKINFO)
 	virtual, ok := attribute(info, unix.IFLA_INFO_KIND)
 	if !ok {
-		return true
+		switch parent, told := attribute(attributes, unix.IFLA_PARENT_DEV_NAME); {
+		case !told:
+			return Changes{Links: []int{int(index)}}
+		case ValidPCIAddress(text(parent)):
+			return Changes{Devices: []string{text(parent)}}
+		}
+		return Changes{Parents: true} // of another bus than PCI
 	}
-	switch LinkKind(bytes.TrimRight(virtual, "\x00")) {
+	switch LinkKind(text(virtual)) {
 	case BondLink, BridgeLink, VLANLink, VXLANLink:
 	default:
-		return false
+		return Changes{}
 	}
 	if kind == unix.RTM_DELLINK {
 		delete(f, index)
-		return true
+		return Changes{Parents: true}
 	}
 	is := fmt.Sprint(flags & unix.IFF_UP)
 	for _, shown := range []uint16{unix.IFLA_IFNAME, unix.IFLA_MTU, unix.IFLA_ADDRESS, unix.IFLA_MASTER, unix.IFLA_LINK, unix.IFLA_PROP_LIST} {
@@ -173,8 +218,11 @@ func (f linkFilter) matters(kind uint16, data []byte) bool {
 	}
 	was, known := f[index]
 	f[index] = is
-	return !known || was != is
+	return Changes{Parents: !known || was != is}
 }
+
+// text is a NUL-ended attribute.
+func text(b []byte) string { return string(bytes.TrimRight(b, "\x00")) }
 
 // nlaTypeMask takes the flags off the type of a netlink attribute.
 const nlaTypeMask = ^uint16(unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
@@ -204,13 +252,24 @@ func attribute(b []byte, want uint16) ([]byte, bool) {
 	return nil, false
 }
 
-// pciChanged tells whether a uevent, "add@/devices/..." and NUL-ended KEY=value
-// pairs, is of a PCI device. Netdevs are followed through rtnetlink.
-func pciChanged(uevent []byte) bool {
+// deviceChanges is the change that a uevent, "add@/devices/..." and NUL-ended
+// KEY=value pairs, tells of a PCI device. Netdevs are followed through rtnetlink.
+func deviceChanges(uevent []byte) Changes {
+	var pci bool
+	var address string
 	for pair := range bytes.SplitSeq(uevent, []byte{0}) {
 		if bytes.Equal(pair, []byte("SUBSYSTEM=pci")) {
-			return true
+			pci = true
+		}
+		if slot, ok := bytes.CutPrefix(pair, []byte("PCI_SLOT_NAME=")); ok {
+			address = string(slot)
 		}
 	}
-	return false
+	switch {
+	case !pci:
+		return Changes{}
+	case !ValidPCIAddress(address):
+		return Changes{All: true}
+	}
+	return Changes{Devices: []string{address}}
 }

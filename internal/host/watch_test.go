@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
@@ -55,7 +56,7 @@ func open(t *testing.T) *Host {
 }
 
 // The kernel takes what Host sends, and what it refuses says why.
-func TestLinkChanges(t *testing.T) {
+func TestChangesOfLinks(t *testing.T) {
 	inNetns(t)
 	h := open(t)
 	if err := h.rt.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "nic0"}, PeerName: "peer"}); err != nil {
@@ -148,14 +149,17 @@ func TestDroppedMessagesMeanLookAgain(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	told := make(chan struct{}, 1)
+	told := make(chan Changes, 1)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		receive(socket, func([]byte) bool { return false }, func() { told <- struct{}{} })
+		receive(socket, func([]byte) Changes { return Changes{} }, func(c Changes) { told <- c })
 	}()
 	select {
-	case <-told:
+	case c := <-told:
+		if !c.All {
+			t.Errorf("told %+v", c)
+		}
 	case <-time.After(5 * time.Second):
 		t.Error("messages were lost in silence")
 	}
@@ -169,8 +173,9 @@ func TestMessagesOfProcessesAreRefused(t *testing.T) {
 	}
 }
 
-// linkMessage is one rtnetlink message with a link info of the kind, or none.
-func linkMessage(kind string, flags uint32) []byte {
+// linkMessage is one rtnetlink message about link 7, with a link info of the
+// kind and a parent device, or none.
+func linkMessage(kind, parent string, flags uint32) []byte {
 	attr := func(t uint16, payload []byte) []byte {
 		b := binary.NativeEndian.AppendUint16(nil, uint16(4+len(payload)))
 		b = binary.NativeEndian.AppendUint16(b, t)
@@ -181,10 +186,14 @@ func linkMessage(kind string, flags uint32) []byte {
 		return b
 	}
 	body := make([]byte, unix.SizeofIfInfomsg)
+	binary.NativeEndian.PutUint32(body[4:], 7)
 	binary.NativeEndian.PutUint32(body[8:], flags)
 	body = append(body, attr(unix.IFLA_IFNAME, []byte("x\x00"))...)
 	if kind != "" {
 		body = append(body, attr(unix.IFLA_LINKINFO, attr(unix.IFLA_INFO_KIND, append([]byte(kind), 0)))...)
+	}
+	if parent != "" {
+		body = append(body, attr(unix.IFLA_PARENT_DEV_NAME, append([]byte(parent), 0))...)
 	}
 	m := binary.NativeEndian.AppendUint32(nil, uint32(unix.SizeofNlMsghdr+len(body)))
 	m = binary.NativeEndian.AppendUint16(m, unix.RTM_NEWLINK)
@@ -192,22 +201,26 @@ func linkMessage(kind string, flags uint32) []byte {
 	return append(m, body...)
 }
 
-func TestLinksThatMatter(t *testing.T) {
+func TestLinkChanges(t *testing.T) {
+	const nic = "0000:01:00.0"
 	for name, c := range map[string]struct {
 		in   []byte
-		want bool
+		want Changes
 	}{
-		"NIC":            {linkMessage("", 0), true},
-		"veth":           {linkMessage("veth", 0), false},
-		"loopback":       {linkMessage("", unix.IFF_LOOPBACK), false},
-		"veth, then NIC": {append(linkMessage("veth", 0), linkMessage("", 0)...), true},
-		"bridge":         {linkMessage("bridge", 0), true},
-		"VLAN device":    {linkMessage("vlan", 0), true},
-		"bridge's port":  {ofBridge(linkMessage("", 0)), false},
-		"broken":         {append([]byte{255, 255, 0, 0}, make([]byte, 20)...), true},
+		"NIC":              {linkMessage("", nic, 0), Changes{Devices: []string{nic}}},
+		"NIC, old kernel":  {linkMessage("", "", 0), Changes{Links: []int{7}}},
+		"NIC of no PCI":    {linkMessage("", "virtio0", 0), Changes{Parents: true}},
+		"veth":             {linkMessage("veth", "", 0), Changes{}},
+		"loopback":         {linkMessage("", "", unix.IFF_LOOPBACK), Changes{}},
+		"veth, then NIC":   {append(linkMessage("veth", "", 0), linkMessage("", nic, 0)...), Changes{Devices: []string{nic}}},
+		"bridge":           {linkMessage("bridge", "", 0), Changes{Parents: true}},
+		"VLAN device":      {linkMessage("vlan", "", 0), Changes{Parents: true}},
+		"bridge's port":    {ofBridge(linkMessage("", nic, 0)), Changes{}},
+		"broken":           {append([]byte{255, 255, 0, 0}, make([]byte, 20)...), Changes{All: true}},
+		"NIC, then broken": {append(linkMessage("", nic, 0), 1, 0, 0, 0), Changes{Devices: []string{nic}}},
 	} {
-		if got := (linkFilter{}).relevant(c.in); got != c.want {
-			t.Errorf("%s: %t", name, got)
+		if d := cmp.Diff(c.want, (linkFilter{}).changes(c.in)); d != "" {
+			t.Errorf("%s: %s", name, d)
 		}
 	}
 }
@@ -221,39 +234,58 @@ func ofBridge(m []byte) []byte {
 // A bridge is told of each time that a pod comes; that matters only if it changed.
 func TestUnchangedLinksDoNotMatter(t *testing.T) {
 	f := linkFilter{}
-	gone := linkMessage("bridge", 0)
+	gone := linkMessage("bridge", "", 0)
 	binary.NativeEndian.PutUint16(gone[4:], unix.RTM_DELLINK)
 	for i, c := range []struct {
 		in   []byte
 		want bool
 	}{
-		{linkMessage("bridge", 0), true},
-		{linkMessage("bridge", unix.IFF_RUNNING), false},
-		{linkMessage("bridge", unix.IFF_UP), true},
-		{linkMessage("bridge", unix.IFF_UP), false},
+		{linkMessage("bridge", "", 0), true},
+		{linkMessage("bridge", "", unix.IFF_RUNNING), false},
+		{linkMessage("bridge", "", unix.IFF_UP), true},
+		{linkMessage("bridge", "", unix.IFF_UP), false},
 		{gone, true},
-		{linkMessage("bridge", unix.IFF_UP), true},
+		{linkMessage("bridge", "", unix.IFF_UP), true},
 	} {
-		if got := f.relevant(c.in); got != c.want {
+		if got := f.changes(c.in).Parents; got != c.want {
 			t.Errorf("message %d: %t", i, got)
 		}
 	}
 }
 
-func TestPCIChanged(t *testing.T) {
-	const bind = "bind@/devices/pci0000:00/0000:01:00.0\x00ACTION=bind\x00SUBSYSTEM=pci\x00"
-	if !pciChanged([]byte(bind)) || pciChanged([]byte("add@/x\x00SUBSYSTEM=net\x00")) || pciChanged(nil) {
-		t.Error("subsystem pci alone counts")
+func TestDeviceChanges(t *testing.T) {
+	for in, want := range map[string]Changes{
+		"bind@/devices/pci0000:00/0000:01:00.0\x00ACTION=bind\x00SUBSYSTEM=pci\x00PCI_SLOT_NAME=0000:01:00.0\x00": {Devices: []string{"0000:01:00.0"}},
+		"add@/x\x00SUBSYSTEM=pci\x00":                               {All: true},
+		"add@/x\x00SUBSYSTEM=net\x00PCI_SLOT_NAME=0000:01:00.0\x00": {},
+		"": {},
+	} {
+		if d := cmp.Diff(want, deviceChanges([]byte(in))); d != "" {
+			t.Errorf("%q: %s", in, d)
+		}
+	}
+}
+
+func TestChangesAddUp(t *testing.T) {
+	got := Changes{Devices: []string{"b"}, Links: []int{3}}.With(Changes{Devices: []string{"a", "b"}, Links: []int{1}, Parents: true, All: true})
+	if d := cmp.Diff(Changes{Devices: []string{"a", "b"}, Links: []int{1, 3}, Parents: true, All: true}, got); d != "" {
+		t.Error(d)
 	}
 }
 
 func FuzzLinkFilter(f *testing.F) {
-	f.Add(linkMessage("", 0))
-	f.Add(linkMessage("veth", 1))
-	f.Add(append(linkMessage("veth", 1), linkMessage("", unix.IFF_LOOPBACK)...))
+	f.Add(linkMessage("", "", 0))
+	f.Add(linkMessage("veth", "", 1))
+	f.Add(append(linkMessage("veth", "", 1), linkMessage("", "", unix.IFF_LOOPBACK)...))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		filter := linkFilter{}
-		if filter.relevant(b) {
+		c := filter.changes(b)
+		for _, d := range c.Devices {
+			if !ValidPCIAddress(d) {
+				t.Errorf("%q", d)
+			}
+		}
+		if !c.empty() {
 			return
 		}
 		// It hides no NIC that comes after it.
@@ -265,14 +297,14 @@ func FuzzLinkFilter(f *testing.F) {
 		for _, m := range msgs {
 			size += (int(m.Header.Len) + unix.NLMSG_ALIGNTO - 1) &^ (unix.NLMSG_ALIGNTO - 1)
 		}
-		if size == len(b) && !filter.relevant(append(b, linkMessage("", 0)...)) {
+		if size == len(b) && filter.changes(append(b, linkMessage("", "", 0)...)).empty() {
 			t.Fatal("a NIC after it is overlooked")
 		}
 	})
 }
 
 func FuzzAttribute(f *testing.F) {
-	f.Add(linkMessage("veth", 0)[unix.SizeofNlMsghdr+unix.SizeofIfInfomsg:], uint16(unix.IFLA_LINKINFO))
+	f.Add(linkMessage("veth", "", 0)[unix.SizeofNlMsghdr+unix.SizeofIfInfomsg:], uint16(unix.IFLA_LINKINFO))
 	f.Add([]byte{5, 0, 1, 0, 9}, uint16(1)) // the last one may lack its padding
 	f.Add([]byte{3, 0, 1, 0}, uint16(1))
 	f.Fuzz(func(t *testing.T, b []byte, kind uint16) {
@@ -291,13 +323,19 @@ func FuzzAttribute(f *testing.F) {
 	})
 }
 
-func FuzzPCIChanged(f *testing.F) {
+func FuzzDeviceChanges(f *testing.F) {
 	f.Add([]byte("bind@/devices/pci0000:00/0000:01:00.0\x00ACTION=bind\x00SUBSYSTEM=pci\x00"))
 	f.Add([]byte("add@/x\x00SUBSYSTEM=pci_bus"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		want := bytes.Contains(slices.Concat([]byte{0}, b, []byte{0}), []byte("\x00SUBSYSTEM=pci\x00"))
-		if pciChanged(b) != want {
+		c := deviceChanges(b)
+		if c.empty() == want {
 			t.Fatalf("%q: %t", b, !want)
+		}
+		for _, d := range c.Devices {
+			if !ValidPCIAddress(d) {
+				t.Errorf("%q", d)
+			}
 		}
 	})
 }

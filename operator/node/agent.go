@@ -2,7 +2,6 @@ package node
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -24,15 +23,8 @@ import (
 
 const (
 	resync = 5 * time.Minute
-	// Kernel events come in bursts: wait a moment for the rest, and do not look
-	// more often than this for their sake.
-	settle   = 20 * time.Millisecond
-	eventGap = 500 * time.Millisecond
-	// Reading the VF settings of a PF may hold the kernel's RTNL lock for
-	// milliseconds per VF, and each pod that comes or goes causes events: they are
-	// read at the first event, and then not before this has passed, unless there
-	// is something to do.
-	settingsGap = 5 * time.Second
+	// Kernel events come in bursts: wait a moment for the rest.
+	settle = 5 * time.Millisecond
 
 	firstRetry = time.Second
 	lastRetry  = 2 * time.Minute
@@ -48,6 +40,9 @@ type Config struct {
 	States     States
 	Advertiser Advertiser
 	Usage      Usage
+	// Conditions are told in every status besides the agent's own: type, status,
+	// reason and message.
+	Conditions []metav1.Condition
 	Log        logr.Logger
 }
 
@@ -71,8 +66,10 @@ type Agent struct {
 	state   *v1.SriovNetworkNodeState
 	written *v1.SriovNetworkNodeStateStatus // as last applied; nil when not known
 	retries map[string]*retry               // by PF
-	last    map[string]host.PF              // as last read, by PCI address
-	read    map[string]time.Time            // when its VF settings were read, by PF
+	nics    map[string]*nic                 // by PCI address
+	unknown bool                            // something changed that is of none of them
+	audited time.Time                       // when all of them were last looked at
+	around  budget                          // for looking at all of them
 	// Failures in a row to write the status, to advertise, to read the NICs.
 	unsent, unsold, unread int
 }
@@ -100,7 +97,7 @@ type retry struct {
 func New(c Config) *Agent {
 	return &Agent{
 		Config: c, poke: make(chan struct{}, 1), looked: make(chan struct{}), offered: map[string]bool{},
-		baselines: map[string]baseline{}, names: map[string]*hostName{}, retries: map[string]*retry{}, last: map[string]host.PF{}, read: map[string]time.Time{},
+		baselines: map[string]baseline{}, names: map[string]*hostName{}, retries: map[string]*retry{}, nics: map[string]*nic{},
 	}
 }
 
@@ -134,7 +131,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	states := a.States.Watch(ctx)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	due, lastRun := time.Now(), time.Time{}
+	due := time.Now()
 	by := func(at time.Time) {
 		if at.Before(due) {
 			due = at
@@ -153,33 +150,27 @@ func (a *Agent) Run(ctx context.Context) error {
 			if a.adopt(state) {
 				by(time.Now())
 			}
-		case _, ok := <-events:
+		case changes, ok := <-events:
 			if !ok {
 				if ctx.Err() != nil {
 					return nil
 				}
 				// A socket broke. What was missed meanwhile is seen by looking.
+				changes.All = true
 				if events, err = a.Kernel.Watch(ctx); err != nil {
 					return fmt.Errorf("follow the kernel: %w", err)
 				}
 			}
-			by(later(time.Now().Add(settle), lastRun.Add(eventGap)))
+			a.mark(changes)
+			by(time.Now().Add(settle))
 		case <-a.poke:
 			by(time.Now())
 		case <-timer.C:
 			next := a.reconcile(ctx)
-			lastRun = time.Now()
-			due = lastRun.Add(next)
+			due = time.Now().Add(next)
 			timer.Reset(next)
 		}
 	}
-}
-
-func later(a, b time.Time) time.Time {
-	if a.After(b) {
-		return a
-	}
-	return b
 }
 
 // adopt takes the object as it now is at the API server. It tells whether there
@@ -192,18 +183,39 @@ func (a *Agent) adopt(state *v1.SriovNetworkNodeState) bool {
 		return false
 	}
 	if before == nil || before.UID != state.UID {
-		a.written = &state.Status
+		written := *state.Status.DeepCopy()
+		written.Conditions = a.own(written.Conditions)
+		a.written = &written
 		a.remember(state.Status)
 		return true
 	}
 	if before.Generation != state.Generation {
 		return true
 	}
-	if !equality.Semantic.DeepEqual(a.written, &state.Status) {
+	seen := state.Status
+	seen.Conditions = a.own(seen.Conditions)
+	if !equality.Semantic.DeepEqual(a.written, &seen) {
 		a.written = nil // somebody else wrote, or an older one of ours came late
 		return true
 	}
 	return false
+}
+
+// own are the conditions that this agent tells. The others are the operator's:
+// applied here, they would be taken from it.
+func (a *Agent) own(conditions []metav1.Condition) []metav1.Condition {
+	var own []metav1.Condition
+	for _, c := range conditions {
+		switch c.Type {
+		case v1.ConditionReady, v1.ConditionProgressing, v1.ConditionDegraded, v1.ConditionRebootRequired:
+			own = append(own, c)
+		default:
+			if meta.FindStatusCondition(a.Conditions, c.Type) != nil {
+				own = append(own, c)
+			}
+		}
+	}
+	return own
 }
 
 // remember takes the host names of VFs from the status, which outlives us.
@@ -221,12 +233,12 @@ func (a *Agent) remember(s v1.SriovNetworkNodeStateStatus) {
 
 // reconcile looks, does what is to do, tells, and returns when to look again.
 func (a *Agent) reconcile(ctx context.Context) time.Duration {
-	pfs, unreadable := a.Kernel.Inventory(ctx)
+	p := &pass{Agent: a, fresh: map[string]bool{}}
+	p.look(ctx)
 	if ctx.Err() != nil {
 		return resync
 	}
-	p := &pass{Agent: a}
-	p.collect(pfs, unreadable)
+	p.collect()
 	p.assign()
 	var work []*report
 	for _, r := range p.reports {
@@ -252,12 +264,14 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 
 // observe reads one PF anew, with its VFs' settings.
 func (a *Agent) observe(ctx context.Context, address string) (host.PF, error) {
-	pfs, err := a.Kernel.Inventory(ctx)
-	i := slices.IndexFunc(pfs, func(pf host.PF) bool { return pf.PCIAddress == address })
-	if i < 0 {
-		return host.PF{}, errors.Join(fmt.Errorf("NIC %s is no longer there", address), err)
+	pf, there, err := a.Kernel.ReadPF(ctx, address)
+	if err == nil && !there {
+		err = fmt.Errorf("NIC %s is no longer there", address)
 	}
-	return pfs[i], a.Kernel.ReadVFSettings(ctx, &pfs[i])
+	if err != nil {
+		return host.PF{}, err
+	}
+	return pf, a.Kernel.ReadVFSettings(ctx, &pf)
 }
 
 // view is the PF as planning sees it, with the pods that hold its VFs now.

@@ -175,7 +175,8 @@ func newRig(t *testing.T) *rig {
 
 // start makes a new agent, as after a restart.
 func (r *rig) start() {
-	r.agent = New(Config{Node: "vm1", Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Log: testr.New(r.t)})
+	r.agent = New(Config{Node: "vm1", Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Log: testr.New(r.t),
+		Conditions: []metav1.Condition{{Type: "Alias", Status: metav1.ConditionTrue, Reason: "Installed"}}})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
@@ -299,10 +300,10 @@ func TestFromNothingToPools(t *testing.T) {
 	// Nothing changes, nothing is written or done; not after a restart either.
 	r.kernel.Calls()
 	n := len(r.server.applied)
-	r.kernel.Change(func([]host.PF) {})
+	r.kernel.Tell(host.Changes{All: true})
 	time.Sleep(700 * time.Millisecond)
 	r.restart()
-	r.kernel.Change(func([]host.PF) {})
+	r.kernel.Tell(host.Changes{All: true})
 	time.Sleep(700 * time.Millisecond)
 	if calls := r.kernel.Calls(); len(calls) > 0 || len(r.server.applied) != n {
 		t.Errorf("%d writes, calls %v", len(r.server.applied)-n, calls)
@@ -404,7 +405,7 @@ func TestNICsThatCannotBeRead(t *testing.T) {
 	r.ready()
 	for _, op := range []hostfake.Op{hostfake.Inventory, hostfake.ReadVFSettings} {
 		r.kernel.Fail(op, unix.EIO)
-		r.agent.HolderChanged()
+		r.kernel.Tell(host.Changes{All: true})
 		r.degraded(ReasonUnreadable, "EIO")
 		if got := r.plugin.healthy("left"); len(got) != 2 {
 			t.Errorf("%s: left offers %v while the kernel cannot be read", op, got)
@@ -427,7 +428,7 @@ func TestFailureIsNotRetriedByTheEventsItCauses(t *testing.T) {
 	r.kernel.Calls()
 	r.server.spec(wants(nic0, 2))
 	for range 16 {
-		r.kernel.Change(func([]host.PF) {})
+		r.kernel.Tell(host.Changes{All: true})
 		time.Sleep(100 * time.Millisecond)
 	}
 	if calls := r.kernel.Calls(); len(calls) > 2 { // at once, and after a second
@@ -467,7 +468,27 @@ func TestChangeWaitsForPods(t *testing.T) {
 	}
 	r.kernel.Calls()
 	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
-	r.degraded(ReasonInUse, "SetNumVFs 2 on 0000:01:00.0", "default/client (VF 1)", "delete them or take the change back")
+	r.eventually(func() error {
+		s := r.server.status()
+		if len(s.Pending) == 0 {
+			return fmt.Errorf("nothing is pending")
+		}
+		return nil
+	})
+	s := r.server.status()
+	want := []v1.PendingChange{{
+		PciAddress: nic0, Operation: "SetNumVFs 2 on " + nic0, Cost: v1.CostEvict, Reason: s.Pending[0].Reason,
+		Pods: []v1.PodReference{{Namespace: "default", Name: "client", Device: held}},
+	}}
+	if d := cmp.Diff(want, s.Pending); d != "" || s.Pending[0].Reason == "" {
+		t.Errorf("pending: %s", d)
+	}
+	ready, progressing, degraded := r.condition(v1.ConditionReady), r.condition(v1.ConditionProgressing), r.condition(v1.ConditionDegraded)
+	if ready.Status != metav1.ConditionFalse || ready.Reason != ReasonInUse || !strings.Contains(ready.Message, "default/client (VF 1)") ||
+		progressing.Status != metav1.ConditionTrue || degraded.Status != metav1.ConditionFalse || s.SyncStatus != v1.SyncStatusInProgress ||
+		!strings.Contains(s.Interfaces[0].Message, "default/client") {
+		t.Errorf("%+v", s)
+	}
 	if calls := r.kernel.Calls(); len(calls) > 0 {
 		t.Errorf("touched: %v", calls)
 	}
@@ -480,8 +501,32 @@ func TestChangeWaitsForPods(t *testing.T) {
 	r.usage.set(held, "")
 	r.agent.HolderChanged()
 	r.ready()
-	if pf := r.kernel.PF(nic0); pf.NumVFs != 2 {
-		t.Errorf("%d VFs", pf.NumVFs)
+	if pf := r.kernel.PF(nic0); pf.NumVFs != 2 || len(r.server.status().Pending) > 0 {
+		t.Errorf("%d VFs, pending %v", pf.NumVFs, r.server.status().Pending)
+	}
+}
+
+// The operator's condition in the same status is neither taken over, nor a
+// reason to write.
+func TestConditionsOfOthersAreTheirs(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.ready()
+	n := len(r.server.applied)
+	r.server.mu.Lock()
+	r.server.state.Status.Conditions = append(r.server.state.Status.Conditions, metav1.Condition{Type: "Evicting", Status: metav1.ConditionFalse, Reason: "Idle"})
+	r.server.send()
+	r.server.mu.Unlock()
+	time.Sleep(50 * time.Millisecond)
+	if m := len(r.server.applied); m != n {
+		t.Errorf("%d writes because of another's condition", m-n)
+	}
+	r.server.spec(wants(nic0, 1, of("left", "0-0", 0)))
+	r.ready()
+	for _, s := range r.server.applied {
+		if meta.FindStatusCondition(s.Conditions, "Evicting") != nil || meta.FindStatusCondition(s.Conditions, "Alias") == nil {
+			t.Fatalf("applied %+v", s.Conditions)
+		}
 	}
 }
 

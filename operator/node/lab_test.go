@@ -161,9 +161,9 @@ func TestLabAgent(t *testing.T) {
 		}
 		// A change of the number waits for the pod.
 		l.server.spec(wants(nic0, 2, of("left", "0-1", 1400)), right)
-		l.until("refused", func(s v1.SriovNetworkNodeStateStatus) error {
-			if !strings.Contains(s.LastSyncError, "default/p (VF 1)") || s.Interfaces[0].NumVfs != 3 {
-				return fmt.Errorf("%q", s.LastSyncError)
+		l.until("pending", func(s v1.SriovNetworkNodeStateStatus) error {
+			if len(s.Pending) != 1 || len(s.Pending[0].Pods) != 1 || s.Pending[0].Pods[0].Name != "p" || s.Interfaces[0].NumVfs != 3 {
+				return fmt.Errorf("%+v", s.Pending)
 			}
 			return nil
 		})

@@ -11,6 +11,7 @@ import (
 // Kernel is what the agent does with the node's NICs; host.Host is the real one.
 type Kernel interface {
 	Inventory(ctx context.Context) ([]host.PF, error)
+	ReadPF(ctx context.Context, pciAddress string) (pf host.PF, ok bool, err error)
 	ReadVFSettings(ctx context.Context, pf *host.PF) error
 	SetNumVFs(ctx context.Context, pciAddress string, n int) error
 	BindDriver(ctx context.Context, vfAddress, driver string) error
@@ -19,7 +20,7 @@ type Kernel interface {
 	SetMTU(ctx context.Context, l host.Link, mtu int) error
 	SetLinkUp(ctx context.Context, l host.Link) error
 	Rename(ctx context.Context, l host.Link, name string) error
-	Watch(ctx context.Context) (<-chan struct{}, error)
+	Watch(ctx context.Context) (<-chan host.Changes, error)
 }
 
 // States is the node's own SriovNetworkNodeState at the API server; Server is

@@ -10,10 +10,10 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
-	"github.com/sluice-network/sluice/internal/host"
 	"github.com/sluice-network/sluice/operator/plan"
 )
 
@@ -21,67 +21,24 @@ import (
 type pass struct {
 	*Agent
 	unreadable error
-	again      bool       // settings were carried over: look again when they are old
-	mu         sync.Mutex // guards the reports while PFs are worked on
+	fresh      map[string]bool // PFs whose VF settings were read in this pass
+	soon       time.Duration   // the next pass is due by then; 0 when nothing waits for one
+	mu         sync.Mutex      // guards the reports while PFs are worked on
 	reports    []*report
 }
 
-// collect makes a report of each NIC. While some cannot be read, those that are
-// missing are taken to be as they last were: pods may use them.
-func (p *pass) collect(pfs []host.PF, unreadable error) {
-	p.unreadable = unreadable
-	now := map[string]host.PF{}
-	for _, pf := range pfs {
-		now[pf.PCIAddress] = pf
-	}
+// collect makes a report of each NIC.
+func (p *pass) collect() {
 	p.unread++
-	if unreadable == nil {
+	if p.unreadable == nil {
 		p.unread = 0
-		maps.DeleteFunc(p.last, func(address string, _ host.PF) bool { _, there := now[address]; return !there })
 	} else {
-		p.Log.Error(unreadable, "NICs could not be read")
+		p.Log.Error(p.unreadable, "NICs could not be read")
 	}
-	for address, pf := range now {
-		if old, known := p.last[address]; !known || !sameVFs(old, pf) {
-			delete(p.read, address)
-		}
+	for _, address := range slices.Sorted(maps.Keys(p.nics)) {
+		n := p.nics[address]
+		p.reports = append(p.reports, &report{have: n.pf, stale: n.stale, vfTrouble: map[int]trouble{}, touched: map[string]bool{}})
 	}
-	addresses := slices.Concat(slices.Collect(maps.Keys(now)), slices.Collect(maps.Keys(p.last)))
-	slices.Sort(addresses)
-	for _, address := range slices.Compact(addresses) {
-		r := &report{have: p.last[address], stale: true, vfTrouble: map[int]trouble{}, touched: map[string]bool{}}
-		if pf, there := now[address]; there {
-			for i := range pf.VFs {
-				if !p.read[address].IsZero() {
-					pf.VFs[i].Admin = r.have.VFs[i].Admin
-				}
-			}
-			r.have, r.stale = pf, false
-		}
-		p.reports = append(p.reports, r)
-	}
-}
-
-// sameVFs tells whether the PF has the VFs it had, so that their settings can be
-// carried over.
-func sameVFs(a, b host.PF) bool {
-	return a.IfIndex == b.IfIndex && slices.EqualFunc(a.VFs, b.VFs, func(a, b host.VF) bool { return a.PCIAddress == b.PCIAddress })
-}
-
-// readSettings reads the settings of the PF's VFs. Anew tells that those carried
-// over will not do, however young they are.
-func (p *pass) readSettings(ctx context.Context, r *report, anew bool) error {
-	address := r.have.PCIAddress
-	if !anew && time.Since(p.read[address]) < settingsGap {
-		p.again = true
-		return nil
-	}
-	if err := p.Kernel.ReadVFSettings(ctx, &r.have); err != nil {
-		delete(p.read, address)
-		return err
-	}
-	p.read[address], p.last[address] = time.Now(), r.have
-	return nil
 }
 
 // assign gives each PF what the spec wants of it, and adds a report for each
@@ -118,7 +75,7 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 		p.failed(r)
 		return false
 	}
-	if err := p.readSettings(ctx, r, false); err != nil {
+	if err := p.readSettings(ctx, r); err != nil {
 		return unreadable(err)
 	}
 	seen := p.view(r)
@@ -134,10 +91,21 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 		return false
 	}
 	ops, blocked, err := plan.Operations(*r.want, seen)
-	if len(ops) > 0 {
-		if err = p.readSettings(ctx, r, true); err != nil {
-			return unreadable(err)
+	if again := p.retries[address]; len(ops) > 0 && again != nil && sameWant(again.want, *r.want) && time.Now().Before(again.at) {
+		// Its own failure caused events; that is no reason to hurry.
+		p.learn(r)
+		r.trouble, r.vfTrouble = again.report.trouble, again.report.vfTrouble
+		return false
+	}
+	if len(ops) > 0 && !p.fresh[address] {
+		// Only what is so at this moment is acted upon.
+		now, readErr := p.observe(ctx, address)
+		if readErr != nil {
+			return unreadable(readErr)
 		}
+		n := p.nics[address]
+		r.have = now
+		n.pf, n.changed, n.suspect = now, false, false
 		ops, blocked, err = plan.Operations(*r.want, p.view(r))
 	}
 	p.learn(r)
@@ -151,11 +119,6 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 		delete(p.retries, address)
 		return false
 	}
-	if again := p.retries[address]; again != nil && sameWant(again.want, *r.want) && time.Now().Before(again.at) {
-		// Its own failure caused events; that is no reason to hurry.
-		r.trouble, r.vfTrouble = again.report.trouble, again.report.vfTrouble
-		return false
-	}
 	r.touch(ops)
 	return true
 }
@@ -165,16 +128,16 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 // our inventory: that asks for nothing yet.
 func (p *pass) mayGiveUp() bool { return p.state != nil && p.state.Generation > 1 }
 
-// block notes the changes that wait for pods.
+// block notes the changes that must wait, and those that cannot be.
 func (r *report) block(blocked []plan.Blocked) {
+	r.blocked = nil
 	for _, b := range blocked {
-		t := trouble{ReasonInUse, b.String()}
-		if b.Operation.Cost == plan.Refused {
-			t.reason = ReasonUnsupported
-		}
-		if b.Operation.VF < 0 {
+		switch t := (trouble{ReasonUnsupported, b.String()}); {
+		case b.Operation.Cost != plan.Refused:
+			r.blocked = append(r.blocked, b)
+		case b.Operation.VF < 0:
 			r.trouble = t
-		} else if r.vfTrouble[b.Operation.VF].message == "" {
+		case r.vfTrouble[b.Operation.VF].message == "":
 			r.vfTrouble[b.Operation.VF] = t
 		}
 	}
@@ -212,14 +175,13 @@ func (p *pass) do(ctx context.Context, work []*report) {
 	for r := range done {
 		p.mu.Lock()
 		r.working, r.touched = false, map[string]bool{}
-		p.last[r.have.PCIAddress] = r.have
 		if len(r.troubles()) > 0 {
 			p.failed(r)
-			delete(p.read, r.have.PCIAddress)
 		} else {
 			delete(p.retries, r.have.PCIAddress)
-			p.read[r.have.PCIAddress] = time.Now()
 		}
+		p.nics[r.have.PCIAddress].pf = r.have
+		p.nics[r.have.PCIAddress].suspect = len(r.troubles()) > 0
 		p.learn(r)
 		p.mu.Unlock()
 		if left--; left > 0 && ctx.Err() == nil {
@@ -356,8 +318,12 @@ func (p *pass) publish(ctx context.Context) {
 	p.advertise(ctx)
 	p.mu.Lock()
 	now := metav1.NewTime(time.Now().Truncate(time.Second))
-	s := status(p.reports, p.unreadable, p.state.Generation, p.state.Status.Conditions, now)
+	s := status(p.reports, p.unreadable, p.state.Generation, p.own(p.state.Status.Conditions), now)
 	p.mu.Unlock()
+	for _, c := range p.Conditions {
+		c.ObservedGeneration, c.LastTransitionTime = s.ObservedGeneration, now
+		meta.SetStatusCondition(&s.Conditions, c)
+	}
 	p.tell(ctx, s)
 }
 
@@ -392,8 +358,8 @@ func (p *pass) next() time.Duration {
 	if failures := max(p.unsent, p.unsold, p.unread); failures > 0 {
 		next = min(next, backoff(failures))
 	}
-	if p.again {
-		next = min(next, settingsGap)
+	if p.soon > 0 {
+		next = min(next, p.soon)
 	}
 	for _, again := range p.retries {
 		wait := time.Until(again.at)

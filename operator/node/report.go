@@ -20,7 +20,9 @@ const (
 	ReasonConfiguring = "Configuring"   // work goes on
 	ReasonWaiting     = "WaitingForVFs" // nothing to do but wait for a VF's driver, or for a pod
 	ReasonInvalidSpec = "InvalidSpec"   // the spec asks for what cannot be
-	ReasonInUse       = "InUse"         // pods hold VFs that a change would destroy
+	ReasonInUse       = "InUse"         // a change waits for pods that hold VFs it would destroy
+	ReasonReboot      = "NeedsReboot"   // a change waits for the node to be booted anew
+	ReasonNoReboot    = "NoReboot"      // nothing needs a reboot
 	ReasonUnsupported = "Unsupported"   // the spec asks for what the NIC, its driver or the machine has not
 	ReasonRefused     = "KernelRefused" // the kernel or the driver said no
 	ReasonNotFound    = "NICNotFound"   // the spec names a NIC that the node has not
@@ -45,8 +47,51 @@ type report struct {
 	held      map[string]bool
 	working   bool
 	touched   map[string]bool // VFs under work, by PCI address
+	blocked   []plan.Blocked  // what waits for pods or a reboot
 	trouble   trouble
 	vfTrouble map[int]trouble
+}
+
+// waits says what the PF itself, or with an index the VF, waits for.
+func (r *report) waits(vf int) string {
+	for _, b := range r.blocked {
+		if max(b.Operation.VF, -1) == vf {
+			return b.String()
+		}
+	}
+	return ""
+}
+
+// spared tells why the VF is not given to new pods: it would keep the change
+// that needs it waiting for ever.
+func (r *report) spared(index int) string {
+	for _, b := range r.blocked {
+		if b.Operation.Cost == plan.Evict && b.Operation.TouchesVF(index) {
+			return b.String()
+		}
+	}
+	return ""
+}
+
+// pending are the changes that wait, with the pods they wait for.
+func pending(reports []*report) []v1.PendingChange {
+	var all []v1.PendingChange
+	for _, r := range reports {
+		for _, b := range r.blocked {
+			change := v1.PendingChange{PciAddress: r.have.PCIAddress, Operation: b.Operation.String(), Cost: b.Operation.Cost.String(), Reason: b.Operation.Reason}
+			for _, vf := range b.VFs {
+				// Whose pod is not known, while the kubelet does not answer, is known soon.
+				if namespace, name, ok := strings.Cut(vf.Holder, "/"); ok {
+					change.Pods = append(change.Pods, v1.PodReference{Namespace: namespace, Name: name, Device: vf.PCIAddress})
+				}
+			}
+			slices.SortFunc(change.Pods, func(a, b v1.PodReference) int {
+				return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Device, b.Device))
+			})
+			all = append(all, change)
+		}
+	}
+	return all
 }
 
 // vfState tells whether the VF is as the spec asks, and if not, why.
@@ -56,6 +101,8 @@ func (r *report) vfState(vf host.VF, group plan.VFGroup) (ready bool, why string
 		return false, "is being configured"
 	case r.vfTrouble[vf.Index].message != "":
 		return false, r.vfTrouble[vf.Index].message
+	case r.waits(vf.Index) != "":
+		return false, r.waits(vf.Index)
 	case r.held[vf.PCIAddress]:
 		return vf.Driver != "", "has no driver"
 	case vf.Driver == "":
@@ -84,25 +131,31 @@ func (r *report) ready() (ready, asked int) {
 	return ready, r.want.NumVfs
 }
 
-// status says what the reports say. The conditions of before keep their time
-// of transition where they did not change.
+// status says what the reports say. The conditions of before, which are the
+// agent's own, keep their time of transition where they did not change.
 func status(reports []*report, unreadable error, generation int64, before []metav1.Condition, now metav1.Time) v1.SriovNetworkNodeStateStatus {
-	s := v1.SriovNetworkNodeStateStatus{ObservedGeneration: generation}
+	s := v1.SriovNetworkNodeStateStatus{ObservedGeneration: generation, Pending: pending(reports)}
 	var troubles []trouble
-	var waiting []string
+	var waiting, blocked, reboot []string
 	ready, asked, nics, working := 0, 0, 0, false
 	for _, r := range reports {
 		if r.have.PCIAddress != "" {
 			s.Interfaces = append(s.Interfaces, r.interfaceStatus())
 		}
 		troubles = append(troubles, r.troubles()...)
+		for _, b := range r.blocked {
+			blocked = append(blocked, b.String())
+			if b.Operation.Cost == plan.Reboot {
+				reboot = append(reboot, b.String())
+			}
+		}
 		working = working || r.working
 		vfs, of := r.ready()
 		ready, asked = ready+vfs, asked+of
 		if r.asked {
 			nics++
 		}
-		if vfs < of && !r.working && len(r.troubles()) == 0 {
+		if vfs < of && !r.working && len(r.troubles()) == 0 && len(r.blocked) == 0 {
 			waiting = append(waiting, fmt.Sprintf("%d of %d VFs of %s are ready", vfs, of, cmp.Or(r.have.Name, r.have.PCIAddress)))
 		}
 	}
@@ -137,6 +190,14 @@ func status(reports []*report, unreadable error, generation int64, before []meta
 		s.SyncStatus = v1.SyncStatusFailed
 		set(v1.ConditionReady, false, all.reason, all.message)
 		set(v1.ConditionProgressing, false, ReasonIdle, progress)
+	case len(blocked) > 0:
+		s.SyncStatus = v1.SyncStatusInProgress
+		reason, message := ReasonInUse, shorten(strings.Join(blocked, "; "))
+		if len(reboot) == len(blocked) {
+			reason = ReasonReboot
+		}
+		set(v1.ConditionReady, false, reason, message)
+		set(v1.ConditionProgressing, true, reason, message)
 	case len(waiting) > 0:
 		s.SyncStatus = v1.SyncStatusInProgress
 		set(v1.ConditionReady, false, ReasonWaiting, strings.Join(waiting, "; "))
@@ -155,6 +216,11 @@ func status(reports []*report, unreadable error, generation int64, before []meta
 		set(v1.ConditionDegraded, true, all.reason, all.message)
 	} else {
 		set(v1.ConditionDegraded, false, ReasonNoTrouble, "nothing is in the way")
+	}
+	if len(reboot) > 0 {
+		set(v1.ConditionRebootRequired, true, ReasonReboot, shorten(strings.Join(reboot, "; ")))
+	} else {
+		set(v1.ConditionRebootRequired, false, ReasonNoReboot, "nothing waits for a reboot")
 	}
 	return s
 }
@@ -188,7 +254,7 @@ func (r *report) interfaceStatus() v1.InterfaceExt {
 	s := v1.InterfaceExt{
 		Name: pf.Name, AltNames: pf.AltNames, Mac: macText(pf.MAC), Driver: pf.Driver, PciAddress: pf.PCIAddress,
 		Vendor: pf.Vendor, DeviceID: pf.DeviceID, Mtu: pf.MTU, NumVfs: pf.NumVFs, TotalVfs: pf.TotalVFs,
-		LinkType: string(pf.LinkType), EswitchMode: string(pf.Eswitch), Message: r.trouble.message,
+		LinkType: string(pf.LinkType), EswitchMode: string(pf.Eswitch), Message: cmp.Or(r.trouble.message, r.waits(-1)),
 		ExternallyManaged: r.want != nil && r.want.ExternallyManaged,
 	}
 	if pf.LinkSpeed > 0 {
@@ -271,9 +337,8 @@ func pools(reports []*report) []Pool {
 			}
 			d.Healthy, d.Reason = r.vfState(vf, group)
 			switch {
-			case r.trouble.reason == ReasonInUse:
-				// Given to a new pod, it would keep the change waiting for ever.
-				d.Healthy, d.Reason = false, r.trouble.message
+			case r.spared(vf.Index) != "":
+				d.Healthy, d.Reason = false, r.spared(vf.Index)
 			case kind != p.DeviceType:
 				d.Healthy, d.Reason = false, fmt.Sprintf("resource %s has VFs of deviceType %s already: give this one's policy another resourceName", p.Resource, p.DeviceType)
 			}

@@ -37,6 +37,10 @@ const (
 	ConditionDegraded    = "Degraded"
 )
 
+// ConditionRebootRequired of a node state is true while a change waits for the node to
+// be booted anew.
+const ConditionRebootRequired = "RebootRequired"
+
 // Reasons of the Ready condition of a network.
 const (
 	ReasonNetworkReady      = "NetworkReady"
@@ -51,6 +55,16 @@ const (
 	// a SriovNetworkNodeState.
 	AnnotationDesiredState = "sriovnetwork.openshift.io/desired-state"
 	AnnotationCurrentState = "sriovnetwork.openshift.io/current-state"
+	// AnnotationForceManagementNIC on a SriovNetworkNodeState, "true", lets the agent make
+	// changes that may cut its node's path to the API server.
+	AnnotationForceManagementNIC = "sluice.dev/force-management-nic"
+	// AnnotationRebootAllowed on a SriovNetworkNodeState is the operator's consent to a
+	// reboot for the goal of the generation it names; no pod of the node is evicted after.
+	AnnotationRebootAllowed = "sluice.dev/reboot-allowed"
+	// AnnotationRemoval on a SriovNetworkNodeState, "true", tells the agent that it is
+	// about to be removed: with an empty spec in effect, and no VF in a pod, it takes its
+	// files off the node and is Ready with reason Removed.
+	AnnotationRemoval = "sluice.dev/removal"
 	// AnnotationOwnerRef names the network a NetworkAttachmentDefinition was made from,
 	// as <Kind>.<group>/<namespace>/<name>.
 	AnnotationOwnerRef = "sriovnetwork.openshift.io/owner-ref"

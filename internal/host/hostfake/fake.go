@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"net"
+	"reflect"
 	"slices"
 	"sync"
 
@@ -20,6 +21,7 @@ type Op string
 // The operations that can fail.
 const (
 	Inventory      Op = "Inventory"
+	ReadPF         Op = "ReadPF"
 	ReadVFSettings Op = "ReadVFSettings"
 	SetNumVFs      Op = "SetNumVFs"
 	BindDriver     Op = "BindDriver"
@@ -42,14 +44,15 @@ type Kernel struct {
 	users    map[string]string // what stands on a link, by name
 	fail     map[Op][]unix.Errno
 	ignore   map[Op]bool
+	reads    map[Op]int
 	calls    []string
 	lastLink int
-	watchers []chan struct{}
+	watchers []chan host.Changes
 }
 
 // New returns a kernel with the NICs.
 func New(pfs ...host.PF) *Kernel {
-	k := &Kernel{users: map[string]string{}, fail: map[Op][]unix.Errno{}, ignore: map[Op]bool{}, lastLink: 100}
+	k := &Kernel{users: map[string]string{}, fail: map[Op][]unix.Errno{}, ignore: map[Op]bool{}, reads: map[Op]int{}, lastLink: 100}
 	k.pfs = clone(pfs)
 	return k
 }
@@ -86,12 +89,34 @@ func (k *Kernel) Calls() []string {
 	return calls
 }
 
-// Change lets somebody else change the NICs; watchers are told.
+// Reads counts what was read since the last call of Reads, by operation.
+func (k *Kernel) Reads() map[Op]int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	reads := k.reads
+	k.reads = map[Op]int{}
+	return reads
+}
+
+// Change lets somebody else change the NICs; watchers are told of each that is
+// another than before.
 func (k *Kernel) Change(f func(pfs []host.PF)) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	before := clone(k.pfs)
 	f(k.pfs)
-	k.tell()
+	for i, pf := range k.pfs {
+		if !reflect.DeepEqual(pf, before[i]) {
+			k.tell(host.Changes{Devices: []string{pf.PCIAddress}})
+		}
+	}
+}
+
+// Tell tells the watchers of changes.
+func (k *Kernel) Tell(c host.Changes) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.tell(c)
 }
 
 // PF returns the NIC as it is, nil when there is none of that address.
@@ -107,28 +132,31 @@ func (k *Kernel) PF(address string) *host.PF {
 	return nil
 }
 
-func (k *Kernel) tell() {
+func (k *Kernel) tell(c host.Changes) {
 	for _, w := range k.watchers {
+		told := c
 		select {
-		case w <- struct{}{}:
+		case waiting := <-w:
+			told = waiting.With(c)
 		default:
 		}
+		w <- told
 	}
 }
 
 // Watch is host.Host's.
-func (k *Kernel) Watch(ctx context.Context) (<-chan struct{}, error) {
+func (k *Kernel) Watch(ctx context.Context) (<-chan host.Changes, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if err := k.failing(Watch, "watch", "events"); err != nil {
 		return nil, err
 	}
-	w := make(chan struct{}, 1)
+	w := make(chan host.Changes, 1)
 	k.watchers = append(k.watchers, w)
 	context.AfterFunc(ctx, func() {
 		k.mu.Lock()
 		defer k.mu.Unlock()
-		k.watchers = slices.DeleteFunc(k.watchers, func(o chan struct{}) bool { return o == w })
+		k.watchers = slices.DeleteFunc(k.watchers, func(o chan host.Changes) bool { return o == w })
 		close(w)
 	})
 	return w, nil
@@ -138,22 +166,43 @@ func (k *Kernel) Watch(ctx context.Context) (<-chan struct{}, error) {
 func (k *Kernel) Inventory(context.Context) ([]host.PF, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.reads[Inventory]++
 	if err := k.failing(Inventory, "list", "PCI devices"); err != nil {
 		return nil, err
 	}
-	pfs := clone(k.pfs)
+	return withoutSettings(k.pfs), nil
+}
+
+// ReadPF is host.Host's.
+func (k *Kernel) ReadPF(_ context.Context, address string) (host.PF, bool, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.reads[ReadPF]++
+	if err := k.failing(ReadPF, "read NIC", address); err != nil {
+		return host.PF{}, false, err
+	}
+	pf := k.pf(address)
+	if pf == nil {
+		return host.PF{}, false, nil
+	}
+	return withoutSettings([]host.PF{*pf})[0], true, nil
+}
+
+func withoutSettings(pfs []host.PF) []host.PF {
+	pfs = clone(pfs)
 	for i := range pfs {
 		for j := range pfs[i].VFs {
 			pfs[i].VFs[j].Admin = host.VFSettings{}
 		}
 	}
-	return pfs, nil
+	return pfs
 }
 
 // ReadVFSettings is host.Host's.
 func (k *Kernel) ReadVFSettings(_ context.Context, pf *host.PF) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.reads[ReadVFSettings]++
 	if err := k.failing(ReadVFSettings, "read the VF settings", pf.PCIAddress); err != nil {
 		return err
 	}
@@ -295,7 +344,7 @@ func (k *Kernel) change(op Op, what, object string, do func() unix.Errno) error 
 	if errno := do(); errno != 0 {
 		return &host.KernelError{Op: what, Object: object, Err: errno}
 	}
-	k.tell()
+	k.tell(host.Changes{Devices: []string{object}})
 	return nil
 }
 

@@ -31,7 +31,7 @@ func (k *Kernel) SetLinks(change func([]host.ParentLink) []host.ParentLink) {
 			k.links[i].IfIndex = k.lastLink
 		}
 	}
-	k.tell()
+	k.tell(host.Changes{Parents: true})
 }
 
 // SetUser makes something stand on a link, empty for nothing.

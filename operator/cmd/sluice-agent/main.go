@@ -25,6 +25,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"golang.org/x/sync/errgroup"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
 
@@ -163,7 +164,7 @@ func run(ctx context.Context, c *config) error {
 	before, _ := os.Lstat(c.socket) // of an earlier agent, if any
 	recovered := make(chan struct{})
 	agent = node.New(node.Config{
-		Node: c.node, Kernel: kernel, States: states{objects, aliasErr},
+		Node: c.node, Kernel: kernel, States: objects, Conditions: []metav1.Condition{aliasCondition(aliasErr)},
 		Advertiser: advertiser{plugin, recovered}, Usage: holders, Log: log.WithName("node"),
 	})
 

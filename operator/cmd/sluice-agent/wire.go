@@ -8,10 +8,8 @@ import (
 	"os"
 	"time"
 
-	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/deviceplugin"
 	"github.com/sluice-network/sluice/internal/host"
 	"github.com/sluice-network/sluice/operator/node"
@@ -116,20 +114,11 @@ func replaced(ctx context.Context, path string, before os.FileInfo) error {
 // "sriov" run on the node.
 const conditionAlias = "SriovAliasInstalled"
 
-// states adds the condition of the alias to every status the node writes.
-type states struct {
-	node.States
-	alias error // why it is not installed
-}
-
-func (s states) ApplyStatus(ctx context.Context, status *v1.SriovNetworkNodeStateStatus) error {
-	c := metav1.Condition{
-		Type: conditionAlias, Status: metav1.ConditionTrue, ObservedGeneration: status.ObservedGeneration,
-		Reason: "Installed", Message: `network definitions of type "sriov" use Sluice`,
+// aliasCondition tells why the alias is not installed, or that it is.
+func aliasCondition(err error) metav1.Condition {
+	c := metav1.Condition{Type: conditionAlias, Status: metav1.ConditionTrue, Reason: "Installed", Message: `network definitions of type "sriov" use Sluice`}
+	if err != nil {
+		c.Status, c.Reason, c.Message = metav1.ConditionFalse, "ForeignPlugin", err.Error()
 	}
-	if s.alias != nil {
-		c.Status, c.Reason, c.Message = metav1.ConditionFalse, "ForeignPlugin", s.alias.Error()
-	}
-	meta.SetStatusCondition(&status.Conditions, c)
-	return s.States.ApplyStatus(ctx, status)
+	return c
 }
