@@ -59,7 +59,9 @@ type Baseline struct {
 // Settings are the baseline's settings at the PF.
 func (b Baseline) Settings() host.VFSettings {
 	mac, _ := net.ParseMAC(b.MAC) // written by us; empty leaves the MAC as it is
-	return host.VFSettings{MAC: mac, VLANProto: host.Dot1Q, SpoofChk: true, LinkState: host.LinkAuto}
+	s := host.Baseline()
+	s.MAC = mac
+	return s
 }
 
 // Record is what the journal keeps of one attachment: enough to check it, and

@@ -247,13 +247,17 @@ func (a *Attacher) setVF(ctx context.Context, pf, vf int, want VFSettings, attrs
 	if err != nil {
 		return err
 	}
+	return conn.setVF(ctx, pf, vf, want, attrs...)
+}
+
+func (r *rtnl) setVF(ctx context.Context, pf, vf int, want VFSettings, attrs ...vfAttr) error {
 	return retry(ctx, func() error {
 		list := nl.NewRtAttr(unix.IFLA_VFINFO_LIST|unix.NLA_F_NESTED, nil)
 		info := list.AddRtAttr(nl.IFLA_VF_INFO|unix.NLA_F_NESTED, nil)
 		for _, attr := range attrs {
 			attr.encode(info, uint32(vf), want)
 		}
-		_, err := conn.link(unix.RTM_SETLINK, pf, nil, list)
+		_, err := r.link(unix.RTM_SETLINK, pf, nil, list)
 		return err
 	})
 }
@@ -284,25 +288,39 @@ func (a *Attacher) VFSettings(vf VFRef) (VFSettings, error) {
 	if err != nil {
 		return VFSettings{}, err
 	}
-	const filterVF, skipStats = 1 << 0, 1 << 3 // RTEXT_FILTER_VF, RTEXT_FILTER_SKIP_STATS
-	msgs, err := conn.link(unix.RTM_GETLINK, pf, nil, nl.NewRtAttr(unix.IFLA_EXT_MASK, u32(filterVF|skipStats)))
+	all, err := conn.vfSettings(pf)
 	if err != nil {
 		return VFSettings{}, fmt.Errorf("read VFs of %s: %w", vf.PFName, err)
 	}
-	for _, m := range msgs {
-		if s, ok, err := parseVFInfo(m, vf.Index); err != nil || ok {
-			return s, err
-		}
+	if settings, ok := all[vf.Index]; ok {
+		return settings, nil
 	}
 	return VFSettings{}, fmt.Errorf("read VFs of %s: the driver tells nothing of VF %d", vf.PFName, vf.Index)
 }
 
-// parseVFInfo finds the VF with the given number in an RTM_NEWLINK message. The
-// number is part of each attribute; the place in the list is not it, for the
-// kernel leaves out VFs the driver gives no answer for.
-func parseVFInfo(m []byte, index int) (VFSettings, bool, error) {
+// vfSettings reads what the PF with the given link index holds for its VFs, by
+// number.
+func (r *rtnl) vfSettings(pf int) (map[int]VFSettings, error) {
+	const filterVF, skipStats = 1 << 0, 1 << 3 // RTEXT_FILTER_VF, RTEXT_FILTER_SKIP_STATS
+	msgs, err := r.link(unix.RTM_GETLINK, pf, nil, nl.NewRtAttr(unix.IFLA_EXT_MASK, u32(filterVF|skipStats)))
+	if err != nil {
+		return nil, err
+	}
+	all := map[int]VFSettings{}
+	for _, m := range msgs {
+		if err := parseVFInfo(m, all); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+// parseVFInfo adds the VFs of an RTM_NEWLINK message to all. A VF's number is part
+// of each attribute; the place in the list is not it, for the kernel leaves out
+// VFs the driver gives no answer for.
+func parseVFInfo(m []byte, all map[int]VFSettings) error {
 	if len(m) < unix.SizeofIfInfomsg {
-		return VFSettings{}, false, fmt.Errorf("short link message of %d bytes", len(m))
+		return fmt.Errorf("short link message of %d bytes", len(m))
 	}
 	list, _ := attribute(m[unix.SizeofIfInfomsg:], unix.IFLA_VFINFO_LIST)
 	for _, info := range eachAttribute(list) {
@@ -312,11 +330,11 @@ func parseVFInfo(m []byte, index int) (VFSettings, bool, error) {
 				n = vf
 			}
 		}
-		if n == index {
-			return s, true, nil
+		if n >= 0 {
+			all[n] = s
 		}
 	}
-	return VFSettings{}, false, nil
+	return nil
 }
 
 // parseVFField reads one attribute of a VF into s and returns the VF's number.
@@ -343,6 +361,10 @@ func parseVFField(s *VFSettings, kind int, b []byte) (vf int, ok bool) {
 		s.LinkState = LinkState(word(1))
 	case kind == nl.IFLA_VF_TRUST && len(b) >= 8:
 		s.Trust = word(1) != 0 && word(1) != unknown
+	case kind == nl.IFLA_VF_IB_NODE_GUID && len(b) >= nl.SizeofVfGUID:
+		s.NodeGUID = binary.BigEndian.AppendUint64(nil, binary.NativeEndian.Uint64(b[8:]))
+	case kind == nl.IFLA_VF_IB_PORT_GUID && len(b) >= nl.SizeofVfGUID:
+		s.PortGUID = binary.BigEndian.AppendUint64(nil, binary.NativeEndian.Uint64(b[8:]))
 	default:
 		return 0, false
 	}
@@ -374,4 +396,31 @@ func DiffVFSettings(have, want VFSettings) []string {
 		}
 	}
 	return diff
+}
+
+// Baseline are the settings of a VF that no pod has, all but its MAC.
+func Baseline() VFSettings {
+	return VFSettings{VLANProto: Dot1Q, SpoofChk: true, LinkState: LinkAuto}
+}
+
+// Drift tells which settings, all but the MAC, are not the baseline's.
+func (s VFSettings) Drift() VFAttrs {
+	var drift VFAttrs
+	for _, attr := range vfAttrs[1:] {
+		if attr.value(s) != attr.value(Baseline()) {
+			drift |= attr.bit
+		}
+	}
+	return drift
+}
+
+// Text names the attributes with their values: "vlan 100 qos 0 proto 0x8100, trust on".
+func (s VFSettings) Text(attrs VFAttrs) string {
+	var all []string
+	for _, attr := range vfAttrs {
+		if attrs&attr.bit != 0 {
+			all = append(all, attr.name+" "+attr.value(s))
+		}
+	}
+	return strings.Join(all, ", ")
 }

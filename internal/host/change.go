@@ -104,6 +104,27 @@ func (h *Host) SetMAC(ctx context.Context, l Link, mac net.HardwareAddr) error {
 	})
 }
 
+// ResetVFSettings sets the attributes of the VF, which has the settings have, back
+// to the baseline, each by itself. It returns those that the driver cannot set,
+// which a pod can neither.
+func (h *Host) ResetVFSettings(ctx context.Context, pf Link, index int, have VFSettings, attrs VFAttrs) (unsupported VFAttrs, err error) {
+	for _, attr := range vfAttrs {
+		if attrs&attr.bit == 0 {
+			continue
+		}
+		op := fmt.Sprintf("set %s of VF %d from %s to %s", attr.name, index, attr.value(have), attr.value(Baseline()))
+		err := pf.change(ctx, op, vfHints, func(netlink.Link) error {
+			return h.vf.setVF(ctx, pf.Index, index, Baseline(), attr)
+		})
+		if errors.Is(err, unix.EOPNOTSUPP) {
+			unsupported |= attr.bit
+		} else if err != nil {
+			return unsupported, err
+		}
+	}
+	return unsupported, nil
+}
+
 // SetNumVFs makes the PF have exactly n VFs. The kernel changes the number only
 // through 0, so all VFs of the PF are destroyed when there are some and n
 // differs; nothing happens when n is there already.
@@ -163,6 +184,22 @@ func (h *Host) SetNumVFs(ctx context.Context, pciAddress string, n int) error {
 	return nil
 }
 
+// UnbindDriver takes the VF from its driver, if it has one.
+func (h *Host) UnbindDriver(ctx context.Context, vfAddress string) error {
+	device, err := h.device(vfAddress)
+	if err != nil {
+		return err
+	}
+	if err = ctx.Err(); err != nil {
+		return err
+	}
+	err = writeSysfs(filepath.Join(device, "driver/unbind"), vfAddress)
+	if err == nil || errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return &KernelError{Op: "unbind the driver", Object: vfAddress, Err: pathless(err), Hint: hintFor(err, bindHints)}
+}
+
 // BindDriver binds a VF to the named driver, or to the one the kernel chooses
 // (DefaultDriver), and leaves driver_override so that a later probe chooses the
 // same. A VF that has the named driver already is not touched.
@@ -195,11 +232,8 @@ func (h *Host) BindDriver(ctx context.Context, vfAddress, driver string) error {
 	if err = writeSysfs(filepath.Join(device, "driver_override"), driver+"\n"); err != nil {
 		return fail(err)
 	}
-	if have != "" {
-		err = writeSysfs(filepath.Join(device, "driver/unbind"), vfAddress)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) {
-			return fail(err)
-		}
+	if err = h.UnbindDriver(ctx, vfAddress); err != nil {
+		return err
 	}
 	if driver != DefaultDriver {
 		err = writeSysfs(filepath.Join(h.sysfs, "bus/pci/drivers", driver, "bind"), vfAddress)

@@ -93,6 +93,13 @@ var macHints = []hint{
 	{unix.EAGAIN, "the VF is being reset: it is tried again"},
 }
 
+var vfHints = []hint{
+	{unix.EINVAL, "the driver does not take this value, or the VF is gone: see the kernel log of the node"},
+	{unix.EPERM, "the driver refuses in this mode of the NIC: see the kernel log of the node"},
+	{unix.EBUSY, "the VF is being reset: it is tried again"},
+	{unix.EAGAIN, "the VF is being reset: it is tried again"},
+}
+
 var renameHints = []hint{
 	{unix.EEXIST, "another link has this name or alternative name: rename it"},
 	{unix.EBUSY, "this kernel renames only links that are down"},

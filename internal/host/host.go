@@ -19,7 +19,7 @@ const DefaultSysfs = "/sys"
 type Host struct {
 	sysfs string
 	rt    *netlink.Handle // rtnetlink and devlink; never asks for VF lists
-	vf    *netlink.Handle // rtnetlink; asks for the VF list of a link
+	vf    *rtnl           // for what the library does not know of VFs
 	eth   *ethtool.Ethtool
 
 	// The ioctl's buffer must not move while the kernel writes to it: it is a
@@ -46,9 +46,9 @@ func Open(sysfs string) (*Host, error) {
 		return nil, fmt.Errorf("open netlink: %w", err)
 	}
 	h.rt.DisableVFInfoCollection()
-	if h.vf, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+	if h.vf, err = openRtnl(); err != nil {
 		h.Close()
-		return nil, fmt.Errorf("open netlink: %w", err)
+		return nil, err
 	}
 	if h.eth, err = ethtool.NewEthtool(); err != nil {
 		h.Close()
@@ -63,10 +63,11 @@ func Open(sysfs string) (*Host, error) {
 
 // Close gives the sockets back.
 func (h *Host) Close() {
-	for _, handle := range []*netlink.Handle{h.rt, h.vf} {
-		if handle != nil {
-			_ = handle.Close() // nothing was written that could be lost
-		}
+	if h.rt != nil {
+		_ = h.rt.Close() // nothing was written that could be lost
+	}
+	if h.vf != nil {
+		h.vf.close()
 	}
 	if h.eth != nil {
 		h.eth.Close()
@@ -97,25 +98,6 @@ func (h *Host) linkNamed(name string) (*netlink.LinkAttrs, error) {
 		return nil, fmt.Errorf("ask for link %s: %w", name, err)
 	}
 	return l.Attrs(), nil
-}
-
-// readEswitch asks devlink for the mode of the device's eswitch. A kernel,
-// driver or device without one is not an error.
-func (h *Host) readEswitch(pciAddress string) (EswitchMode, error) {
-	dev, err := h.rt.DevLinkGetDeviceByName("pci", pciAddress)
-	switch {
-	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENOENT), errors.Is(err, unix.EOPNOTSUPP):
-		return "", nil
-	case err != nil:
-		return "", fmt.Errorf("ask devlink for pci/%s: %w", pciAddress, err)
-	}
-	switch dev.Attrs.Eswitch.Mode {
-	case "legacy":
-		return Legacy, nil
-	case "switchdev":
-		return Switchdev, nil
-	}
-	return "", nil
 }
 
 // readSpeed asks ethtool for the speed in Mb/s, 0 when the driver does not know it.

@@ -115,7 +115,7 @@ func (h *Host) readPF(address string, links lookup) (pf PF, ok bool, err error) 
 		return PF{}, false, err
 	}
 	pf.NUMANode = numaNode(device)
-	name, err := netdevOf(device)
+	name, representors, err := netdevsOf(device)
 	if err != nil {
 		return PF{}, false, err
 	}
@@ -148,6 +148,7 @@ func (h *Host) readPF(address string, links lookup) (pf PF, ok bool, err error) 
 			}
 			return PF{}, false, fmt.Errorf("read VF %d: %w", i, err)
 		}
+		vf.Representor = representors[i]
 		pf.VFs = append(pf.VFs, vf)
 	}
 	return pf, true, nil
@@ -193,7 +194,9 @@ func (h *Host) readVF(pf string, index int, links lookup) (vf VF, err error) {
 	if l != nil {
 		vf.Name, vf.IfIndex, vf.MTU, vf.MAC = name, l.Index, l.MTU, l.HardwareAddr
 	}
-	return vf, nil
+	vf.RDMADevice, vf.GUID = rdmaOf(device)
+	vf.VDPA, err = h.vdpaOf(vf.PCIAddress)
+	return vf, err
 }
 
 // numaNode is the device's NUMA node, -1 when there is none or it is not told.
@@ -212,23 +215,9 @@ func (h *Host) ReadVFSettings(_ context.Context, pf *PF) error {
 	if pf.IfIndex == 0 || len(pf.VFs) == 0 {
 		return nil
 	}
-	link, err := h.vf.LinkByIndex(pf.IfIndex)
+	settings, err := h.vf.vfSettings(pf.IfIndex)
 	if err != nil {
 		return &KernelError{Op: "read the VF settings", Object: pf.object(), Err: err}
-	}
-	settings := map[int]VFSettings{}
-	for _, v := range link.Attrs().Vfs {
-		settings[v.ID] = VFSettings{
-			MAC:       slices.Clone(v.Mac),
-			VLAN:      v.Vlan,
-			VLANQoS:   v.Qos,
-			VLANProto: VLANProto(v.VlanProto),
-			SpoofChk:  v.Spoofchk,
-			Trust:     v.Trust == 1,
-			LinkState: LinkState(v.LinkState),
-			MinTxRate: int(v.MinTxRate),
-			MaxTxRate: int(v.MaxTxRate),
-		}
 	}
 	for i := range pf.VFs {
 		pf.VFs[i].Admin = settings[pf.VFs[i].Index]

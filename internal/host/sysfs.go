@@ -114,8 +114,9 @@ func parseVirtfn(name string) (int, bool) {
 // representor of a VF, "pf0sf88" of a subfunction, "pf0" of a host's PF seen
 // from a DPU, each with "c1" in front when on another controller.
 var (
-	representorPort = regexp.MustCompile(`^(c\d+)?pf\d+((vf|sf)\d+)?$`)
-	uplinkPort      = regexp.MustCompile(`^p\d+`)
+	representorPort   = regexp.MustCompile(`^(c\d+)?pf\d+((vf|sf)\d+)?$`)
+	vfRepresentorPort = regexp.MustCompile(`^pf\d+vf(\d{1,5})$`)
+	uplinkPort        = regexp.MustCompile(`^p\d+`)
 )
 
 // candidate is a netdev below a PCI function.
@@ -155,13 +156,19 @@ func ownNetdev(cs []candidate) string {
 // netdevOf returns the name of the function's own netdev in this network
 // namespace, "" when it has none here.
 func netdevOf(device string) (string, error) {
+	name, _, err := netdevsOf(device)
+	return name, err
+}
+
+// netdevsOf also returns the representors of the function's VFs, by index.
+func netdevsOf(device string) (own string, representors map[int]string, err error) {
 	dir := filepath.Join(device, "net")
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return "", nil
+		return "", nil, nil
 	}
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	var cs []candidate
 	for _, e := range entries {
@@ -171,6 +178,22 @@ func netdevOf(device string) (string, error) {
 		c.portName, _ = readText(filepath.Join(dir, c.name, "phys_port_name"))
 		c.devPort, _ = readInt(filepath.Join(dir, c.name, "dev_port"))
 		cs = append(cs, c)
+		if vf, ok := representedVF(c.portName); ok {
+			if representors == nil {
+				representors = map[int]string{}
+			}
+			representors[vf] = c.name
+		}
 	}
-	return ownNetdev(cs), nil
+	return ownNetdev(cs), representors, nil
+}
+
+// representedVF is the index of the VF, of this controller, that a port stands for.
+func representedVF(portName string) (int, bool) {
+	m := vfRepresentorPort.FindStringSubmatch(portName)
+	if m == nil {
+		return 0, false
+	}
+	vf, err := strconv.Atoi(m[1])
+	return vf, err == nil
 }

@@ -136,6 +136,8 @@ func TestInventory(t *testing.T) {
 	tr.modes["0000:3b:00.0"] = Switchdev
 	tr.netdev("0000:3b:10.0", "eth9v0", 11, "")
 	// VF 1 is in a pod: its netdev is in no folder here.
+	tr.link("../../../bus/vdpa/drivers/vhost_vdpa", "bus/vdpa/devices/vdpa:0000:3b:10.0/driver")
+	tr.write(dev("0000:3b:10.1")+"/infiniband/mlx5_3/node_guid", "506b:4b03:00cc:1234\n")
 
 	tr.pf("0000:5e:00.0", 8, 0) // no netdev, no devlink
 	if err := os.Remove(filepath.Join(tr.root, dev("0000:5e:00.0"), "driver")); err != nil {
@@ -155,8 +157,8 @@ func TestInventory(t *testing.T) {
 		Vendor: "8086", DeviceID: "1572", VFDeviceID: "154c", MAC: net.HardwareAddr{2, 0, 0, 0, 0, 3}, MTU: 1500,
 		LinkSpeed: 25000, LinkType: Ethernet, AdminUp: true, Carrier: true, Eswitch: Switchdev, NUMANode: 1, TotalVFs: 64, NumVFs: 2,
 		VFs: []VF{
-			{Index: 0, PCIAddress: "0000:3b:10.0", Vendor: "8086", DeviceID: "154c", Driver: "iavf", Name: "eth9v0", IfIndex: 11, MTU: 1500, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 11}, NUMANode: -1, IOMMUGroup: "40"},
-			{Index: 1, PCIAddress: "0000:3b:10.1", Vendor: "8086", DeviceID: "154c", Driver: "iavf", NUMANode: -1, IOMMUGroup: "41"},
+			{Index: 0, PCIAddress: "0000:3b:10.0", Vendor: "8086", DeviceID: "154c", Driver: "iavf", Name: "eth9v0", IfIndex: 11, MTU: 1500, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 11}, NUMANode: -1, IOMMUGroup: "40", Representor: "eth0", VDPA: "vhost"},
+			{Index: 1, PCIAddress: "0000:3b:10.1", Vendor: "8086", DeviceID: "154c", Driver: "iavf", NUMANode: -1, IOMMUGroup: "41", Representor: "eth1", RDMADevice: "mlx5_3", GUID: net.HardwareAddr{0x50, 0x6b, 0x4b, 3, 0, 0xcc, 0x12, 0x34}},
 		},
 	}, {
 		PCIAddress: "0000:5e:00.0", Vendor: "8086", DeviceID: "1572", VFDeviceID: "154c", LinkType: Ethernet, NUMANode: 1, TotalVFs: 8,

@@ -39,7 +39,13 @@ type VF struct {
 	MAC        net.HardwareAddr // of the netdev; nil without one in this namespace
 	NUMANode   int
 	IOMMUGroup string // number as text, empty without an IOMMU
-	Admin      VFSettings
+
+	Representor string           // netdev that stands for it in switchdev mode; empty without one in this namespace
+	RDMADevice  string           // empty without one
+	GUID        net.HardwareAddr // node GUID of its RDMA device, eight bytes; nil without one
+	VDPA        string           // virtio, vhost, or the driver of its vDPA device; none without driver; empty without device
+
+	Admin VFSettings
 }
 
 // VFSettings are what the PF's driver holds for one VF (IFLA_VFINFO_LIST).
@@ -53,6 +59,9 @@ type VFSettings struct {
 	LinkState LinkState
 	MinTxRate int // Mb/s, 0: none
 	MaxTxRate int // Mb/s, 0: none
+
+	// InfiniBand, eight bytes; nil when the driver does not tell (ndo_get_vf_guid).
+	NodeGUID, PortGUID net.HardwareAddr
 }
 
 // LinkType is the kind of network a PF is on.

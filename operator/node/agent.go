@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -40,6 +41,9 @@ type Config struct {
 	States     States
 	Advertiser Advertiser
 	Usage      Usage
+	// GUIDFile has the InfiniBand GUIDs that the administrator has set aside for
+	// VFs, see plan.ParseGUIDs; it need not exist.
+	GUIDFile string
 	// Conditions are told in every status besides the agent's own: type, status,
 	// reason and message.
 	Conditions []metav1.Condition
@@ -61,6 +65,8 @@ type Agent struct {
 	mu        sync.Mutex
 	baselines map[string]baseline
 	names     map[string]*hostName
+	// unsettable are the settings of VFs that the driver of a PF cannot set.
+	unsettable map[string]host.VFAttrs
 
 	// Of the worker alone.
 	state   *v1.SriovNetworkNodeState
@@ -70,6 +76,9 @@ type Agent struct {
 	unknown bool                            // something changed that is of none of them
 	audited time.Time                       // when all of them were last looked at
 	around  budget                          // for looking at all of them
+	// The RDMA subsystem's mode, and when the kernel last refused to change it.
+	rdmaMode string
+	rdmaBusy time.Time
 	// Failures in a row to write the status, to advertise, to read the NICs.
 	unsent, unsold, unread int
 }
@@ -97,7 +106,7 @@ type retry struct {
 func New(c Config) *Agent {
 	return &Agent{
 		Config: c, poke: make(chan struct{}, 1), looked: make(chan struct{}), offered: map[string]bool{},
-		baselines: map[string]baseline{}, names: map[string]*hostName{}, retries: map[string]*retry{}, nics: map[string]*nic{},
+		unsettable: map[string]host.VFAttrs{}, baselines: map[string]baseline{}, names: map[string]*hostName{}, retries: map[string]*retry{}, nics: map[string]*nic{},
 	}
 }
 
@@ -240,6 +249,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	}
 	p.collect()
 	p.assign()
+	p.system(ctx)
 	var work []*report
 	for _, r := range p.reports {
 		if p.examine(ctx, r) {
@@ -287,10 +297,13 @@ func (a *Agent) view(r *report) plan.PF {
 		if held {
 			r.held[vf.PCIAddress], r.holders[vf.PCIAddress] = true, pod
 		}
+		guid, noGUID := a.guid(pf, vf.Index)
+		has := cmp.Or(vf.Admin.NodeGUID.String(), vf.GUID.String())
 		v.VFs = append(v.VFs, plan.VF{
 			Index: vf.Index, PCIAddress: vf.PCIAddress, Driver: vf.Driver, Name: vf.Name, HostName: a.hostName(vf, held), MTU: vf.MTU,
 			MAC: vf.MAC.String(), AdminMAC: vf.Admin.MAC.String(), StableMAC: a.stableMAC(pf, vf.Index).String(),
-			IOMMU: vf.IOMMUGroup != "", Held: held, Holder: pod,
+			GUID: has, StableGUID: guid, NoGUID: noGUID, Drift: vf.Admin.Text(a.drift(pf, vf)),
+			VDPA: vf.VDPA, IOMMU: vf.IOMMUGroup != "", RDMA: vf.RDMADevice != "", Held: held, Holder: pod,
 		})
 	}
 	return v

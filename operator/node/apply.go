@@ -4,8 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
+	"os"
 	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/sluice-network/sluice/internal/host"
 	"github.com/sluice-network/sluice/operator/plan"
@@ -32,6 +37,8 @@ func (p *pass) apply(ctx context.Context, pf host.PF, op plan.Operation) error {
 		case plan.SetNumVFs:
 			p.forget(pf.VFs)
 			return p.Kernel.SetNumVFs(ctx, pf.PCIAddress, op.Number)
+		case plan.SetEswitchMode:
+			return p.Kernel.SetEswitchMode(ctx, pf.PCIAddress, host.EswitchMode(op.Value))
 		}
 		return fmt.Errorf("operation %s is not known", op)
 	}
@@ -41,21 +48,125 @@ func (p *pass) apply(ctx context.Context, pf host.PF, op plan.Operation) error {
 	}
 	vf := pf.VFs[i]
 	switch op.Kind {
-	case plan.SetVFAdminMAC, plan.SetVFMAC:
-		mac, err := net.ParseMAC(op.Value)
-		if err != nil {
+	case plan.SetVFAdminMAC, plan.SetVFMAC, plan.SetVFGUID:
+		address, err := net.ParseMAC(op.Value)
+		switch {
+		case err != nil:
 			return fmt.Errorf("%s: %w", op, err)
+		case op.Kind == plan.SetVFAdminMAC:
+			return p.Kernel.SetVFMAC(ctx, pf.Link(), vf.Index, address)
+		case op.Kind == plan.SetVFGUID:
+			return p.Kernel.SetVFGUID(ctx, pf.Link(), vf.Index, address)
 		}
-		if op.Kind == plan.SetVFAdminMAC {
-			return p.Kernel.SetVFMAC(ctx, pf.Link(), vf.Index, mac)
-		}
-		return p.Kernel.SetMAC(ctx, vf.Link(), mac)
+		return p.Kernel.SetMAC(ctx, vf.Link(), address)
+	case plan.ResetVFSettings:
+		return p.resetSettings(ctx, pf, vf)
+	case plan.UnbindVFDriver:
+		return p.Kernel.UnbindDriver(ctx, vf.PCIAddress)
 	case plan.BindVFDriver:
 		return p.Kernel.BindDriver(ctx, vf.PCIAddress, op.Value)
+	case plan.SetVFVDPA:
+		return p.Kernel.SetVDPA(ctx, vf.PCIAddress, op.Value)
 	case plan.RenameVF:
 		return p.Kernel.Rename(ctx, vf.Link(), op.Value)
 	case plan.SetVFMTU:
 		return p.Kernel.SetMTU(ctx, vf.Link(), op.Number)
 	}
 	return fmt.Errorf("operation %s is not known", op)
+}
+
+// drift tells which settings of the VF at its PF are not the baseline, of those
+// that the PF's driver can set.
+func (a *Agent) drift(pf host.PF, vf host.VF) host.VFAttrs {
+	if len(vf.Admin.MAC) == 0 {
+		return 0 // they could not be read
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return vf.Admin.Drift() &^ a.unsettable[pf.PCIAddress]
+}
+
+// resetSettings sets the VF back to the baseline, and remembers what the driver
+// cannot set.
+func (p *pass) resetSettings(ctx context.Context, pf host.PF, vf host.VF) error {
+	drift := p.drift(pf, vf)
+	unsupported, err := p.Kernel.ResetVFSettings(ctx, pf.Link(), vf.Index, vf.Admin, drift)
+	if unsupported != 0 {
+		p.Log.Info("The driver cannot set VFs to the baseline; they stay as they are", "nic", pf.PCIAddress, "driver", pf.Driver, "settings", vf.Admin.Text(unsupported))
+		p.Agent.mu.Lock()
+		defer p.Agent.mu.Unlock()
+		p.unsettable[pf.PCIAddress] |= unsupported
+	}
+	return err
+}
+
+// guid is the GUID of an InfiniBand VF, or why it has none: the one that the
+// administrator has set aside for it, or StableGUID.
+func (a *Agent) guid(pf host.PF, index int) (guid, why string) {
+	if pf.LinkType != host.InfiniBand {
+		return "", ""
+	}
+	file, err := os.ReadFile(a.GUIDFile)
+	if a.GUIDFile != "" && err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err.Error()
+	}
+	if err == nil {
+		var guids plan.GUIDs
+		if guids, err = plan.ParseGUIDs(file); err != nil {
+			return "", fmt.Sprintf("%v: mend %s on the node", err, a.GUIDFile)
+		}
+		set, err := guids.Of(pf.PCIAddress, pf.MAC, index)
+		if err != nil {
+			return "", fmt.Sprintf("%v to %s on the node", err, a.GUIDFile)
+		}
+		if set != nil {
+			return set.String(), ""
+		}
+	}
+	return plan.StableGUID(a.Node, pf.PermMAC, pf.PCIAddress, index).String(), ""
+}
+
+// system brings the node's own settings to what the spec asks. What keeps it from
+// that is told by a report of no NIC.
+func (p *pass) system(ctx context.Context) {
+	if again := p.retries[""]; again != nil && time.Now().Before(again.at) {
+		p.reports = append(p.reports, again.report)
+		return
+	}
+	r := &report{}
+	blocked := p.setSystem(ctx, r)
+	if r.block(blocked); len(blocked) > 0 || r.trouble.message != "" {
+		p.reports = append(p.reports, r)
+	}
+	if len(blocked) == 0 && r.trouble.message != "" {
+		p.failed(r)
+	} else {
+		delete(p.retries, "")
+	}
+}
+
+func (p *pass) setSystem(ctx context.Context, r *report) []plan.Blocked {
+	var err error
+	if p.rdmaMode, err = p.Kernel.RDMAMode(ctx); err != nil {
+		r.trouble = trouble{ReasonUnreadable, err.Error()}
+		return nil
+	}
+	if p.state == nil {
+		return nil
+	}
+	have := plan.System{RDMAMode: p.rdmaMode, RDMABusy: time.Since(p.rdmaBusy) < resync}
+	ops, blocked := plan.SystemOperations(p.state.Spec.System, have)
+	for _, op := range ops {
+		switch err := p.Kernel.SetRDMAMode(ctx, op.Value); {
+		case errors.Is(err, unix.EBUSY):
+			p.rdmaBusy, have.RDMABusy = time.Now(), true
+			_, blocked = plan.SystemOperations(p.state.Spec.System, have)
+		case err != nil:
+			r.trouble = trouble{ReasonRefused, err.Error()}
+		default:
+			p.rdmaMode = op.Value
+			p.Log.Info("Done", "operation", op.String())
+		}
+	}
+	return blocked
 }

@@ -20,6 +20,13 @@ type Kernel interface {
 	SetMTU(ctx context.Context, l host.Link, mtu int) error
 	SetLinkUp(ctx context.Context, l host.Link) error
 	Rename(ctx context.Context, l host.Link, name string) error
+	UnbindDriver(ctx context.Context, vfAddress string) error
+	SetEswitchMode(ctx context.Context, pciAddress string, mode host.EswitchMode) error
+	SetVFGUID(ctx context.Context, pf host.Link, index int, guid net.HardwareAddr) error
+	ResetVFSettings(ctx context.Context, pf host.Link, index int, have host.VFSettings, attrs host.VFAttrs) (unsupported host.VFAttrs, err error)
+	SetVDPA(ctx context.Context, vfAddress, kind string) error
+	RDMAMode(ctx context.Context) (string, error)
+	SetRDMAMode(ctx context.Context, mode string) error
 	Watch(ctx context.Context) (<-chan host.Changes, error)
 }
 

@@ -320,6 +320,7 @@ func (p *pass) publish(ctx context.Context) {
 	now := metav1.NewTime(time.Now().Truncate(time.Second))
 	s := status(p.reports, p.unreadable, p.state.Generation, p.own(p.state.Status.Conditions), now)
 	p.mu.Unlock()
+	s.System.RdmaMode = p.rdmaMode
 	for _, c := range p.Conditions {
 		c.ObservedGeneration, c.LastTransitionTime = s.ObservedGeneration, now
 		meta.SetStatusCondition(&s.Conditions, c)

@@ -52,7 +52,8 @@ type VF struct {
 	AdminMAC   string // what the PF assigns; empty when it cannot be read
 	StableMAC  string // what the PF shall assign, see StableMAC
 	GUID       string // InfiniBand: its node GUID; empty when it cannot be read
-	StableGUID string // what the PF shall assign, see StableGUID and GUIDs
+	StableGUID string // what the PF shall assign, see StableGUID and GUIDs.Of
+	NoGUID     string // why there is no StableGUID; empty where none is needed
 	Drift      string // settings at the PF that are not the baseline, for people; empty when all are
 	VDPA       string // driver of its vDPA device: virtio, vhost or another word; empty without a device
 	IOMMU      bool   // it is in an IOMMU group
@@ -278,6 +279,9 @@ func (p *pfWork) vf(group v1.VfGroup, vf VF) {
 		add(Operation{Kind: ResetVFSettings, Value: vf.Drift})
 	}
 	rebind := p.guid(vf, add)
+	if vf.NoGUID != "" && !vf.Held {
+		refuse(SetVFGUID, "", vf.NoGUID)
+	}
 
 	if vf.VDPA != "" && vf.VDPA != group.VdpaType {
 		add(Operation{Kind: SetVFVDPA, Cost: VFReset, Reason: "the VF's vDPA device is removed"})

@@ -8,6 +8,7 @@ import (
 	"net"
 	"reflect"
 	"slices"
+	"strconv"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -20,21 +21,32 @@ type Op string
 
 // The operations that can fail.
 const (
-	Inventory      Op = "Inventory"
-	ReadPF         Op = "ReadPF"
-	ReadVFSettings Op = "ReadVFSettings"
-	SetNumVFs      Op = "SetNumVFs"
-	BindDriver     Op = "BindDriver"
-	SetVFMAC       Op = "SetVFMAC"
-	SetMAC         Op = "SetMAC"
-	SetMTU         Op = "SetMTU"
-	SetLinkUp      Op = "SetLinkUp"
-	Rename         Op = "Rename"
-	Watch          Op = "Watch"
+	Inventory       Op = "Inventory"
+	ReadPF          Op = "ReadPF"
+	ReadVFSettings  Op = "ReadVFSettings"
+	RDMAMode        Op = "RDMAMode"
+	SetNumVFs       Op = "SetNumVFs"
+	BindDriver      Op = "BindDriver"
+	SetVFMAC        Op = "SetVFMAC"
+	SetMAC          Op = "SetMAC"
+	SetMTU          Op = "SetMTU"
+	SetLinkUp       Op = "SetLinkUp"
+	Rename          Op = "Rename"
+	UnbindDriver    Op = "UnbindDriver"
+	SetEswitchMode  Op = "SetEswitchMode"
+	SetVFGUID       Op = "SetVFGUID"
+	ResetVFSettings Op = "ResetVFSettings"
+	SetVDPA         Op = "SetVDPA"
+	SetRDMAMode     Op = "SetRDMAMode"
+	Watch           Op = "Watch"
 )
 
+// Reads are the operations that only look.
+var Reads = []Op{Inventory, ReadPF, ReadVFSettings, RDMAMode}
+
 // Changes are the operations that change something.
-var Changes = []Op{SetNumVFs, BindDriver, SetVFMAC, SetMAC, SetMTU, SetLinkUp, Rename}
+var Changes = []Op{SetNumVFs, BindDriver, SetVFMAC, SetMAC, SetMTU, SetLinkUp, Rename,
+	UnbindDriver, SetEswitchMode, SetVFGUID, ResetVFSettings, SetVDPA, SetRDMAMode}
 
 // Kernel is the fake. The zero value has no NICs. It is safe for concurrent use.
 type Kernel struct {
@@ -42,9 +54,12 @@ type Kernel struct {
 	pfs      []host.PF
 	links    []host.ParentLink // but those of the NICs
 	users    map[string]string // what stands on a link, by name
+	rdma     string
 	fail     map[Op][]unix.Errno
 	ignore   map[Op]bool
 	reads    map[Op]int
+	noReset  bool
+	tried    map[Op]int
 	calls    []string
 	lastLink int
 	watchers []chan host.Changes
@@ -52,7 +67,7 @@ type Kernel struct {
 
 // New returns a kernel with the NICs.
 func New(pfs ...host.PF) *Kernel {
-	k := &Kernel{users: map[string]string{}, fail: map[Op][]unix.Errno{}, ignore: map[Op]bool{}, reads: map[Op]int{}, lastLink: 100}
+	k := &Kernel{users: map[string]string{}, rdma: "shared", reads: map[Op]int{}, tried: map[Op]int{}, fail: map[Op][]unix.Errno{}, ignore: map[Op]bool{}, lastLink: 100}
 	k.pfs = clone(pfs)
 	return k
 }
@@ -62,7 +77,7 @@ func NIC(address, name string, index, totalVFs int) host.PF {
 	return host.PF{
 		PCIAddress: address, Name: name, IfIndex: index, Driver: "fakenic", Vendor: "1af4", DeviceID: "10f5", VFDeviceID: "10f6",
 		MAC: net.HardwareAddr{0, 0, 0x5e, 0, 0, byte(index)}, PermMAC: net.HardwareAddr{0, 0, 0x5e, 0, 0, byte(index)},
-		MTU: 1500, LinkSpeed: 25000, LinkType: host.Ethernet, AdminUp: true, Carrier: true, NUMANode: -1, TotalVFs: totalVFs,
+		MTU: 1500, LinkSpeed: 25000, LinkType: host.Ethernet, Eswitch: host.Legacy, AdminUp: true, Carrier: true, NUMANode: -1, TotalVFs: totalVFs,
 	}
 }
 
@@ -71,6 +86,13 @@ func (k *Kernel) Fail(op Op, errnos ...unix.Errno) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.fail[op] = append(k.fail[op], errnos...)
+}
+
+// Tried counts the calls of op.
+func (k *Kernel) Tried(op Op) int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.tried[op]
 }
 
 // Ignore makes op succeed and do nothing, as some drivers do.
@@ -236,11 +258,92 @@ func (k *Kernel) SetNumVFs(_ context.Context, address string, n int) error {
 			pf.VFs = append(pf.VFs, host.VF{
 				Index: i, PCIAddress: fmt.Sprintf("%s%02x.%d", address[:len(address)-4], 0x10+i/8, i%8),
 				Vendor: pf.Vendor, DeviceID: pf.VFDeviceID, NUMANode: -1,
-				Admin: host.VFSettings{MAC: make(net.HardwareAddr, 6), SpoofChk: true},
+				IOMMUGroup: strconv.Itoa(i), Admin: host.Baseline(),
 			})
+			pf.VFs[i].Admin.MAC = make(net.HardwareAddr, 6)
 		}
 		return 0
 	})
+}
+
+// UnbindDriver is host.Host's.
+func (k *Kernel) UnbindDriver(_ context.Context, address string) error {
+	return k.onVF(UnbindDriver, "unbind the driver", address, func(vf *host.VF) {
+		vf.Driver, vf.Name, vf.IfIndex, vf.MAC, vf.MTU, vf.RDMADevice, vf.GUID = "", "", 0, nil, 0, "", nil
+	})
+}
+
+// SetVDPA is host.Host's.
+func (k *Kernel) SetVDPA(_ context.Context, address, kind string) error {
+	return k.onVF(SetVDPA, "set the vDPA device to "+kind, address, func(vf *host.VF) { vf.VDPA = kind })
+}
+
+// SetVFGUID is host.Host's.
+func (k *Kernel) SetVFGUID(_ context.Context, pf host.Link, index int, guid net.HardwareAddr) error {
+	return k.onVFOf(SetVFGUID, fmt.Sprintf("set the GUID of VF %d to %s", index, guid), pf, index, func(vf *host.VF) {
+		vf.Admin.NodeGUID, vf.Admin.PortGUID = slices.Clone(guid), slices.Clone(guid)
+	})
+}
+
+// ResetVFSettings is host.Host's.
+func (k *Kernel) ResetVFSettings(_ context.Context, pf host.Link, index int, have host.VFSettings, attrs host.VFAttrs) (host.VFAttrs, error) {
+	var unsupported host.VFAttrs
+	err := k.onVFOf(ResetVFSettings, fmt.Sprintf("reset VF %d from %s", index, have.Text(attrs)), pf, index, func(vf *host.VF) {
+		if k.noReset {
+			unsupported = attrs
+			return
+		}
+		mac, node, port := vf.Admin.MAC, vf.Admin.NodeGUID, vf.Admin.PortGUID
+		vf.Admin = host.Baseline()
+		vf.Admin.MAC, vf.Admin.NodeGUID, vf.Admin.PortGUID = mac, node, port
+	})
+	return unsupported, err
+}
+
+// NoReset makes ResetVFSettings find a driver that supports nothing of it.
+func (k *Kernel) NoReset() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.noReset = true
+}
+
+// SetEswitchMode is host.Host's.
+func (k *Kernel) SetEswitchMode(_ context.Context, address string, mode host.EswitchMode) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.change(SetEswitchMode, "set eswitch mode "+string(mode), address, func() unix.Errno {
+		pf := k.pf(address)
+		switch {
+		case pf == nil:
+			return unix.ENOENT
+		case pf.Eswitch == "":
+			return unix.EOPNOTSUPP
+		case slices.ContainsFunc(pf.VFs, func(vf host.VF) bool { return vf.Driver != "" }):
+			return unix.EBUSY
+		}
+		pf.Eswitch = mode
+		for i := range pf.VFs {
+			pf.VFs[i].Representor = ""
+			if mode == host.Switchdev {
+				pf.VFs[i].Representor = fmt.Sprintf("%s_%d", pf.Name, i)
+			}
+		}
+		return 0
+	})
+}
+
+// RDMAMode is host.Host's.
+func (k *Kernel) RDMAMode(context.Context) (string, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.rdma, k.failing(RDMAMode, "ask for the RDMA mode", "the node")
+}
+
+// SetRDMAMode is host.Host's.
+func (k *Kernel) SetRDMAMode(_ context.Context, mode string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.change(SetRDMAMode, "set RDMA mode "+mode, "the node", func() unix.Errno { k.rdma = mode; return 0 })
 }
 
 // BindDriver is host.Host's: a VF with the default driver has a netdev at once.
@@ -252,7 +355,7 @@ func (k *Kernel) BindDriver(_ context.Context, address, driver string) error {
 		if vf == nil {
 			return unix.ENOENT
 		}
-		vf.Driver, vf.Name, vf.IfIndex, vf.MAC, vf.MTU = driver, "", 0, nil, 0
+		vf.Driver, vf.Name, vf.IfIndex, vf.MAC, vf.MTU, vf.RDMADevice, vf.GUID = driver, "", 0, nil, 0, "", nil
 		if driver != host.DefaultDriver {
 			return 0
 		}
@@ -262,21 +365,17 @@ func (k *Kernel) BindDriver(_ context.Context, address, driver string) error {
 			_, _ = rand.Read(vf.MAC)
 			vf.MAC[0] = vf.MAC[0]&^0x01 | 0x02
 		}
+		if pf.LinkType == host.InfiniBand {
+			vf.RDMADevice, vf.GUID = fmt.Sprintf("fake_%d", k.lastLink), slices.Clone(vf.Admin.NodeGUID)
+		}
 		return 0
 	})
 }
 
 // SetVFMAC is host.Host's.
 func (k *Kernel) SetVFMAC(_ context.Context, pf host.Link, index int, mac net.HardwareAddr) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.change(SetVFMAC, fmt.Sprintf("set the MAC of VF %d to %s", index, mac), pf.PCIAddress, func() unix.Errno {
-		p := k.pf(pf.PCIAddress)
-		if p == nil || index >= len(p.VFs) {
-			return unix.EINVAL
-		}
-		p.VFs[index].Admin.MAC = slices.Clone(mac)
-		return 0
+	return k.onVFOf(SetVFMAC, fmt.Sprintf("set the MAC of VF %d to %s", index, mac), pf, index, func(vf *host.VF) {
+		vf.Admin.MAC = slices.Clone(mac)
 	})
 }
 
@@ -298,6 +397,32 @@ func (k *Kernel) SetLinkUp(_ context.Context, l host.Link) error {
 // Rename is host.Host's.
 func (k *Kernel) Rename(_ context.Context, l host.Link, name string) error {
 	return k.onLink(Rename, "rename to "+name, l, func(f fields) { *f.name = name })
+}
+
+func (k *Kernel) onVF(op Op, what, address string, do func(*host.VF)) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.change(op, what, address, func() unix.Errno {
+		_, vf := k.vf(address)
+		if vf == nil {
+			return unix.ENOENT
+		}
+		do(vf)
+		return 0
+	})
+}
+
+func (k *Kernel) onVFOf(op Op, what string, pf host.Link, index int, do func(*host.VF)) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.change(op, what, pf.PCIAddress, func() unix.Errno {
+		p := k.pf(pf.PCIAddress)
+		if p == nil || index >= len(p.VFs) {
+			return unix.EINVAL
+		}
+		do(&p.VFs[index])
+		return 0
+	})
 }
 
 // fields are those of a netdev, of a PF or a VF.
@@ -349,12 +474,13 @@ func (k *Kernel) change(op Op, what, object string, do func() unix.Errno) error 
 }
 
 func (k *Kernel) failing(op Op, what, object string) error {
+	k.tried[op]++
 	if len(k.fail[op]) == 0 {
 		return nil
 	}
 	errno := k.fail[op][0]
 	k.fail[op] = k.fail[op][1:]
-	return &host.KernelError{Op: what, Object: object, Err: errno}
+	return &host.KernelError{Op: what, Object: object, Err: errno, Hint: "the mend of " + string(op)}
 }
 
 func (k *Kernel) pf(address string) *host.PF {

@@ -165,7 +165,7 @@ func run(ctx context.Context, c *config) error {
 	recovered := make(chan struct{})
 	agent = node.New(node.Config{
 		Node: c.node, Kernel: kernel, States: objects, Conditions: []metav1.Condition{aliasCondition(aliasErr)},
-		Advertiser: advertiser{plugin, recovered}, Usage: holders, Log: log.WithName("node"),
+		Advertiser: advertiser{plugin, recovered}, Usage: holders, GUIDFile: "/etc/sriov-operator/infiniband/guids", Log: log.WithName("node"),
 	})
 
 	metrics := prometheus.NewRegistry()
