@@ -14,7 +14,7 @@ import (
 
 	"sync"
 
-	"github.com/sluice-network/sluice/cni/durable"
+	"github.com/sluice-network/sluice/internal/durable"
 	"github.com/sluice-network/sluice/internal/host"
 )
 

@@ -102,6 +102,9 @@ func (h *Host) readPF(address string, links lookup) (pf PF, ok bool, err error) 
 	if pf.NumVFs, err = readInt(filepath.Join(device, "sriov_numvfs")); err != nil {
 		return PF{}, false, err
 	}
+	if on, err := readInt(filepath.Join(device, "sriov_drivers_autoprobe")); err == nil { // since Linux 4.12
+		pf.AutoprobeOff = on == 0
+	}
 	if pf.Vendor, err = readPCIID(filepath.Join(device, "vendor")); err != nil {
 		return PF{}, false, err
 	}

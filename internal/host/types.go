@@ -23,7 +23,10 @@ type PF struct {
 	NUMANode   int         // -1 when the machine has none
 	TotalVFs   int         // what the device can make (sriov_totalvfs)
 	NumVFs     int         // what exists (sriov_numvfs)
-	VFs        []VF        // sorted by Index
+	// AutoprobeOff tells that the kernel leaves new VFs without driver
+	// (sriov_drivers_autoprobe).
+	AutoprobeOff bool
+	VFs          []VF // sorted by Index
 }
 
 // VF is one SR-IOV virtual function.

@@ -36,11 +36,16 @@ const (
 
 // Config is what an Agent needs.
 type Config struct {
-	Node       string // name of the node
-	Kernel     Kernel
-	States     States
-	Advertiser Advertiser
-	Usage      Usage
+	Node string // name of the node
+	// StateDir is where what must survive a reboot is kept.
+	StateDir string
+	// UpstreamDir is where the SR-IOV network operator left its files, which say
+	// what VFs it made: /etc/sriov-operator.
+	UpstreamDir string
+	Kernel      Kernel
+	States      States
+	Advertiser  Advertiser
+	Usage       Usage
 	// GUIDFile has the InfiniBand GUIDs that the administrator has set aside for
 	// VFs, see plan.ParseGUIDs; it need not exist.
 	GUIDFile string
@@ -67,6 +72,8 @@ type Agent struct {
 	names     map[string]*hostName
 	// unsettable are the settings of VFs that the driver of a PF cannot set.
 	unsettable map[string]host.VFAttrs
+
+	records *records
 
 	// Of the worker alone.
 	state   *v1.SriovNetworkNodeState
@@ -133,6 +140,14 @@ func (a *Agent) Baseline(pciAddress string) (mac net.HardwareAddr, mtu int, ok b
 
 // Run works until ctx ends. It fails when the kernel's events cannot be followed.
 func (a *Agent) Run(ctx context.Context) error {
+	var aside []string
+	var err error
+	if a.records, aside, err = openRecords(a.StateDir, a.UpstreamDir); err != nil {
+		return err
+	}
+	if len(aside) > 0 {
+		a.Log.Info("Unreadable records of NICs were set aside: these NICs will not go back to what they were", "files", aside)
+	}
 	events, err := a.Kernel.Watch(ctx)
 	if err != nil {
 		return fmt.Errorf("follow the kernel: %w", err)
@@ -292,6 +307,8 @@ func (a *Agent) view(r *report) plan.PF {
 		PCIAddress: pf.PCIAddress, Name: pf.Name, Driver: pf.Driver, Ethernet: pf.LinkType == host.Ethernet, MTU: pf.MTU, Up: pf.AdminUp,
 		Eswitch: string(pf.Eswitch), TotalVFs: pf.TotalVFs, NumVFs: pf.NumVFs,
 	}
+	a.records.fill(&v)
+	r.takenOver = v.TakenOver
 	for _, vf := range pf.VFs {
 		pod, held := a.Usage.Holder(vf.PCIAddress)
 		if held {
@@ -360,7 +377,7 @@ func (a *Agent) learn(r *report) {
 		} else if b.mtu == 0 && r.want != nil {
 			b.mtu = 1500 // ETH_DATA_LEN: what an Ethernet netdev is born with
 		}
-		if r.want != nil && r.want.ExternallyManaged {
+		if r.takenOver || r.want != nil && r.want.ExternallyManaged {
 			// Its address is its owner's; learn it while no pod has changed it.
 			if old, known := a.baselines[vf.PCIAddress]; known && r.held[vf.PCIAddress] {
 				b.mac = old.mac

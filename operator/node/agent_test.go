@@ -156,11 +156,20 @@ type rig struct {
 	usage  *usage
 	agent  *Agent
 	stop   func()
+
+	state, upstream string
 }
 
 func newRig(t *testing.T) *rig {
+	r := rigWith(t)
+	r.start()
+	return r
+}
+
+// rigWith is a rig that is not started yet.
+func rigWith(t *testing.T) *rig {
 	r := &rig{
-		t:      t,
+		t: t, state: t.TempDir(), upstream: t.TempDir(),
 		kernel: hostfake.New(hostfake.NIC(nic0, "ens1f0", 3, 8), hostfake.NIC(nic1, "ens2f0", 4, 8)),
 		server: &server{
 			watch: make(chan *v1.SriovNetworkNodeState, 1),
@@ -169,13 +178,12 @@ func newRig(t *testing.T) *rig {
 		plugin: &plugin{}, usage: &usage{pods: map[string]string{}},
 	}
 	r.server.send()
-	r.start()
 	return r
 }
 
 // start makes a new agent, as after a restart.
 func (r *rig) start() {
-	r.agent = New(Config{Node: "vm1", Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Log: testr.New(r.t),
+	r.agent = New(Config{Node: "vm1", StateDir: r.state, UpstreamDir: r.upstream, Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Log: testr.New(r.t),
 		Conditions: []metav1.Condition{{Type: "Alias", Status: metav1.ConditionTrue, Reason: "Installed"}}})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})

@@ -31,6 +31,7 @@ type lab struct {
 	usage  *usage
 	agent  *Agent
 	stop   func()
+	state  string
 }
 
 func newLab(t *testing.T) *lab {
@@ -40,7 +41,7 @@ func newLab(t *testing.T) *lab {
 	}
 	t.Cleanup(h.Close)
 	l := &lab{
-		T: t, host: h, plugin: &plugin{}, usage: &usage{pods: map[string]string{}},
+		T: t, host: h, state: t.TempDir(), plugin: &plugin{}, usage: &usage{pods: map[string]string{}},
 		server: &server{
 			watch: make(chan *v1.SriovNetworkNodeState, 1),
 			state: &v1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Name: "guest", Generation: 1, UID: "1"}},
@@ -65,7 +66,7 @@ func newLab(t *testing.T) *lab {
 }
 
 func (l *lab) start() {
-	l.agent = New(Config{Node: "guest", Kernel: l.host, States: l.server, Advertiser: l.plugin, Usage: l.usage, Log: testr.New(l.T)})
+	l.agent = New(Config{Node: "guest", StateDir: l.state, Kernel: l.host, States: l.server, Advertiser: l.plugin, Usage: l.usage, Log: testr.New(l.T)})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {

@@ -14,6 +14,7 @@ type Kernel interface {
 	ReadPF(ctx context.Context, pciAddress string) (pf host.PF, ok bool, err error)
 	ReadVFSettings(ctx context.Context, pf *host.PF) error
 	SetNumVFs(ctx context.Context, pciAddress string, n int) error
+	RestoreVFs(ctx context.Context, pciAddress string, n int, autoprobe bool) error
 	BindDriver(ctx context.Context, vfAddress, driver string) error
 	SetVFMAC(ctx context.Context, pf host.Link, index int, mac net.HardwareAddr) error
 	SetMAC(ctx context.Context, l host.Link, mac net.HardwareAddr) error

@@ -79,21 +79,33 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 		return unreadable(err)
 	}
 	seen := p.view(r)
-	if r.want == nil && p.mayGiveUp() && plan.Ours(seen) {
-		// No policy asks for VFs that we made: they go.
+	ours := plan.Ours(seen) || seen.Original != nil
+	if r.want == nil && p.mayGiveUp() && ours {
+		// No policy asks for a PF that we changed: it goes back to what it was.
 		r.want = &v1.Interface{PciAddress: address}
 	}
 	if r.want == nil {
-		if plan.Ours(seen) {
+		if ours {
 			p.learn(r)
 		}
 		delete(p.retries, address)
 		return false
 	}
+	unrecorded := func(err error) bool {
+		r.trouble = trouble{ReasonNoState, err.Error()}
+		p.failed(r)
+		return false
+	}
+	if !r.want.ExternallyManaged {
+		if err := p.records.begin(r.have, plan.Ours(seen) && !seen.TakenOver); err != nil {
+			return unrecorded(err)
+		}
+	}
 	ops, blocked, err := plan.Operations(*r.want, seen)
 	if again := p.retries[address]; len(ops) > 0 && again != nil && sameWant(again.want, *r.want) && time.Now().Before(again.at) {
 		// Its own failure caused events; that is no reason to hurry.
 		p.learn(r)
+		r.block(blocked)
 		r.trouble, r.vfTrouble = again.report.trouble, again.report.vfTrouble
 		return false
 	}
@@ -115,12 +127,38 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 		delete(p.retries, address)
 		return false
 	case len(ops) == 0:
-		r.block(blocked)
+		if p.settle(ctx, r, blocked); len(r.troubles()) > 0 && !r.asked {
+			p.failed(r)
+			return false
+		}
 		delete(p.retries, address)
 		return false
 	}
 	r.touch(ops)
 	return true
+}
+
+// settle ends the work on a PF of which nothing is left to do. One that no
+// policy asks for has no VFs then, and its MTU and mode are what they were: what
+// somebody else had made comes back, and it is forgotten.
+func (p *pass) settle(ctx context.Context, r *report, blocked []plan.Blocked) {
+	p.mu.Lock()
+	r.block(blocked)
+	p.mu.Unlock()
+	address := r.have.PCIAddress
+	was, ok := p.records.get(address)
+	if r.asked || len(blocked) > 0 || !ok {
+		return
+	}
+	if was.NumVFs != r.have.NumVFs || was.AutoprobeNo != r.have.AutoprobeOff {
+		if err := p.Kernel.RestoreVFs(ctx, address, was.NumVFs, !was.AutoprobeNo); err != nil {
+			p.note(r, -1, trouble{ReasonRefused, err.Error()})
+			return
+		}
+	}
+	if err := p.records.end(address); err != nil {
+		p.note(r, -1, trouble{ReasonNoState, err.Error()})
+	}
 }
 
 // mayGiveUp tells whether a PF that the spec does not name may be emptied. The
@@ -228,9 +266,7 @@ func (p *pass) bring(ctx context.Context, r *report) {
 			}
 			return
 		case len(ops) == 0:
-			p.mu.Lock()
-			r.block(blocked)
-			p.mu.Unlock()
+			p.settle(ctx, r, blocked)
 			return
 		}
 		last = ops
@@ -242,6 +278,10 @@ func (p *pass) bring(ctx context.Context, r *report) {
 		for _, op := range ops {
 			if failed[op.VF] || !whole {
 				continue
+			}
+			if err = p.records.before(r.have.PCIAddress, op); err != nil {
+				p.note(r, -1, trouble{ReasonNoState, err.Error()})
+				return
 			}
 			err = p.apply(ctx, r.have, op)
 			switch {

@@ -16,19 +16,20 @@ import (
 
 // Reasons of the conditions of a SriovNetworkNodeState.
 const (
-	ReasonConfigured  = "Configured"    // everything asked for is in effect
-	ReasonConfiguring = "Configuring"   // work goes on
-	ReasonWaiting     = "WaitingForVFs" // nothing to do but wait for a VF's driver, or for a pod
-	ReasonInvalidSpec = "InvalidSpec"   // the spec asks for what cannot be
-	ReasonInUse       = "InUse"         // a change waits for pods that hold VFs it would destroy
-	ReasonReboot      = "NeedsReboot"   // a change waits for the node to be booted anew
-	ReasonNoReboot    = "NoReboot"      // nothing needs a reboot
-	ReasonUnsupported = "Unsupported"   // the spec asks for what the NIC, its driver or the machine has not
-	ReasonRefused     = "KernelRefused" // the kernel or the driver said no
-	ReasonNotFound    = "NICNotFound"   // the spec names a NIC that the node has not
-	ReasonUnreadable  = "NICUnreadable" // a NIC could not be read
-	ReasonIdle        = "Idle"          // no work to do
-	ReasonNoTrouble   = "NoTrouble"     // nothing is in the way
+	ReasonConfigured  = "Configured"      // everything asked for is in effect
+	ReasonConfiguring = "Configuring"     // work goes on
+	ReasonWaiting     = "WaitingForVFs"   // nothing to do but wait for a VF's driver, or for a pod
+	ReasonInvalidSpec = "InvalidSpec"     // the spec asks for what cannot be
+	ReasonInUse       = "InUse"           // a change waits for pods that hold VFs it would destroy
+	ReasonReboot      = "NeedsReboot"     // a change waits for the node to be booted anew
+	ReasonNoReboot    = "NoReboot"        // nothing needs a reboot
+	ReasonUnsupported = "Unsupported"     // the spec asks for what the NIC, its driver or the machine has not
+	ReasonRefused     = "KernelRefused"   // the kernel or the driver said no
+	ReasonNotFound    = "NICNotFound"     // the spec names a NIC that the node has not
+	ReasonNoState     = "StateNotWritten" // the agent could not write what must survive a reboot
+	ReasonUnreadable  = "NICUnreadable"   // a NIC could not be read
+	ReasonIdle        = "Idle"            // no work to do
+	ReasonNoTrouble   = "NoTrouble"       // nothing is in the way
 )
 
 // trouble is what keeps a PF or VF from being as the spec asks.
@@ -42,6 +43,7 @@ type report struct {
 	have      host.PF
 	want      *v1.Interface // nil when the spec does not speak of the PF
 	asked     bool          // want comes from the spec, not from giving the PF up
+	takenOver bool          // see plan.PF
 	stale     bool          // have is what was read last; it cannot be read now
 	holders   map[string]string
 	held      map[string]bool

@@ -59,11 +59,12 @@ func room(path string) string {
 
 // mayImport lists, for each room, the other rooms its packages may import.
 var mayImport = map[string][]string{
-	"apis":          {},
-	"internal/host": {},
-	"operator":      {"apis", "internal/host"},
-	"deviceplugin":  {"apis", "internal/host"},
-	"cni":           {"apis", "internal/host"},
+	"apis":             {},
+	"internal/host":    {},
+	"internal/durable": {},
+	"operator":         {"apis", "internal/host", "internal/durable"},
+	"deviceplugin":     {"apis", "internal/host", "internal/durable"},
+	"cni":              {"apis", "internal/host", "internal/durable"},
 }
 
 // compositionRoot wires the rooms of the node agent together.

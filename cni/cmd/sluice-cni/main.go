@@ -21,7 +21,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/sluice-network/sluice/cni/durable"
+	"github.com/sluice-network/sluice/internal/durable"
 	"github.com/sluice-network/sluice/cni/wire"
 )
 

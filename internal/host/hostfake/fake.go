@@ -26,6 +26,7 @@ const (
 	ReadVFSettings  Op = "ReadVFSettings"
 	RDMAMode        Op = "RDMAMode"
 	SetNumVFs       Op = "SetNumVFs"
+	RestoreVFs      Op = "RestoreVFs"
 	BindDriver      Op = "BindDriver"
 	SetVFMAC        Op = "SetVFMAC"
 	SetMAC          Op = "SetMAC"
@@ -344,6 +345,32 @@ func (k *Kernel) SetRDMAMode(_ context.Context, mode string) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.change(SetRDMAMode, "set RDMA mode "+mode, "the node", func() unix.Errno { k.rdma = mode; return 0 })
+}
+
+// RestoreVFs is host.Host's: the VFs have the default driver.
+func (k *Kernel) RestoreVFs(ctx context.Context, address string, n int, autoprobe bool) error {
+	k.mu.Lock()
+	err := k.change(RestoreVFs, fmt.Sprintf("restore %d VFs", n), address, func() unix.Errno {
+		pf := k.pf(address)
+		if pf == nil || pf.NumVFs > 0 && n > 0 {
+			return unix.EBUSY
+		}
+		pf.AutoprobeOff = !autoprobe
+		return 0
+	})
+	k.mu.Unlock()
+	if err != nil || n == 0 {
+		return err
+	}
+	if err = k.SetNumVFs(ctx, address, n); err != nil {
+		return err
+	}
+	for _, vf := range k.PF(address).VFs {
+		if err = k.BindDriver(ctx, vf.PCIAddress, host.DefaultDriver); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // BindDriver is host.Host's: a VF with the default driver has a netdev at once.

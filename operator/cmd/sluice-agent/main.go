@@ -20,6 +20,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -57,10 +58,10 @@ func main() {
 type config struct {
 	node, namespace, prefix string
 
-	stateDir, socket, shim, cniDir          string
-	devicePlugins, podResources, deviceInfo string
-	sysfs, listen                           string
-	replaceSriovCNI                         bool
+	stateDir, upstreamDir, socket, shim, cniDir string
+	devicePlugins, podResources, deviceInfo     string
+	sysfs, listen                               string
+	replaceSriovCNI                             bool
 }
 
 func parse(args []string, env func(string) string) (*config, error) {
@@ -79,6 +80,7 @@ func parse(args []string, env func(string) string) (*config, error) {
 	f.StringVar(&c.namespace, "namespace", env("POD_NAMESPACE"), "namespace of the node states (environment POD_NAMESPACE)")
 	f.StringVar(&c.prefix, "resource-prefix", def("RESOURCE_PREFIX", "openshift.io"), "prefix of the resource names (environment RESOURCE_PREFIX)")
 	f.StringVar(&c.stateDir, "state-dir", "/var/lib/sluice", "directory for what must survive a reboot")
+	f.StringVar(&c.upstreamDir, "sriov-operator-dir", "/etc/sriov-operator", "where the SR-IOV network operator left its files, to take its VFs over")
 	f.StringVar(&c.socket, "socket", "/var/run/sluice/cni.sock", "socket that the CNI shim calls")
 	f.StringVar(&c.shim, "shim", "/sluice-cni", "CNI shim to install")
 	f.StringVar(&c.cniDir, "cni-bin-dir", "/opt/cni/bin", "directory of the node's CNI plugins")
@@ -164,8 +166,9 @@ func run(ctx context.Context, c *config) error {
 	before, _ := os.Lstat(c.socket) // of an earlier agent, if any
 	recovered := make(chan struct{})
 	agent = node.New(node.Config{
-		Node: c.node, Kernel: kernel, States: objects, Conditions: []metav1.Condition{aliasCondition(aliasErr)},
-		Advertiser: advertiser{plugin, recovered}, Usage: holders, GUIDFile: "/etc/sriov-operator/infiniband/guids", Log: log.WithName("node"),
+		Node: c.node, StateDir: c.stateDir, UpstreamDir: c.upstreamDir, GUIDFile: filepath.Join(c.upstreamDir, "infiniband", "guids"),
+		Kernel: kernel, States: objects, Conditions: []metav1.Condition{aliasCondition(aliasErr)},
+		Advertiser: advertiser{plugin, recovered}, Usage: holders, Log: log.WithName("node"),
 	})
 
 	metrics := prometheus.NewRegistry()

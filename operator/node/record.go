@@ -1,0 +1,182 @@
+package node
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/internal/durable"
+	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/operator/plan"
+)
+
+// pfRecord is what is kept of a PF from before its first change until it is given
+// up: what it goes back to then, which nothing else tells.
+type pfRecord struct {
+	MTU         int              `json:"mtu,omitempty"`       // bytes; 0 when it had no netdev
+	RaisedMTU   int              `json:"raisedMTU,omitempty"` // as last set here
+	Eswitch     host.EswitchMode `json:"eswitch,omitempty"`
+	NumVFs      int              `json:"numVFs,omitempty"` // VFs that somebody else had made
+	AutoprobeNo bool             `json:"autoprobeOff,omitempty"`
+	// TakenOver tells that the VFs are those the SR-IOV network operator made.
+	TakenOver bool `json:"takenOver,omitempty"`
+	// GivenUp is left of a PF that was given up although the SR-IOV network
+	// operator's own file still names it: that file must not be believed again.
+	GivenUp bool `json:"givenUp,omitempty"`
+	// Lost is the goal that cut the path to the API server and was taken back.
+	Lost *v1.Interface `json:"lost,omitempty"`
+}
+
+// records are the records of a node's PFs, one file for each, on disk and in
+// memory. A change is on the disk before its method returns.
+type records struct {
+	dir      string
+	upstream string // the SR-IOV network operator's folder of files named after PFs
+
+	mu   sync.Mutex
+	byPF map[string]pfRecord
+}
+
+// openRecords reads the records. A file that is none, which only a failing disk
+// or a curious hand can leave, is set aside and returned.
+func openRecords(stateDir, upstreamDir string) (*records, []string, error) {
+	r := &records{dir: filepath.Join(stateDir, "nics"), upstream: filepath.Join(upstreamDir, "pci"), byPF: map[string]pfRecord{}}
+	if err := os.MkdirAll(r.dir, 0o700); err != nil {
+		return nil, nil, fmt.Errorf("open the records of NICs: %w", err)
+	}
+	entries, err := os.ReadDir(r.dir)
+	if err != nil {
+		return nil, nil, fmt.Errorf("open the records of NICs: %w", err)
+	}
+	var aside []string
+	for _, e := range entries {
+		path := filepath.Join(r.dir, e.Name())
+		address, ok := strings.CutSuffix(e.Name(), ".json")
+		if !ok {
+			continue
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return nil, nil, fmt.Errorf("open the records of NICs: %w", err)
+		}
+		var one pfRecord
+		if json.Unmarshal(b, &one) != nil || !host.ValidPCIAddress(address) {
+			if err := os.Rename(path, path+".unreadable"); err != nil {
+				return nil, nil, fmt.Errorf("open the records of NICs: %w", err)
+			}
+			aside = append(aside, path+".unreadable")
+			continue
+		}
+		r.byPF[address] = one
+	}
+	return r, aside, nil
+}
+
+// get returns the PF's record; ok is false when it is not managed.
+func (r *records) get(address string) (one pfRecord, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	one, ok = r.byPF[address]
+	return one, ok && !one.GivenUp
+}
+
+// change writes the record that f makes of the PF's.
+func (r *records) change(address string, f func(*pfRecord)) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	one, before := r.byPF[address], r.byPF[address]
+	f(&one)
+	if one == before {
+		return nil
+	}
+	b, err := json.Marshal(one)
+	if err != nil {
+		return fmt.Errorf("record the settings of NIC %s: %w", address, err)
+	}
+	if err = durable.WriteFile(filepath.Join(r.dir, address+".json"), b); err != nil {
+		return fmt.Errorf("record the settings of NIC %s: %w", address, err)
+	}
+	r.byPF[address] = one
+	return nil
+}
+
+// begin records the PF as it is, unless it is recorded. VFs that we made, or the
+// SR-IOV network operator did, are nothing to go back to.
+func (r *records) begin(pf host.PF, ours bool) error {
+	if _, ok := r.get(pf.PCIAddress); ok {
+		return nil
+	}
+	return r.change(pf.PCIAddress, func(one *pfRecord) {
+		taken := !ours && !one.GivenUp && pf.NumVFs > 0 && r.ofUpstream(pf.PCIAddress)
+		*one = pfRecord{MTU: pf.MTU, Eswitch: pf.Eswitch, AutoprobeNo: pf.AutoprobeOff, TakenOver: taken}
+		if !ours && !taken {
+			one.NumVFs = pf.NumVFs
+		}
+	})
+}
+
+// end forgets the PF.
+func (r *records) end(address string) error {
+	if r.ofUpstream(address) {
+		return r.change(address, func(one *pfRecord) { *one = pfRecord{GivenUp: true} })
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := durable.Remove(filepath.Join(r.dir, address+".json")); err != nil {
+		return fmt.Errorf("forget the settings of NIC %s: %w", address, err)
+	}
+	delete(r.byPF, address)
+	return nil
+}
+
+// before records what the operation is about to make untrue.
+func (r *records) before(address string, op plan.Operation) error {
+	switch op.Kind {
+	case plan.SetPFMTU:
+		return r.change(address, func(one *pfRecord) { one.RaisedMTU = op.Number })
+	case plan.SetNumVFs:
+		return r.change(address, func(one *pfRecord) { one.TakenOver = false })
+	}
+	return nil
+}
+
+// ofUpstream tells whether the SR-IOV network operator made the PF's VFs: it
+// leaves a file with what it last applied, for PFs that others manage too.
+func (r *records) ofUpstream(address string) bool {
+	b, err := os.ReadFile(filepath.Join(r.upstream, address))
+	if err != nil {
+		return false
+	}
+	var applied v1.Interface
+	return json.Unmarshal(b, &applied) == nil && !applied.ExternallyManaged
+}
+
+// fill adds to the PF, as planning sees it, what is recorded of it.
+func (r *records) fill(v *plan.PF) {
+	one, ok := r.get(v.PCIAddress)
+	if ok {
+		v.Original = &plan.Original{MTU: one.MTU, RaisedMTU: one.RaisedMTU, Eswitch: string(one.Eswitch)}
+		v.TakenOver = one.TakenOver
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	v.TakenOver = !r.byPF[v.PCIAddress].GivenUp && v.NumVFs > 0 && r.ofUpstream(v.PCIAddress)
+}
+
+// removeAll takes the records off the node.
+func (r *records) removeAll() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.byPF = map[string]pfRecord{}
+	if err := os.RemoveAll(r.dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the records of NICs: %w", err)
+	}
+	return nil
+}
