@@ -380,7 +380,7 @@ func (r *network) report(ctx context.Context, object client.Object, refused *ref
 	if err != nil {
 		return err
 	}
-	desired, err := applyPartOf(kind, client.ObjectKeyFromObject(object), "status", status)
+	desired, err := applyStatusOf(kind, client.ObjectKeyFromObject(object), status)
 	if err != nil {
 		return err
 	}

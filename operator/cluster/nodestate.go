@@ -33,6 +33,7 @@ func (r *nodeState) setup(mgr ctrl.Manager) error {
 		For(&sriovv1.SriovNetworkNodeState{}).
 		// Nodes with an agent have a state.
 		Watches(&sriovv1.SriovOperatorConfig{}, handler.EnqueueRequestsFromMapFunc(r.ofAll), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		Watches(&sriovv1.SriovNetworkPoolConfig{}, handler.EnqueueRequestsFromMapFunc(r.ofAll), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&appsv1.DaemonSet{}, handler.EnqueueRequestsFromMapFunc(r.ofAll), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		WatchesMetadata(nodeMetadata(), handler.EnqueueRequestsFromMapFunc(r.ofNode), builder.WithPredicates(predicate.LabelChangedPredicate{})).
 		// On an update the old and the new policy are both mapped, so that nodes it no
@@ -122,7 +123,12 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 	if err = r.List(ctx, policies, client.InNamespace(r.namespace)); err != nil {
 		return ctrl.Result{}, fmt.Errorf("list policies: %w", err)
 	}
+	pools := &sriovv1.SriovNetworkPoolConfigList{}
+	if err = r.List(ctx, pools, client.InNamespace(r.namespace), client.UnsafeDisableDeepCopy); err != nil {
+		return ctrl.Result{}, fmt.Errorf("list pools: %w", err)
+	}
 	spec, _ := plan.Desired(inEffect(policies.Items), node.Labels, state.Status.Interfaces, state.Spec)
+	spec.System.RdmaMode = plan.RdmaMode(plan.NewPools(pools.Items).Of(node.Labels), state.Spec.System.RdmaMode)
 	if !missing && equality.Semantic.DeepEqual(spec, state.Spec) && metav1.IsControlledBy(state, config) {
 		return ctrl.Result{}, nil
 	}
@@ -142,7 +148,8 @@ func (r *nodeState) apply(ctx context.Context, key client.ObjectKey, config *sri
 	// stays when somebody else has written it too. The rest of the spec is not ours.
 	part, err := runtime.DefaultUnstructuredConverter.ToUnstructured(&struct {
 		Interfaces []sriovv1.Interface `json:"interfaces"`
-	}{append([]sriovv1.Interface{}, spec.Interfaces...)})
+		System     sriovv1.System      `json:"system,omitzero"`
+	}{append([]sriovv1.Interface{}, spec.Interfaces...), spec.System})
 	if err != nil {
 		return fmt.Errorf("convert the spec of SriovNetworkNodeState %s: %w", key.Name, err)
 	}
@@ -159,7 +166,7 @@ func (r *nodeState) apply(ctx context.Context, key client.ObjectKey, config *sri
 
 // awaitAgent says in a new state what to look at should nothing else ever be said there.
 func (r *nodeState) awaitAgent(ctx context.Context, key client.ObjectKey) error {
-	status, err := applyPart("SriovNetworkNodeState", key, "status", &struct {
+	status, err := applyStatus("SriovNetworkNodeState", key, &struct {
 		Conditions []metav1.Condition `json:"conditions"`
 	}{[]metav1.Condition{{
 		Type: sriovv1.ConditionReady, Status: metav1.ConditionUnknown, Reason: "AgentPending", LastTransitionTime: metav1.Now(),

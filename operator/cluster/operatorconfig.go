@@ -279,7 +279,7 @@ func (r *operatorConfig) report(ctx context.Context, config *sriovv1.SriovOperat
 		return nil
 	}
 	key := client.ObjectKeyFromObject(config)
-	desired, err := applyPart("SriovOperatorConfig", key, "status", &sriovv1.SriovOperatorConfigStatus{
+	desired, err := applyStatus("SriovOperatorConfig", key, &sriovv1.SriovOperatorConfigStatus{
 		Conditions: own, ObservedGeneration: config.Generation, MatchedNodeCount: o.matched, ReadyNodeCount: o.running,
 	})
 	if err != nil {

@@ -96,7 +96,7 @@ func (r *policyStatus) Reconcile(ctx context.Context, request ctrl.Request) (ctr
 	if equality.Semantic.DeepEqual(status, policy.Status) {
 		return ctrl.Result{}, nil
 	}
-	desired, err := applyPart("SriovNetworkNodePolicy", request.NamespacedName, "status", &status)
+	desired, err := applyStatus("SriovNetworkNodePolicy", request.NamespacedName, &status)
 	if err != nil {
 		return ctrl.Result{}, err
 	}

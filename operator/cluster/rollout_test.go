@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -207,7 +208,7 @@ func TestRollOut(t *testing.T) {
 	says(sriovv1.ConditionProgressing, metav1.ConditionTrue, "AgentsRollingOut", "")
 	eventually(t, func() error {
 		if _, err := getState(t, "ro-3"); !apierrors.IsNotFound(err) {
-			return fmt.Errorf("the state of a node without an agent is there: %v", err)
+			return fmt.Errorf("the state of a node without an agent is there: %w", errors.Join(err))
 		}
 		return nil
 	})

@@ -63,6 +63,7 @@ func CacheOptions(config Config) cache.Options {
 		&sriovv1.SriovNetworkNodePolicy{}:                            own,
 		&sriovv1.SriovNetworkNodeState{}:                             own,
 		&sriovv1.SriovOperatorConfig{}:                               own,
+		&sriovv1.SriovNetworkPoolConfig{}:                            own,
 		&appsv1.DaemonSet{}:                                          named(agentName),
 		metadataOf(appsv1.SchemeGroupVersion.WithKind("Deployment")): named(operatorName),
 	}}
@@ -77,6 +78,12 @@ func Setup(mgr ctrl.Manager, config Config) error {
 	if err := (&nodeState{Client: mgr.GetClient(), namespace: config.Namespace}).setup(mgr); err != nil {
 		return fmt.Errorf("set up the node state controller: %w", err)
 	}
+	if err := (&pool{Client: mgr.GetClient(), namespace: config.Namespace, events: recorder}).setup(mgr); err != nil {
+		return fmt.Errorf("set up the pool controller: %w", err)
+	}
+	if err := (&eviction{Client: mgr.GetClient(), live: mgr.GetAPIReader(), namespace: config.Namespace, events: recorder}).setup(mgr); err != nil {
+		return fmt.Errorf("set up the eviction controller: %w", err)
+	}
 	if err := (&policyStatus{Client: mgr.GetClient(), namespace: config.Namespace, events: recorder}).setup(mgr); err != nil {
 		return fmt.Errorf("set up the policy status controller: %w", err)
 	}
@@ -86,21 +93,21 @@ func Setup(mgr ctrl.Manager, config Config) error {
 	return nil
 }
 
-// applyPart is one top-level field of an object of the group sriovnetwork.openshift.io as
-// an apply configuration.
-func applyPart(kind string, key client.ObjectKey, field string, value any) (runtime.ApplyConfiguration, error) {
-	return applyPartOf(sriovv1.SchemeGroupVersion.WithKind(kind), key, field, value)
+// applyStatus is the status of an object of the group sriovnetwork.openshift.io as an
+// apply configuration.
+func applyStatus(kind string, key client.ObjectKey, status any) (runtime.ApplyConfiguration, error) {
+	return applyStatusOf(sriovv1.SchemeGroupVersion.WithKind(kind), key, status)
 }
 
-func applyPartOf(kind schema.GroupVersionKind, key client.ObjectKey, field string, value any) (runtime.ApplyConfiguration, error) {
-	part, err := runtime.DefaultUnstructuredConverter.ToUnstructured(value)
+func applyStatusOf(kind schema.GroupVersionKind, key client.ObjectKey, status any) (runtime.ApplyConfiguration, error) {
+	part, err := runtime.DefaultUnstructuredConverter.ToUnstructured(status)
 	if err != nil {
-		return nil, fmt.Errorf("convert the %s of %s %s: %w", field, kind.Kind, key, err)
+		return nil, fmt.Errorf("convert the status of %s %s: %w", kind.Kind, key, err)
 	}
 	return client.ApplyConfigurationFromUnstructured(&unstructured.Unstructured{Object: map[string]any{
 		"apiVersion": kind.GroupVersion().String(), "kind": kind.Kind,
 		"metadata": map[string]any{"name": key.Name, "namespace": key.Namespace},
-		field:      part,
+		"status":   part,
 	}}), nil
 }
 

@@ -37,6 +37,10 @@ const (
 	ConditionDegraded    = "Degraded"
 )
 
+// ConditionEvicting of a node state is true while pods are being evicted, for a change of
+// the node. The operator sets it; what the reason Blocked says names each blocker.
+const ConditionEvicting = "Evicting"
+
 // ConditionRebootRequired of a node state is true while a change waits for the node to
 // be booted anew.
 const ConditionRebootRequired = "RebootRequired"
