@@ -26,7 +26,9 @@ type rdma struct {
 }
 
 // envKey is the environment name that holds a container's device IDs, in the
-// form applications know: upper case, '.' and '/' become '_', hyphens stay.
+// form applications know: upper case, '.' and '/' become '_', hyphens stay. It
+// begins with PCIDEVICE_ for MacVLAN slots, too, as other plugins have it for
+// whatever devices they offer: who looks for a resource computes the name.
 func envKey(prefix, resource string) string {
 	return strings.ToUpper("PCIDEVICE_" + strings.NewReplacer(".", "_", "/", "_").Replace(prefix+"/"+resource))
 }
@@ -68,9 +70,12 @@ func container(pool Pool, key, alias string, devices []Device, known map[string]
 	info := make(map[string]infoEntry, len(devices))
 	var nodes deviceNodes
 	for _, d := range devices {
-		ids = append(ids, d.PCIAddress)
-		e := infoEntry{"generic": {"deviceID": d.PCIAddress}}
-		f := known[d.PCIAddress]
+		ids = append(ids, d.ID())
+		e := infoEntry{"generic": {"deviceID": d.ID()}}
+		if d.Slot != "" {
+			e["macvlan"] = map[string]string{"parent": d.Parent}
+		}
+		f := known[d.ID()]
 		if pool.DeviceType == DeviceTypeVFIO {
 			if d.IOMMUGroup == "" {
 				return nil, fmt.Errorf("device %s has no IOMMU group: enable the IOMMU (intel_iommu=on or amd_iommu=on) "+
@@ -95,7 +100,7 @@ func container(pool Pool, key, alias string, devices []Device, known map[string]
 			nodes.add("/dev/net/tun", "/dev/net/tun")
 			e["vhost"] = map[string]string{"net-mount": "/dev/vhost-net", "tun-mount": "/dev/net/tun"}
 		}
-		info[d.PCIAddress] = e
+		info[d.ID()] = e
 	}
 	encoded, err := json.Marshal(info)
 	if err != nil {

@@ -1,4 +1,5 @@
-// Package deviceplugin offers pools of virtual functions to the kubelet.
+// Package deviceplugin offers pools of virtual functions and MacVLAN slots to the
+// kubelet.
 //
 // Each pool is one extended resource, "<prefix>/<name>", served by its own
 // gRPC server (device plugin API v1beta1) on its own socket in the kubelet's
@@ -20,4 +21,6 @@
 //
 // What a container gets (environment, device nodes, device-info file) is
 // computed by pure functions from the pool, the device and what sysfs says.
+// A slot is a right to one sub-interface of a link, and nothing in the machine:
+// it has an ID that names the link (host.SlotID), and no device nodes.
 package deviceplugin

@@ -24,14 +24,14 @@ type Options struct {
 	Dir           string // the kubelet's device-plugin directory
 	DeviceInfoDir string // where device-info files of device plugins are
 	SysFS         string // where sysfs is mounted
-	// Exists tells whether the VF at a PCI address is there and fit for use
-	// now, with an error that says what is wrong. It is asked at every
-	// allocation and must not call back into the Manager.
-	Exists func(pciAddress string) error
+	// Exists tells whether the device of an ID, a VF or the parent of a MacVLAN
+	// slot, is there and fit for use now, with an error that says what is wrong. It
+	// is asked at every allocation and must not call back into the Manager.
+	Exists func(id string) error
 	// Allocated is called when the kubelet is about to be given devices. It
 	// closes the gap until the kubelet's pod-resources API tells who has them,
 	// and must not call back into the Manager either.
-	Allocated func(pciAddresses []string)
+	Allocated func(ids []string)
 	Log       logr.Logger
 }
 
@@ -188,8 +188,8 @@ func (m *Manager) retire(name string, r *resource) {
 // and every live stream of the kubelet has been sent the change (there may be
 // none). A device that was allocated before stays with its pod: ask who holds
 // it after, not before, the withdrawal.
-func (m *Manager) Withdraw(ctx context.Context, pciAddresses []string) error {
-	m.each(func(r *resource) { r.withdraw(pciAddresses) })
+func (m *Manager) Withdraw(ctx context.Context, ids []string) error {
+	m.each(func(r *resource) { r.withdraw(ids) })
 	return m.told(ctx)
 }
 

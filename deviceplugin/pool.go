@@ -22,9 +22,11 @@ type Pool struct {
 	Devices         []Device
 }
 
-// Device is one virtual function of a pool.
+// Device is one virtual function of a pool, or one MacVLAN slot.
 type Device struct {
-	PCIAddress string // domain:bus:device.function; the device's ID towards the kubelet
+	PCIAddress string // of a VF, domain:bus:device.function
+	Slot       string // of a MacVLAN slot, host.SlotID
+	Parent     string // of a MacVLAN slot: its link; besides these NUMANode and the health are given
 	PFAddress  string
 	PFName     string
 	VFIndex    int
@@ -35,6 +37,9 @@ type Device struct {
 	Healthy    bool
 	Reason     string // why it is not healthy
 }
+
+// ID is the device's ID towards the kubelet: a PCI address or a slot.
+func (d Device) ID() string { return cmp.Or(d.Slot, d.PCIAddress) }
 
 // DeviceTypeVFIO is the Pool.DeviceType of VFs that are handed to user space.
 const DeviceTypeVFIO = "vfio-pci"
@@ -53,13 +58,16 @@ func (p *Pool) check(prefix string) error {
 	}
 	seen := make(map[string]bool, len(p.Devices))
 	for _, d := range p.Devices {
-		if !host.ValidPCIAddress(d.PCIAddress) {
+		if d.Slot == "" && !host.ValidPCIAddress(d.PCIAddress) {
 			return fmt.Errorf("resource %q: device %q is not a PCI address of the form 0000:01:00.0", name, d.PCIAddress)
 		}
-		if seen[d.PCIAddress] {
-			return fmt.Errorf("resource %q: device %s is listed twice", name, d.PCIAddress)
+		if parent, _, err := host.ParseSlotID(d.Slot); d.Slot != "" && (err != nil || parent != d.Parent) {
+			return fmt.Errorf("resource %q: device %q is not a MacVLAN slot of link %s", name, d.Slot, d.Parent)
 		}
-		seen[d.PCIAddress] = true
+		if seen[d.ID()] {
+			return fmt.Errorf("resource %q: device %s is listed twice", name, d.ID())
+		}
+		seen[d.ID()] = true
 	}
 	return nil
 }
@@ -80,10 +88,10 @@ func checkPools(prefix string, pools []Pool) (map[string]Pool, error) {
 			continue
 		}
 		for _, d := range p.Devices {
-			byDevice[d.PCIAddress] = append(byDevice[d.PCIAddress], p.Resource)
+			byDevice[d.ID()] = append(byDevice[d.ID()], p.Resource)
 		}
 		p.Devices = slices.SortedFunc(slices.Values(p.Devices), func(a, b Device) int {
-			return cmp.Compare(a.PCIAddress, b.PCIAddress)
+			return cmp.Compare(a.ID(), b.ID())
 		})
 		good[p.Resource] = p
 	}
@@ -99,7 +107,7 @@ func checkPools(prefix string, pools []Pool) (map[string]Pool, error) {
 		}
 	}
 	reject(byEnv, "environment variable %s would belong to several resources (%s): give them names that differ in more than case")
-	reject(byDevice, "device %s is in several resources (%s): make the nicSelectors of their policies disjoint")
+	reject(byDevice, "device %s is in several resources (%s): make the selectors of their policies disjoint")
 	return good, errors.Join(errs...)
 }
 

@@ -7,8 +7,11 @@ import (
 
 // prefer chooses size devices of available, among them all of must, so that
 // they are on as few NUMA nodes as possible and, within a node, on as few PFs
-// as possible; equal choices are made in the order of PCI addresses. It returns
-// fewer than size when there are not enough.
+// or parents as possible; equal choices are made in the order of IDs. Of several
+// that do, VFs are taken from the PF with the fewest left, which keeps the others
+// whole, and slots from the parent with the most left: slots share a link, and pods
+// have more of it where there are fewer. It returns fewer than size when there are
+// not enough.
 func prefer(devices map[string]Device, excludeTopology bool, available, must []string, size int) []string {
 	numa := func(id string) int {
 		if excludeTopology {
@@ -22,12 +25,14 @@ func prefer(devices map[string]Device, excludeTopology bool, available, must []s
 		return !known || slices.Contains(chosen, id)
 	})
 	for len(chosen) < size && len(free) > 0 {
-		node := best(free, chosen, size-len(chosen), numa)
+		spread := devices[free[0]].Slot != ""
+		node := best(free, chosen, size-len(chosen), spread, numa)
 		onNode := slices.DeleteFunc(slices.Clone(free), func(id string) bool { return numa(id) != node })
-		// A PF is told by its address; within one NUMA node only.
-		pf := best(onNode, chosen, size-len(chosen), func(id string) string { return devices[id].PFAddress })
+		// A PF is told by its address, a parent by its name; within one NUMA node only.
+		group := func(id string) string { return cmp.Or(devices[id].PFAddress, devices[id].Parent) }
+		from := best(onNode, chosen, size-len(chosen), spread, group)
 		for _, id := range onNode {
-			if devices[id].PFAddress == pf && len(chosen) < size {
+			if group(id) == from && len(chosen) < size {
 				chosen = append(chosen, id)
 				free = slices.DeleteFunc(free, func(f string) bool { return f == id })
 			}
@@ -37,9 +42,9 @@ func prefer(devices map[string]Device, excludeTopology bool, available, must []s
 }
 
 // best returns the group (as told by of) to take the next devices from: one
-// that has some of the chosen already, else the smallest that has need free
-// ones, else the largest.
-func best[K cmp.Ordered](free, chosen []string, need int, of func(string) K) K {
+// that has some of the chosen already, else the smallest (with spread, the
+// largest) that has need free ones, else the largest.
+func best[K cmp.Ordered](free, chosen []string, need int, spread bool, of func(string) K) K {
 	count := make(map[K]int)
 	for _, id := range free {
 		count[of(id)]++
@@ -52,7 +57,7 @@ func best[K cmp.Ordered](free, chosen []string, need int, of func(string) K) K {
 		switch n := count[k]; {
 		case used[k]:
 			return [3]int{0, -n}
-		case n >= need:
+		case n >= need && !spread:
 			return [3]int{1, n}
 		default:
 			return [3]int{2, -n}

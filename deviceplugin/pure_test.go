@@ -67,7 +67,7 @@ func TestCheckPools(t *testing.T) {
 		{"device twice", []Pool{twice}, "", []string{`"p.io/a"`, "0000:01:00.1", "twice"}},
 		{"name twice", []Pool{pool("a"), pool("a"), pool("b")}, "b", []string{"PCIDEVICE_P_IO_A", "a, a"}},
 		{"names differ in case", []Pool{pool("nic"), pool("NIC"), pool("b")}, "b", []string{"NIC, nic"}},
-		{"device in two", []Pool{pool("a", vf(1)), pool("b", vf(1)), pool("c", vf(2))}, "c", []string{"0000:01:00.1", "a, b", "nicSelector"}},
+		{"device in two", []Pool{pool("a", vf(1)), pool("b", vf(1)), pool("c", vf(2))}, "c", []string{"0000:01:00.1", "a, b", "selectors"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			good, err := checkPools("p.io", c.pools)

@@ -88,7 +88,7 @@ func (r *resource) update(pool Pool, key, alias string) error {
 	r.pool, r.key, r.alias = pool, key, alias
 	r.devices = make(map[string]Device, len(pool.Devices))
 	for _, d := range pool.Devices {
-		r.devices[d.PCIAddress] = d
+		r.devices[d.ID()] = d
 	}
 	r.publish()
 	return pruneDeviceInfo(r.opts.DeviceInfoDir, r.name, func(id string) bool { _, ok := r.devices[id]; return ok })
@@ -373,13 +373,18 @@ func (r *resource) allocate(ids []string) (*api.ContainerAllocateResponse, error
 				"and see the status of this node's SriovNetworkNodeState", id, err))
 		}
 		devices = append(devices, d)
-		known[id] = readFacts(r.opts.SysFS, d)
+		if d.Slot == "" {
+			known[id] = readFacts(r.opts.SysFS, d)
+		}
 	}
 	out, err := container(r.pool, r.key, r.alias, devices, known)
 	if err != nil {
 		return nil, fail(err)
 	}
 	for _, d := range devices {
+		if d.Slot != "" {
+			continue // the specification has no type for it
+		}
 		if err := writeDeviceInfo(r.opts.DeviceInfoDir, r.name, deviceInfo(d, known[d.PCIAddress])); err != nil {
 			return nil, fail(err)
 		}

@@ -62,9 +62,11 @@ type Pool struct {
 	Devices         []Device
 }
 
-// Device is one VF of a pool.
+// Device is one VF of a pool, or one MacVLAN slot.
 type Device struct {
-	PCIAddress string
+	PCIAddress string // of a VF
+	Slot       string // of a MacVLAN slot, host.SlotID
+	Parent     string // of a MacVLAN slot: its link; besides these NUMANode and the health are given
 	PFAddress  string
 	PFName     string
 	VFIndex    int
