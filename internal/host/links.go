@@ -40,8 +40,8 @@ type ParentLink struct {
 	IfIndex    int
 	Kind       LinkKind
 	AltNames   []string
-	MAC        net.HardwareAddr
-	MTU        int // bytes
+	MAC        net.HardwareAddr // nil for a bridge
+	MTU        int              // bytes
 	AdminUp    bool
 	Master     string // bond, bridge or the like that takes its packets: the kernel makes no sub-interface on it (EBUSY)
 	Lower      string // the link that a VLAN device is on; empty when it is in another namespace
@@ -86,6 +86,9 @@ func (h *Host) Links(ctx context.Context) ([]ParentLink, error) {
 		p := ParentLink{
 			Name: a.Name, IfIndex: a.Index, Kind: kind, AltNames: slices.Sorted(slices.Values(a.AltNames)), MAC: a.HardwareAddr, MTU: a.MTU,
 			AdminUp: a.RawFlags&unix.IFF_UP != 0, Master: takenBy(a, byIndex), NUMANode: -1,
+		}
+		if kind == BridgeLink {
+			p.MAC = nil // that of a port, often: another with each pod that comes
 		}
 		if vlan, ok := l.(*netlink.Vlan); ok {
 			p.Managed = a.Group == managedGroup

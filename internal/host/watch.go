@@ -202,7 +202,8 @@ func (f linkFilter) change(kind uint16, data []byte) Changes {
 		}
 		return Changes{Parents: true} // of another bus than PCI
 	}
-	switch LinkKind(text(virtual)) {
+	name := text(virtual)
+	switch LinkKind(name) {
 	case BondLink, BridgeLink, VLANLink, VXLANLink:
 	default:
 		return Changes{}
@@ -213,6 +214,9 @@ func (f linkFilter) change(kind uint16, data []byte) Changes {
 	}
 	is := fmt.Sprint(flags & unix.IFF_UP)
 	for _, shown := range []uint16{unix.IFLA_IFNAME, unix.IFLA_MTU, unix.IFLA_ADDRESS, unix.IFLA_MASTER, unix.IFLA_LINK, unix.IFLA_PROP_LIST} {
+		if shown == unix.IFLA_ADDRESS && LinkKind(name) == BridgeLink {
+			continue
+		}
 		value, _ := attribute(attributes, shown)
 		is += fmt.Sprintf(" %x", value)
 	}

@@ -86,6 +86,7 @@ type Agent struct {
 	// The RDMA subsystem's mode, and when the kernel last refused to change it.
 	rdmaMode string
 	rdmaBusy time.Time
+	parents  parents
 	// Failures in a row to write the status, to advertise, to read the NICs.
 	unsent, unsold, unread int
 }
@@ -114,6 +115,7 @@ func New(c Config) *Agent {
 	return &Agent{
 		Config: c, poke: make(chan struct{}, 1), looked: make(chan struct{}), offered: map[string]bool{},
 		unsettable: map[string]host.VFAttrs{}, baselines: map[string]baseline{}, names: map[string]*hostName{}, retries: map[string]*retry{}, nics: map[string]*nic{},
+		parents: parents{changed: true, retries: map[v1.MacvlanParent]*parentRetry{}},
 	}
 }
 
@@ -276,14 +278,20 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 		return !slices.ContainsFunc(p.reports, func(r *report) bool { return r.have.PCIAddress == address })
 	})
 	a.lookOne.Do(func() { close(a.looked) })
+	p.lookAtParents(ctx)
 	if len(work) > 0 {
 		p.publish(ctx)
 		p.do(ctx, work)
+		p.readLinks(ctx) // a PF's netdev may be another now
+		p.lookAtParents(ctx)
 	}
 	if ctx.Err() != nil {
 		return resync
 	}
 	p.publish(ctx)
+	if p.removeVLANs(ctx) {
+		p.publish(ctx)
+	}
 	return p.next()
 }
 

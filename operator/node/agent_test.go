@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -129,6 +130,7 @@ func (p *plugin) healthy(resource string) []string {
 type usage struct {
 	mu   sync.Mutex
 	pods map[string]string
+	err  error // why Held does not know
 }
 
 func (u *usage) Holder(address string) (string, bool) {
@@ -136,6 +138,12 @@ func (u *usage) Holder(address string) (string, bool) {
 	defer u.mu.Unlock()
 	pod, held := u.pods[address]
 	return pod, held
+}
+
+func (u *usage) Held() (map[string]string, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return maps.Clone(u.pods), u.err
 }
 
 func (u *usage) set(address, pod string) {

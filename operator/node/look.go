@@ -81,6 +81,8 @@ func (a *Agent) mark(c host.Changes) {
 	for _, link := range c.Links {
 		a.unknown = !known("", link) || a.unknown
 	}
+	// A NIC's netdev can be a parent, too.
+	a.parents.changed = true
 	if c.All {
 		a.unknown = true
 		for _, n := range a.nics {

@@ -28,6 +28,9 @@ type Kernel interface {
 	SetVDPA(ctx context.Context, vfAddress, kind string) error
 	RDMAMode(ctx context.Context) (string, error)
 	SetRDMAMode(ctx context.Context, mode string) error
+	Links(ctx context.Context) ([]host.ParentLink, error)
+	AddVLAN(ctx context.Context, lower host.Link, name string, id int) error
+	RemoveVLAN(ctx context.Context, l host.Link) error
 	Watch(ctx context.Context) (<-chan host.Changes, error)
 }
 
@@ -44,7 +47,7 @@ type States interface {
 	Event(state *v1.SriovNetworkNodeState, eventType, reason, message string)
 }
 
-// Advertiser offers VFs to pods.
+// Advertiser offers VFs and MacVLAN slots to pods.
 type Advertiser interface {
 	// Withdraw returns when no new pod can get the devices any more.
 	Withdraw(ctx context.Context, pciAddresses []string) error
@@ -78,8 +81,11 @@ type Device struct {
 	Reason     string // why it is not
 }
 
-// Usage tells which pod ("namespace/name", empty when not known) holds a VF now.
-// Agent.HolderChanged must be called after each change.
+// Usage tells which pod ("namespace/name", empty when not known) holds a VF or a
+// MacVLAN slot now. Agent.HolderChanged must be called after each change.
 type Usage interface {
 	Holder(pciAddress string) (pod string, held bool)
+	// Held gives the pods of all devices that are held, by ID; an error means that
+	// nobody knows.
+	Held() (map[string]string, error)
 }

@@ -358,7 +358,7 @@ func (p *pass) publish(ctx context.Context) {
 	p.advertise(ctx)
 	p.mu.Lock()
 	now := metav1.NewTime(time.Now().Truncate(time.Second))
-	s := status(p.reports, p.unreadable, p.state.Generation, p.own(p.state.Status.Conditions), now)
+	s := status(p.reports, &p.parents, p.unreadable, p.state.Generation, p.own(p.state.Status.Conditions), now)
 	p.mu.Unlock()
 	s.System.RdmaMode = p.rdmaMode
 	for _, c := range p.Conditions {
@@ -372,13 +372,13 @@ func (p *pass) advertise(ctx context.Context) {
 	p.offers.Lock()
 	defer p.offers.Unlock()
 	p.mu.Lock()
-	all := pools(p.reports)
+	all := append(pools(p.reports), p.parents.pools()...)
 	p.mu.Unlock()
 	// Also when it fails: a part may have reached the kubelet. A device that is
 	// no longer healthy counts until it is withdrawn, which waits for the kubelet.
 	for _, pool := range all {
 		for _, d := range pool.Devices {
-			if d.Healthy {
+			if d.Healthy && d.Slot == "" {
 				p.offered[d.PCIAddress] = true
 			}
 		}
@@ -395,7 +395,7 @@ func (p *pass) advertise(ctx context.Context) {
 
 // next is when to look again without being woken.
 func (p *pass) next() time.Duration {
-	next := resync
+	next := p.nextParent()
 	if failures := max(p.unsent, p.unsold, p.unread); failures > 0 {
 		next = min(next, backoff(failures))
 	}

@@ -27,6 +27,7 @@ const (
 	ReasonRefused     = "KernelRefused"   // the kernel or the driver said no
 	ReasonNotFound    = "NICNotFound"     // the spec names a NIC that the node has not
 	ReasonNoState     = "StateNotWritten" // the agent could not write what must survive a reboot
+	ReasonNoParent    = "NoParent"        // the spec names a MacVLAN parent that is not there, or cannot be one
 	ReasonUnreadable  = "NICUnreadable"   // a NIC could not be read
 	ReasonIdle        = "Idle"            // no work to do
 	ReasonNoTrouble   = "NoTrouble"       // nothing is in the way
@@ -135,8 +136,8 @@ func (r *report) ready() (ready, asked int) {
 
 // status says what the reports say. The conditions of before, which are the
 // agent's own, keep their time of transition where they did not change.
-func status(reports []*report, unreadable error, generation int64, before []metav1.Condition, now metav1.Time) v1.SriovNetworkNodeStateStatus {
-	s := v1.SriovNetworkNodeStateStatus{ObservedGeneration: generation, Pending: pending(reports)}
+func status(reports []*report, slots *parents, unreadable error, generation int64, before []metav1.Condition, now metav1.Time) v1.SriovNetworkNodeStateStatus {
+	s := v1.SriovNetworkNodeStateStatus{ObservedGeneration: generation, Pending: pending(reports), Macvlans: slots.status(), Links: statusLinks(slots.links, pooled(reports))}
 	var troubles []trouble
 	var waiting, blocked, reboot []string
 	ready, asked, nics, working := 0, 0, 0, false
@@ -164,6 +165,7 @@ func status(reports []*report, unreadable error, generation int64, before []meta
 	if unreadable != nil {
 		troubles = append(troubles, trouble{ReasonUnreadable, unreadable.Error()})
 	}
+	troubles = append(troubles, slots.troubles()...)
 	s.VFs = fmt.Sprintf("%d/%d", ready, asked)
 
 	set := func(kind string, on bool, reason, message string) {
@@ -207,7 +209,10 @@ func status(reports []*report, unreadable error, generation int64, before []meta
 	default:
 		s.SyncStatus = v1.SyncStatusSucceeded
 		message := fmt.Sprintf("%d NICs are configured, all %d VFs are ready", nics, asked)
-		if nics == 0 {
+		switch parents := len(s.Macvlans); {
+		case parents > 0:
+			message += fmt.Sprintf(", the slots of %d MacVLAN parents are offered", parents)
+		case nics == 0:
 			message = "no policy asks anything of this node"
 		}
 		set(v1.ConditionReady, true, ReasonConfigured, message)

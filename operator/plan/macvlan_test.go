@@ -38,10 +38,12 @@ func mvKinds(kinds ...sluicev1.LinkKind) mvEdit {
 		s.ParentSelector.PfNames, s.ParentSelector.Kinds = nil, kinds
 	})
 }
-func mvVlan(vlan int) mvEdit { return mvSpec(func(s *sluicev1.MacvlanNodePolicySpec) { s.Vlan = vlan }) }
-func mvMtu(mtu int) mvEdit   { return mvSpec(func(s *sluicev1.MacvlanNodePolicySpec) { s.Mtu = mtu }) }
-func mvSlots(n int) mvEdit   { return mvSpec(func(s *sluicev1.MacvlanNodePolicySpec) { s.Slots = n }) }
-func mvPrio(n int) mvEdit    { return mvSpec(func(s *sluicev1.MacvlanNodePolicySpec) { s.Priority = &n }) }
+func mvVlan(vlan int) mvEdit {
+	return mvSpec(func(s *sluicev1.MacvlanNodePolicySpec) { s.Vlan = vlan })
+}
+func mvMtu(mtu int) mvEdit { return mvSpec(func(s *sluicev1.MacvlanNodePolicySpec) { s.Mtu = mtu }) }
+func mvSlots(n int) mvEdit { return mvSpec(func(s *sluicev1.MacvlanNodePolicySpec) { s.Slots = n }) }
+func mvPrio(n int) mvEdit  { return mvSpec(func(s *sluicev1.MacvlanNodePolicySpec) { s.Priority = &n }) }
 func mvResource(name string) mvEdit {
 	return mvSpec(func(s *sluicev1.MacvlanNodePolicySpec) { s.ResourceName = name })
 }

@@ -242,7 +242,7 @@ type Link struct {
 	// altNames are the kernel's alternative names of the link.
 	// +optional
 	AltNames []string `json:"altNames,omitempty"`
-	// mac is its hardware address.
+	// mac is its hardware address. That of a bridge, which changes with its ports, is not told.
 	// +optional
 	Mac string `json:"mac,omitempty"`
 	// mtu in bytes.

@@ -496,7 +496,11 @@ func (k *Kernel) change(op Op, what, object string, do func() unix.Errno) error 
 	if errno := do(); errno != 0 {
 		return &host.KernelError{Op: what, Object: object, Err: errno}
 	}
-	k.tell(host.Changes{Devices: []string{object}})
+	if host.ValidPCIAddress(object) {
+		k.tell(host.Changes{Devices: []string{object}})
+	} else {
+		k.tell(host.Changes{Parents: true})
+	}
 	return nil
 }
 

@@ -158,7 +158,7 @@ func run(ctx context.Context, c *config) error {
 	holders := newUsage(cni.Holder, kubelet.Devices, log.WithName("usage"))
 	plugin, err := deviceplugin.New(deviceplugin.Options{
 		Prefix: c.prefix, Dir: c.devicePlugins, DeviceInfoDir: c.deviceInfo, SysFS: c.sysfs, Log: log.WithName("deviceplugin"),
-		Exists: exists(attacher), Allocated: holders.allocated,
+		Exists: exists(attacher, kernel), Allocated: holders.allocated,
 	})
 	if err != nil {
 		return err

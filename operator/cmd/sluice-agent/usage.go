@@ -65,6 +65,24 @@ func (u *usage) Holder(pciAddress string) (string, bool) {
 	return "", false
 }
 
+// Held gives what the kubelet has given away: what Holder tells of each device that is
+// not attached.
+func (u *usage) Held() (map[string]string, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if time.Since(u.asked) > fresh {
+		u.ask()
+	}
+	held := map[string]string{}
+	for id, at := range u.given {
+		if time.Since(at) < grace {
+			held[id] = ""
+		}
+	}
+	maps.Copy(held, u.pods)
+	return held, u.err
+}
+
 // ask asks the kubelet. mu is held.
 func (u *usage) ask() {
 	ctx, cancel := context.WithTimeout(context.Background(), askTimeout)

@@ -68,6 +68,28 @@ func TestAnAllocationCountsAtOnce(t *testing.T) {
 	})
 }
 
+func TestHeld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &authorities{allocated: map[string]string{vf1: "ns/b"}}
+		u := a.usage(t)
+		u.allocated([]string{vf1, "ens1f0-3"})
+		want := map[string]string{vf1: "ns/b", "ens1f0-3": ""}
+		if held, err := u.Held(); err != nil || !maps.Equal(held, want) {
+			t.Errorf("%v, %v", held, err)
+		}
+		time.Sleep(grace)
+		delete(want, "ens1f0-3")
+		if held, err := u.Held(); err != nil || !maps.Equal(held, want) {
+			t.Errorf("the kubelet never recorded it: %v, %v", held, err)
+		}
+		time.Sleep(fresh + 1)
+		a.err = errors.New("down")
+		if _, err := u.Held(); err == nil {
+			t.Error("the kubelet does not answer, and this is not told")
+		}
+	})
+}
+
 func TestTheKubeletIsNotAskedForEachVF(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &authorities{}

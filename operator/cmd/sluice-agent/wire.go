@@ -46,13 +46,17 @@ func devicePools(pools []node.Pool) []deviceplugin.Pool {
 	return out
 }
 
-// exists checks a VF at its allocation. One whose netdev is still in a former
-// pod passes: ADD waits for it, whereas a refused allocation fails the pod.
-func exists(kernel *host.Attacher) func(string) error {
-	return func(pciAddress string) error {
-		vf, err := kernel.VF(pciAddress)
+// exists checks a VF, or the parent of a MacVLAN slot, at its allocation. A VF whose
+// netdev is still in a former pod passes: ADD waits for it, whereas a refused
+// allocation fails the pod.
+func exists(vfs *host.Attacher, links *host.Host) func(string) error {
+	return func(id string) error {
+		if parent, _, err := host.ParseSlotID(id); err == nil {
+			return links.CheckParent(parent)
+		}
+		vf, err := vfs.VF(id)
 		if err == nil && vf.Driver == "" {
-			err = fmt.Errorf("VF %s has no driver", pciAddress)
+			err = fmt.Errorf("VF %s has no driver", id)
 		}
 		return err
 	}
