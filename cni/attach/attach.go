@@ -96,6 +96,13 @@ func New(o Options) (*Attacher, error) {
 	return &Attacher{Options: o, journal: j}, nil
 }
 
+// Attached returns the settings that the VF was given at its PF for the pod it is
+// attached to; ok is false while it is attached to none, or not yet.
+func (a *Attacher) Attached(pciAddress string) (settings host.VFSettings, ok bool) {
+	r, held := a.journal.owner(pciAddress)
+	return r.Settings, held && r.Phase == Attached
+}
+
 // Holder returns the pod that has the VF, as namespace/name, "" when its name is
 // not known.
 func (a *Attacher) Holder(pciAddress string) (pod string, held bool) {

@@ -68,6 +68,12 @@ func New(o Options) (*Server, error) {
 	}, nil
 }
 
+// Attached returns the settings that the VF was given at its PF for the pod it is
+// attached to; ok is false while it is attached to none, or not yet.
+func (s *Server) Attached(pciAddress string) (settings host.VFSettings, ok bool) {
+	return s.attacher.Attached(pciAddress)
+}
+
 // Holder returns the pod that has the VF, as namespace/name, "" when its name is
 // not known. It may be called at any time.
 func (s *Server) Holder(pciAddress string) (pod string, held bool) {

@@ -46,6 +46,9 @@ type Config struct {
 	States      States
 	Advertiser  Advertiser
 	Usage       Usage
+	// Attached tells the settings that a VF was given at its PF for the pod it is
+	// attached to; it is not ok while it is attached to none, or not yet.
+	Attached func(pciAddress string) (settings host.VFSettings, ok bool)
 	// GUIDFile has the InfiniBand GUIDs that the administrator has set aside for
 	// VFs, see plan.ParseGUIDs; it need not exist.
 	GUIDFile string

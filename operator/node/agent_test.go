@@ -128,9 +128,26 @@ func (p *plugin) healthy(resource string) []string {
 
 // usage is who holds what.
 type usage struct {
-	mu   sync.Mutex
-	pods map[string]string
-	err  error // why Held does not know
+	mu       sync.Mutex
+	pods     map[string]string
+	attached map[string]host.VFSettings
+	err      error // why Held does not know
+}
+
+func (u *usage) Attached(address string) (host.VFSettings, bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	s, ok := u.attached[address]
+	return s, ok
+}
+
+func (u *usage) attach(address string, s host.VFSettings) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.attached == nil {
+		u.attached = map[string]host.VFSettings{}
+	}
+	u.attached[address] = s
 }
 
 func (u *usage) Holder(address string) (string, bool) {
@@ -191,7 +208,7 @@ func rigWith(t *testing.T) *rig {
 
 // start makes a new agent, as after a restart.
 func (r *rig) start() {
-	r.agent = New(Config{Node: "vm1", StateDir: r.state, UpstreamDir: r.upstream, Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Log: testr.New(r.t),
+	r.agent = New(Config{Node: "vm1", StateDir: r.state, UpstreamDir: r.upstream, Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Attached: r.usage.Attached, Log: testr.New(r.t),
 		Conditions: []metav1.Condition{{Type: "Alias", Status: metav1.ConditionTrue, Reason: "Installed"}}})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -513,6 +530,104 @@ func TestDriftIsPutRightUnlessHeld(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// What somebody changes of a VF in a pod is told, not changed once more; a pod
+// that was just attached is no such change.
+func TestDriftOfHeldVFsIsTold(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+	r.ready()
+	held := vfAddress(nic0, 1)
+	given := r.kernel.PF(nic0).VFs[1].Admin
+	given.VLAN, given.VLANProto = 100, host.Dot1Q
+	r.usage.set(held, "default/p")
+	r.usage.attach(held, given)
+	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Admin = given })
+	r.eventually(func() error {
+		if got := r.server.status().Interfaces[0].VFs[1]; got.Assigned != "default/p" || got.Vlan != 100 {
+			return fmt.Errorf("%+v", got)
+		}
+		return nil
+	})
+	for _, s := range r.server.applied {
+		if c := meta.FindStatusCondition(s.Conditions, v1.ConditionDegraded); c.Reason == ReasonDrifted {
+			t.Fatalf("an attachment was taken for a change: %s", c.Message)
+		}
+	}
+	r.kernel.Calls()
+	start := time.Now()
+	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Admin.Trust = true })
+	r.degraded(ReasonDrifted, "VF 1 of ens1f0", "default/p", "trust of the VF is on, not off")
+	if d := time.Since(start); d > 200*time.Millisecond {
+		t.Errorf("told after %s", d)
+	}
+	if got := r.plugin.healthy("left"); len(got) != 2 {
+		t.Errorf("left offers %v", got)
+	}
+	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Admin.Trust = false })
+	r.ready()
+	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Driver = "" })
+	r.degraded(ReasonDrifted, "unbound from its driver")
+	if calls := r.kernel.Calls(); len(calls) > 0 {
+		t.Errorf("touched: %v", calls)
+	}
+}
+
+// A storm of events does not make the agent read the NIC for each.
+func TestStormOfEventsIsBounded(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+	r.ready()
+	time.Sleep(100 * time.Millisecond)
+	r.kernel.Reads()
+	start := time.Now()
+	for time.Since(start) < time.Second {
+		r.kernel.Tell(host.Changes{Devices: []string{nic0}})
+		time.Sleep(time.Millisecond)
+	}
+	reads := r.kernel.Reads()
+	if n := reads[hostfake.ReadVFSettings]; n == 0 || n > 160 || reads[hostfake.Inventory] > 0 {
+		t.Errorf("read %v in a second of events", reads)
+	}
+	// The other NIC is seen at once.
+	start = time.Now()
+	r.kernel.Change(func(pfs []host.PF) { pfs[1].MTU = 1400 })
+	r.eventually(func() error {
+		if got := r.server.status().Interfaces[1].Mtu; got != 1400 {
+			return fmt.Errorf("MTU %d", got)
+		}
+		return nil
+	})
+	if d := time.Since(start); d > 200*time.Millisecond {
+		t.Errorf("told after %s", d)
+	}
+}
+
+func TestBudget(t *testing.T) {
+	t.Parallel()
+	var b budget
+	now := time.Unix(1000, 0)
+	if b.wait(now) != 0 {
+		t.Error("the first look waits")
+	}
+	b.spend(lookBurst + 50*time.Millisecond)
+	wait := b.wait(now)
+	if wait != 50*time.Millisecond*lookShare {
+		t.Errorf("wait %s", wait)
+	}
+	if got := b.wait(now.Add(wait / 2)); got != wait/2 {
+		t.Errorf("after half of it wait %s", got)
+	}
+	if got := b.wait(now.Add(wait + time.Second)); got != 0 {
+		t.Errorf("after all of it wait %s", got)
+	}
+	b.wait(now.Add(time.Hour))
+	if b.credit != lookBurst {
+		t.Errorf("saved up %s", b.credit)
+	}
 }
 
 func vfFacts(pf *host.PF) []string {

@@ -5,6 +5,7 @@ package node
 import (
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/go-logr/logr/testr"
+	"github.com/vishvananda/netlink"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
@@ -66,7 +68,7 @@ func newLab(t *testing.T) *lab {
 }
 
 func (l *lab) start() {
-	l.agent = New(Config{Node: "guest", StateDir: l.state, Kernel: l.host, States: l.server, Advertiser: l.plugin, Usage: l.usage, Log: testr.New(l.T)})
+	l.agent = New(Config{Node: "guest", StateDir: l.state, Kernel: l.host, States: l.server, Advertiser: l.plugin, Usage: l.usage, Attached: l.usage.Attached, Log: testr.New(l.T)})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
@@ -217,6 +219,101 @@ func TestLabAgent(t *testing.T) {
 		l.succeeded("told", "0/0")
 		if pf := l.read(nic0); pf.NumVFs != 0 {
 			t.Errorf("%d VFs", pf.NumVFs)
+		}
+	})
+}
+
+// Whatever somebody changes of a VF that no pod holds, or of its PF, is put right
+// within 200 ms, by the kernel's events alone.
+func TestLabDriftIsPutRightAtOnce(t *testing.T) {
+	l := newLab(t)
+	want := wants(nic0, 4, of("left", "0-3", 1400))
+	want.Mtu = 2000
+	l.server.spec(want)
+	l.succeeded("4 VFs", "4/4")
+	link, err := netlink.LinkByName("ens1f0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	vf := func() netlink.Link {
+		l, err := netlink.LinkByName(l.read(nic0).VFs[1].Name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	write := func(path, value string) error { return os.WriteFile(path, []byte(value), 0) }
+	address := l.read(nic0).VFs[1].PCIAddress
+	driver := l.read(nic0).Driver
+	right := func() string {
+		pf := l.read(nic0)
+		facts := fmt.Sprintf("PF MTU %d, up %t, %d VFs", pf.MTU, pf.AdminUp, len(pf.VFs))
+		if len(pf.VFs) > 1 {
+			v := pf.VFs[1]
+			facts += fmt.Sprintf("; driver %s, netdev %t, MTU %d, MAC %s, %+v", v.Driver, v.Name != "", v.MTU, v.MAC, v.Admin)
+		}
+		return facts
+	}
+	mac := net.HardwareAddr{2, 0, 0, 0, 0xaa, 1}
+	was := right()
+	for _, c := range []struct {
+		what   string
+		limit  time.Duration
+		change func() error
+	}{
+		{"admin MAC", 0, func() error { return netlink.LinkSetVfHardwareAddr(link, 1, mac) }},
+		{"VLAN", 0, func() error { return netlink.LinkSetVfVlan(link, 1, 77) }},
+		{"trust", 0, func() error { return netlink.LinkSetVfTrust(link, 1, true) }},
+		{"spoof check", 0, func() error { return netlink.LinkSetVfSpoofchk(link, 1, false) }},
+		{"link state", 0, func() error { return netlink.LinkSetVfState(link, 1, 2) }},
+		{"rate", 0, func() error { return netlink.LinkSetVfRate(link, 1, 0, 100) }},
+		{"MTU of the VF", 0, func() error { return netlink.LinkSetMTU(vf(), 1300) }},
+		{"MTU of the PF", 0, func() error { return netlink.LinkSetMTU(link, 1500) }},
+		{"PF down", 0, func() error { return netlink.LinkSetDown(link) }},
+		{"driver", 0, func() error { return write("/sys/bus/pci/devices/"+address+"/driver/unbind", address) }},
+		// The kernel itself takes a second to remove VFs, and 0.1 s to make them.
+		{"number of VFs", time.Second, func() error { return write("/sys/bus/pci/devices/"+nic0+"/sriov_numvfs", "0") }},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			if driver != "sluicenic" && (c.what == "link state" || c.what == "rate") {
+				t.Skipf("driver %s cannot set it", driver)
+			}
+			if err := c.change(); err != nil {
+				t.Fatal(err)
+			}
+			start := time.Now()
+			for right() != was {
+				if time.Since(start) > 20*time.Second {
+					t.Fatalf("not put right:\n%s, was\n%s", right(), was)
+				}
+				time.Sleep(2 * time.Millisecond)
+			}
+			d := time.Since(start)
+			t.Logf("%s: put right in %s", c.what, d.Round(time.Millisecond))
+			limit := 200*time.Millisecond + c.limit
+			if driver != "sluicenic" {
+				limit += 3 * time.Second // on an emulated processor, every step takes ten times as long
+			}
+			if d > limit {
+				t.Errorf("put right after %s", d)
+			}
+			l.succeeded("told", "4/4")
+		})
+	}
+	t.Run("cost of a look", func(t *testing.T) {
+		pf := l.read(nic0)
+		for what, look := range map[string]func() error{
+			"all NICs":          func() error { _, err := l.host.Inventory(t.Context()); return err },
+			"one NIC":           func() error { _, _, err := l.host.ReadPF(t.Context(), nic0); return err },
+			"settings of 4 VFs": func() error { return l.host.ReadVFSettings(t.Context(), &pf) },
+		} {
+			start := time.Now()
+			for range 20 {
+				if err := look(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			t.Logf("%s: %s", what, time.Since(start)/20)
 		}
 	})
 }

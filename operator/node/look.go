@@ -46,10 +46,11 @@ func (b *budget) spend(d time.Duration) { b.credit -= max(d, leastLook) }
 
 // nic is what is known of one NIC, and how far that can be relied on.
 type nic struct {
-	pf      host.PF // as last read
-	changed bool    // something of it changed since
-	suspect bool    // the settings of its VFs may be others than those last read
-	stale   bool    // it could not be read when last looked at
+	pf      host.PF           // as last read
+	changed bool              // something of it changed since
+	suspect bool              // the settings of its VFs may be others than those last read
+	stale   bool              // it could not be read when last looked at
+	drift   map[string]string // see differing, when the settings were last read
 	budget  budget
 }
 

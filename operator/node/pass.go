@@ -75,7 +75,11 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 		p.failed(r)
 		return false
 	}
-	if err := p.readSettings(ctx, r); err != nil {
+	err := p.readSettings(ctx, r)
+	if err == nil {
+		err = p.tampered(ctx, r)
+	}
+	if err != nil {
 		return unreadable(err)
 	}
 	seen := p.view(r)
@@ -127,7 +131,7 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 		delete(p.retries, address)
 		return false
 	case len(ops) == 0:
-		if p.settle(ctx, r, blocked); len(r.troubles()) > 0 && !r.asked {
+		if p.settle(ctx, r, blocked); r.failed() && !r.asked {
 			p.failed(r)
 			return false
 		}
@@ -213,13 +217,13 @@ func (p *pass) do(ctx context.Context, work []*report) {
 	for r := range done {
 		p.mu.Lock()
 		r.working, r.touched = false, map[string]bool{}
-		if len(r.troubles()) > 0 {
+		if r.failed() {
 			p.failed(r)
 		} else {
 			delete(p.retries, r.have.PCIAddress)
 		}
 		p.nics[r.have.PCIAddress].pf = r.have
-		p.nics[r.have.PCIAddress].suspect = len(r.troubles()) > 0
+		p.nics[r.have.PCIAddress].suspect = r.failed()
 		p.learn(r)
 		p.mu.Unlock()
 		if left--; left > 0 && ctx.Err() == nil {

@@ -26,6 +26,7 @@ const (
 	ReasonUnsupported = "Unsupported"     // the spec asks for what the NIC, its driver or the machine has not
 	ReasonRefused     = "KernelRefused"   // the kernel or the driver said no
 	ReasonNotFound    = "NICNotFound"     // the spec names a NIC that the node has not
+	ReasonDrifted     = "ChangedByOthers" // somebody else changed a VF that a pod holds
 	ReasonNoState     = "StateNotWritten" // the agent could not write what must survive a reboot
 	ReasonNoParent    = "NoParent"        // the spec names a MacVLAN parent that is not there, or cannot be one
 	ReasonUnreadable  = "NICUnreadable"   // a NIC could not be read
@@ -53,6 +54,7 @@ type report struct {
 	blocked   []plan.Blocked  // what waits for pods or a reboot
 	trouble   trouble
 	vfTrouble map[int]trouble
+	drift     map[int]trouble // of VFs in pods, which stay on offer
 }
 
 // waits says what the PF itself, or with an index the VF, waits for.
@@ -232,6 +234,11 @@ func status(reports []*report, slots *parents, unreadable error, generation int6
 	return s
 }
 
+// failed tells whether something that was to be done could not be.
+func (r *report) failed() bool {
+	return r.trouble.message != "" || len(r.vfTrouble) > 0
+}
+
 // shorten keeps a message within the 1024 bytes that events may have,
 // and readable.
 func shorten(s string) string {
@@ -249,8 +256,10 @@ func (r *report) troubles() []trouble {
 		all = append(all, r.trouble)
 	}
 	for _, vf := range r.have.VFs {
-		if t := r.vfTrouble[vf.Index]; t.message != "" {
-			all = append(all, trouble{t.reason, fmt.Sprintf("VF %d of %s: %s", vf.Index, cmp.Or(r.have.Name, r.have.PCIAddress), t.message)})
+		for _, t := range []trouble{r.vfTrouble[vf.Index], r.drift[vf.Index]} {
+			if t.message != "" {
+				all = append(all, trouble{t.reason, fmt.Sprintf("VF %d of %s: %s", vf.Index, cmp.Or(r.have.Name, r.have.PCIAddress), t.message)})
+			}
 		}
 	}
 	return all
@@ -291,6 +300,7 @@ func (r *report) interfaceStatus() v1.InterfaceExt {
 				v.Message = why
 			}
 		}
+		v.Message = cmp.Or(v.Message, r.drift[vf.Index].message)
 		s.VFs = append(s.VFs, v)
 	}
 	return s
