@@ -1,0 +1,162 @@
+//go:build lab
+
+package node
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os/exec"
+	"reflect"
+	"slices"
+	"testing"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/klog/v2"
+
+	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// The most that the agent may take for what a shell script does by the same
+// operations on the kernel, as a ratio.
+const mostRatio = 1.2
+
+// bare is what one who knows how would type for one PF: VFs unprobed, their
+// addresses, one probe each, their MTU. Everything the shell can do without
+// starting a program it does so, and ip runs twice, not once for each VF.
+const bare = `
+set -e
+number=$1 mtu=$2 card=0
+shift 2
+for pf; do
+  card=$((card + 1))
+  device=/sys/class/net/$pf/device
+  ip link set $pf up
+  echo 0 >$device/sriov_drivers_autoprobe
+  echo $number >$device/sriov_numvfs
+  echo 1 >$device/sriov_drivers_autoprobe
+  i=0
+  while [ $i -lt $number ]; do
+    printf 'link set %s vf %d mac 02:00:00:00:%02x:%02x\n' $pf $i $card $i
+    i=$((i + 1))
+  done | ip -batch -
+  for vf in $device/virtfn*; do
+    cd -P $vf
+    echo ${PWD##*/} >/sys/bus/pci/drivers_probe
+    cd net
+    echo "link set $(echo *) mtu $mtu"
+  done | ip -batch -
+done`
+
+// BenchmarkLabVFs takes turns: the agent brings two PFs from nothing to all VFs
+// ready and told, and a shell script brings them to the same by the bare
+// operations. It runs in a guest with two cards of at least 32 VFs.
+func BenchmarkLabVFs(b *testing.B) {
+	const mtu = 1400
+	h, err := host.Open(host.DefaultSysfs)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer h.Close()
+	s := &server{
+		watch: make(chan *v1.SriovNetworkNodeState, 1),
+		state: &v1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Name: "guest", Generation: 1, UID: "1"}},
+	}
+	klog.LogToStderr(false) // written as the program writes it, but not shown
+	klog.SetOutput(io.Discard)
+	agent := New(Config{
+		Node: "guest", Kernel: h, States: s, Advertiser: &plugin{}, Usage: &usage{pods: map[string]string{}},
+		Log: klog.Background(),
+	})
+	ctx, cancel := context.WithCancel(b.Context())
+	done := make(chan error)
+	go func() { done <- agent.Run(ctx) }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			b.Error(err)
+		}
+	}()
+	s.mu.Lock()
+	s.send()
+	s.mu.Unlock()
+
+	ready := func(vfs string) {
+		for start := time.Now(); ; time.Sleep(time.Millisecond) {
+			s.mu.Lock()
+			status, generation := s.state.Status, s.state.Generation
+			s.mu.Unlock()
+			if status.ObservedGeneration == generation && status.SyncStatus == v1.SyncStatusSucceeded && status.VFs == vfs {
+				return
+			}
+			if time.Since(start) > time.Minute {
+				b.Fatalf("not %s: %+v", vfs, status)
+			}
+		}
+	}
+	read := func() []host.PF {
+		pfs, err := h.Inventory(ctx)
+		if err != nil {
+			b.Fatal(err)
+		}
+		for i := range pfs {
+			if err := h.ReadVFSettings(ctx, &pfs[i]); err != nil {
+				b.Fatal(err)
+			}
+		}
+		return pfs
+	}
+	// settled waits until the agent looks at nothing any more.
+	settled := func() { time.Sleep(2 * eventGap) }
+
+	for _, n := range []int{16, 32} {
+		b.Run(fmt.Sprintf("2x%d", n), func(b *testing.B) {
+			var byAgent, byShell []time.Duration
+			for b.Loop() {
+				start := time.Now()
+				s.spec(wants(nic0, n, of("left", fmt.Sprintf("0-%d", n-1), mtu)), wants(nic1, n, of("right", fmt.Sprintf("0-%d", n-1), mtu)))
+				ready(fmt.Sprintf("%d/%d", 2*n, 2*n))
+				byAgent = append(byAgent, time.Since(start))
+				made := read()
+				s.spec()
+				ready("0/0")
+				settled()
+
+				cmd := exec.Command("sh", "-c", bare, "sh", fmt.Sprint(n), fmt.Sprint(mtu), "ens1f0", "ens2f0")
+				start = time.Now()
+				if out, err := cmd.CombinedOutput(); err != nil || len(bytes.TrimSpace(out)) > 0 {
+					b.Fatalf("%v: %s", err, out)
+				}
+				byShell = append(byShell, time.Since(start))
+				for i, pf := range read() {
+					for j, vf := range pf.VFs {
+						vf.MAC, vf.Admin.MAC, vf.IfIndex = made[i].VFs[j].MAC, made[i].VFs[j].Admin.MAC, made[i].VFs[j].IfIndex
+						if !reflect.DeepEqual(vf, made[i].VFs[j]) {
+							b.Errorf("by the shell %+v, by the agent %+v", vf, made[i].VFs[j])
+						}
+					}
+					if err := h.SetNumVFs(ctx, pf.PCIAddress, 0); err != nil {
+						b.Fatal(err)
+					}
+				}
+				settled()
+			}
+			agent, shell := median(byAgent), median(byShell)
+			ratio := agent.Seconds() / shell.Seconds()
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(float64(agent.Microseconds())/1e3, "agent-ms")
+			b.ReportMetric(float64(shell.Microseconds())/1e3, "shell-ms")
+			b.ReportMetric(ratio, "ratio")
+			if ratio > mostRatio {
+				b.Errorf("the agent takes %.2f of the time of the bare operations, more than %.1f: %v and %v", ratio, mostRatio, byAgent, byShell)
+			}
+		})
+	}
+}
+
+func median(times []time.Duration) time.Duration {
+	return slices.Sorted(slices.Values(times))[len(times)/2]
+}
