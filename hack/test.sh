@@ -47,10 +47,10 @@ fuzz() {
   FUZZ_CACHE=$(go env GOCACHE)/fuzz/sluice
   say "fuzz targets, $FUZZ inputs each"
   local dir program
-  for dir in $(git grep --untracked -l '^func Fuzz' -- '*_test.go' | xargs -n 1 dirname | sort -u); do
+  for dir in $(with Fuzz); do
     program=$FUZZ_OUT/$dir/test
     # With the coverage counters that guide the search.
-    go test -c -fuzz=Fuzz -o "$program" "./$dir"
+    go test -c -fuzz=Fuzz -o "$program" "$dir"
     "$program" -test.list '^Fuzz' | sed "s|^|$dir |"
   done >"$FUZZ_OUT.list"
   # An input that fails is left in the package's testdata, where each go test tries it.
@@ -91,9 +91,21 @@ e2e() {
 
 bench() {
   tools
-  say "benchmarks"
-  go test -run '^$' -bench . -benchmem ./...
+  KUBEBUILDER_ASSETS=$(out/lab assets)
+  export KUBEBUILDER_ASSETS
+  local result=out/bench.txt failed=0
+  # One package, and one guest, at a time: two would measure each other.
+  say "benchmarks on this machine"
+  go test -p 1 -run '^$' -bench . -benchmem -timeout 30m $(with Benchmark) | tee "$result" || failed=1
+  say "benchmarks inside bare guests"
+  go test -p 1 -tags lab -run '^$' -bench Lab -benchtime 7x -timeout 30m -exec "$PWD/out/labrun -totalvfs 64" $(with BenchmarkLab) | tee -a "$result" || failed=1
+  say "what was measured, ratios to a floor measured in the same run"
+  awk '/^Benchmark/ { printf "%-44s", substr($1, 10); for (i = 3; i < NF; i += 2) if ($(i + 1) !~ /^(B|allocs)\/op$/) printf " %10s %s", $i, $(i + 1); print "" }' "$result"
+  return $failed
 }
+
+# The packages that have functions whose names begin so.
+with() { git grep --untracked -l "^func $1" -- '*_test.go' | xargs -n 1 dirname | sort -u | sed 's|^|./|'; }
 
 case ${1:-all} in
 all)

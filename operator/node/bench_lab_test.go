@@ -67,23 +67,24 @@ func BenchmarkLabVFs(b *testing.B) {
 	}
 	klog.LogToStderr(false) // written as the program writes it, but not shown
 	klog.SetOutput(io.Discard)
-	agent := New(Config{
-		Node: "guest", Kernel: h, States: s, Advertiser: &plugin{}, Usage: &usage{pods: map[string]string{}},
-		Log: klog.Background(),
-	})
-	ctx, cancel := context.WithCancel(b.Context())
-	done := make(chan error)
-	go func() { done <- agent.Run(ctx) }()
-	defer func() {
-		cancel()
-		if err := <-done; err != nil {
-			b.Error(err)
+	// start runs an agent until stop: while the shell works, none is in its way.
+	start := func() (stop func()) {
+		s.mu.Lock()
+		s.send()
+		s.mu.Unlock()
+		agent := New(Config{
+			Node: "guest", Kernel: h, States: s, Advertiser: &plugin{}, Usage: &usage{pods: map[string]string{}}, Log: klog.Background(),
+		})
+		ctx, cancel := context.WithCancel(b.Context())
+		done := make(chan error)
+		go func() { done <- agent.Run(ctx) }()
+		return func() {
+			cancel()
+			if err := <-done; err != nil {
+				b.Fatal(err)
+			}
 		}
-	}()
-	s.mu.Lock()
-	s.send()
-	s.mu.Unlock()
-
+	}
 	ready := func(vfs string) {
 		for start := time.Now(); ; time.Sleep(time.Millisecond) {
 			s.mu.Lock()
@@ -98,39 +99,43 @@ func BenchmarkLabVFs(b *testing.B) {
 		}
 	}
 	read := func() []host.PF {
-		pfs, err := h.Inventory(ctx)
+		pfs, err := h.Inventory(b.Context())
 		if err != nil {
 			b.Fatal(err)
 		}
 		for i := range pfs {
-			if err := h.ReadVFSettings(ctx, &pfs[i]); err != nil {
+			if err := h.ReadVFSettings(b.Context(), &pfs[i]); err != nil {
 				b.Fatal(err)
 			}
 		}
 		return pfs
 	}
-	// settled waits until the agent looks at nothing any more.
-	settled := func() { time.Sleep(2 * eventGap) }
-
-	for _, n := range []int{16, 32} {
-		b.Run(fmt.Sprintf("2x%d", n), func(b *testing.B) {
+	for _, c := range []struct{ pfs, vfs int }{{1, 32}, {2, 16}, {2, 32}} {
+		b.Run(fmt.Sprintf("%dx%d", c.pfs, c.vfs), func(b *testing.B) {
+			all := fmt.Sprintf("%d/%[1]d", c.pfs*c.vfs)
+			spec := []v1.Interface{
+				wants(nic0, c.vfs, of("left", fmt.Sprintf("0-%d", c.vfs-1), mtu)), wants(nic1, c.vfs, of("right", fmt.Sprintf("0-%d", c.vfs-1), mtu)),
+			}[:c.pfs]
+			script := append([]string{"-c", bare, "sh", fmt.Sprint(c.vfs), fmt.Sprint(mtu)}, []string{"ens1f0", "ens2f0"}[:c.pfs]...)
 			var byAgent, byShell []time.Duration
 			for b.Loop() {
-				start := time.Now()
-				s.spec(wants(nic0, n, of("left", fmt.Sprintf("0-%d", n-1), mtu)), wants(nic1, n, of("right", fmt.Sprintf("0-%d", n-1), mtu)))
-				ready(fmt.Sprintf("%d/%d", 2*n, 2*n))
-				byAgent = append(byAgent, time.Since(start))
+				stop := start()
+				s.spec()
+				ready("0/0")
+				began := time.Now()
+				s.spec(spec...)
+				ready(all)
+				byAgent = append(byAgent, time.Since(began))
 				made := read()
 				s.spec()
 				ready("0/0")
-				settled()
+				stop()
 
-				cmd := exec.Command("sh", "-c", bare, "sh", fmt.Sprint(n), fmt.Sprint(mtu), "ens1f0", "ens2f0")
-				start = time.Now()
-				if out, err := cmd.CombinedOutput(); err != nil || len(bytes.TrimSpace(out)) > 0 {
+				began = time.Now()
+				if out, err := exec.Command("sh", script...).CombinedOutput(); err != nil || len(bytes.TrimSpace(out)) > 0 {
 					b.Fatalf("%v: %s", err, out)
 				}
-				byShell = append(byShell, time.Since(start))
+				byShell = append(byShell, time.Since(began))
 				for i, pf := range read() {
 					for j, vf := range pf.VFs {
 						vf.MAC, vf.Admin.MAC, vf.IfIndex = made[i].VFs[j].MAC, made[i].VFs[j].Admin.MAC, made[i].VFs[j].IfIndex
@@ -138,11 +143,10 @@ func BenchmarkLabVFs(b *testing.B) {
 							b.Errorf("by the shell %+v, by the agent %+v", vf, made[i].VFs[j])
 						}
 					}
-					if err := h.SetNumVFs(ctx, pf.PCIAddress, 0); err != nil {
+					if err := h.SetNumVFs(b.Context(), pf.PCIAddress, 0); err != nil {
 						b.Fatal(err)
 					}
 				}
-				settled()
 			}
 			agent, shell := median(byAgent), median(byShell)
 			ratio := agent.Seconds() / shell.Seconds()
