@@ -3,7 +3,9 @@ package plan
 import (
 	"cmp"
 	"fmt"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
@@ -55,40 +57,76 @@ type claim struct {
 	iface  sriovv1.Interface // what the PF shall be; VfGroups is left empty
 }
 
+// Policies are policies made ready for planning many nodes. They are not changed, and
+// must not be changed by others either.
+type Policies struct {
+	sorted []compiled // strongest first
+}
+
+// compiled is a policy with what is the same on all nodes.
+type compiled struct {
+	*sriovv1.SriovNetworkNodePolicy
+	pfNames []pfChoice
+	reason  Reason // when it is wrong on every node
+	why     string
+}
+
+// pfChoice is an entry of pfNames.
+type pfChoice struct {
+	name string
+	vfs  []int // nil without a choice of VFs
+}
+
+// Compile makes policies ready for planning.
+func Compile(policies []sriovv1.SriovNetworkNodePolicy) *Policies {
+	p := &Policies{sorted: make([]compiled, len(policies))}
+	for i := range policies {
+		c := compiled{SriovNetworkNodePolicy: &policies[i]}
+		c.reason, c.why = refuseEverywhere(c.SriovNetworkNodePolicy)
+		for _, entry := range policies[i].Spec.NicSelector.PfNames {
+			name, vfs, err := ParsePfName(string(entry))
+			if err != nil && c.why == "" {
+				c.reason, c.why = PolicyInvalid, "nicSelector."+err.Error()
+			}
+			c.pfNames = append(c.pfNames, pfChoice{name, vfs})
+		}
+		p.sorted[i] = c
+	}
+	slices.SortFunc(p.sorted, func(a, b compiled) int {
+		return cmp.Or(
+			cmp.Compare(priority(a.SriovNetworkNodePolicy), priority(b.SriovNetworkNodePolicy)),
+			a.CreationTimestamp.Compare(b.CreationTimestamp.Time),
+			cmp.Compare(a.Name, b.Name))
+	})
+	return p
+}
+
 // Desired gives the spec of a node and what became of each policy on it.
 //
 // inventory is the SriovNetworkNodeState's status.interfaces and prior its present spec.
 // With an empty inventory the prior spec stands: the node has yet to say what it has.
 // Findings are sorted by policy and PF.
-func Desired(policies []sriovv1.SriovNetworkNodePolicy, nodeLabels map[string]string,
-	inventory []sriovv1.InterfaceExt, prior sriovv1.SriovNetworkNodeStateSpec,
+func (p *Policies) Desired(nodeLabels map[string]string, inventory []sriovv1.InterfaceExt, prior sriovv1.SriovNetworkNodeStateSpec,
 ) (sriovv1.SriovNetworkNodeStateSpec, []Finding) {
 	node := newNodePlan(inventory, prior)
-	for _, policy := range byStrength(policies) {
-		node.add(policy, nodeLabels)
-	}
+	node.explain = true
+	spec := node.plan(p, nodeLabels, prior)
 	slices.SortStableFunc(node.findings, func(a, b Finding) int {
 		return cmp.Or(cmp.Compare(a.Policy, b.Policy), cmp.Compare(a.PCIAddress, b.PCIAddress))
 	})
-	if len(inventory) == 0 {
-		return *prior.DeepCopy(), node.findings
-	}
-	return node.spec(prior), node.findings
+	return spec, node.findings
 }
 
-// byStrength sorts policies, strongest first.
-func byStrength(policies []sriovv1.SriovNetworkNodePolicy) []*sriovv1.SriovNetworkNodePolicy {
-	sorted := make([]*sriovv1.SriovNetworkNodePolicy, 0, len(policies))
-	for i := range policies {
-		sorted = append(sorted, &policies[i])
-	}
-	slices.SortFunc(sorted, func(a, b *sriovv1.SriovNetworkNodePolicy) int {
-		return cmp.Or(
-			cmp.Compare(priority(a), priority(b)),
-			a.CreationTimestamp.Compare(b.CreationTimestamp.Time),
-			cmp.Compare(a.Name, b.Name))
-	})
-	return sorted
+// Spec is Desired without the findings, which take most of its time.
+func (p *Policies) Spec(nodeLabels map[string]string, inventory []sriovv1.InterfaceExt, prior sriovv1.SriovNetworkNodeStateSpec) sriovv1.SriovNetworkNodeStateSpec {
+	return newNodePlan(inventory, prior).plan(p, nodeLabels, prior)
+}
+
+// Desired is that of the compiled policies, for one node.
+func Desired(policies []sriovv1.SriovNetworkNodePolicy, nodeLabels map[string]string,
+	inventory []sriovv1.InterfaceExt, prior sriovv1.SriovNetworkNodeStateSpec,
+) (sriovv1.SriovNetworkNodeStateSpec, []Finding) {
+	return Compile(policies).Desired(nodeLabels, inventory, prior)
 }
 
 func priority(p *sriovv1.SriovNetworkNodePolicy) int {
@@ -101,6 +139,7 @@ func priority(p *sriovv1.SriovNetworkNodePolicy) int {
 // nodePlan gathers the claims in effect, strongest first.
 type nodePlan struct {
 	pfs      []*pfPlan // by PCI address
+	explain  bool      // findings are wanted
 	findings []Finding
 	// resources remembers the policy that settled what holds for all of a resource.
 	resources map[string]*sriovv1.SriovNetworkNodePolicy
@@ -127,8 +166,23 @@ func newNodePlan(inventory []sriovv1.InterfaceExt, prior sriovv1.SriovNetworkNod
 	return n
 }
 
-func (n *nodePlan) find(policy *sriovv1.SriovNetworkNodePolicy, p *pfPlan, reason Reason, message string) {
-	f := Finding{Policy: policy.Name, Reason: reason, Message: message}
+// plan lets the policies, strongest first, claim their VFs.
+func (n *nodePlan) plan(p *Policies, nodeLabels map[string]string, prior sriovv1.SriovNetworkNodeStateSpec) sriovv1.SriovNetworkNodeStateSpec {
+	for i := range p.sorted {
+		n.add(&p.sorted[i], nodeLabels)
+	}
+	if len(n.pfs) == 0 {
+		return *prior.DeepCopy()
+	}
+	return n.spec(prior)
+}
+
+// find takes down what became of a policy, if anybody wants to know.
+func (n *nodePlan) find(policy *compiled, p *pfPlan, reason Reason, message func() string) {
+	if !n.explain {
+		return
+	}
+	f := Finding{Policy: policy.Name, Reason: reason, Message: message()}
 	if p != nil {
 		f.PCIAddress, f.PFName = p.pf.PciAddress, p.pf.Name
 	}
@@ -136,79 +190,94 @@ func (n *nodePlan) find(policy *sriovv1.SriovNetworkNodePolicy, p *pfPlan, reaso
 }
 
 // add lets a policy claim its VFs. Stronger policies have been added before.
-func (n *nodePlan) add(policy *sriovv1.SriovNetworkNodePolicy, nodeLabels map[string]string) {
-	if policy.Name == "default" {
-		n.find(policy, nil, PolicyIgnored, "a policy named default is ignored: give it another name")
+func (n *nodePlan) add(policy *compiled, nodeLabels map[string]string) {
+	if !selectsNode(policy.Spec.NodeSelector, nodeLabels) {
+		n.find(policy, nil, NodeNotSelected, func() string { return whyNotNode(policy.Spec.NodeSelector, nodeLabels) })
 		return
 	}
-	if why := whyNotNode(policy.Spec.NodeSelector, nodeLabels); why != "" {
-		n.find(policy, nil, NodeNotSelected, why)
-		return
-	}
-	if reason, why := refuseEverywhere(policy); why != "" {
+	if policy.why != "" {
 		kept := false
 		for _, p := range n.pfs {
-			kept = p.keep(policy) || kept
+			kept = policy.reason != PolicyIgnored && p.keep(policy.SriovNetworkNodePolicy) || kept
 		}
-		if kept {
-			why += keptSuffix
-		}
-		n.find(policy, nil, reason, why)
+		n.find(policy, nil, policy.reason, func() string { return ending(policy.why, kept) })
 		return
 	}
 	if len(n.pfs) == 0 {
-		n.find(policy, nil, InventoryPending, "the node has not reported any SR-IOV NIC: see that it has one, that SR-IOV is on in its firmware, and that the agent's pod runs there")
+		n.find(policy, nil, InventoryPending, func() string {
+			return "the node has not reported any SR-IOV NIC: see that it has one, that SR-IOV is on in its firmware, and that the agent's pod runs there"
+		})
 		return
 	}
 	var whys []string
 	for _, p := range n.pfs {
-		why := whyNotNIC(&policy.Spec.NicSelector, p.pf)
-		if why == "" {
+		whyNot := policy.whyNotNIC(p.pf)
+		if whyNot == nil {
 			n.claim(policy, p)
-			continue
+		} else if n.explain {
+			why := fmt.Sprintf("not PF %s: %s", p, whyNot())
+			n.find(policy, p, NotSelected, func() string { return why })
+			whys = append(whys, why)
 		}
-		why = fmt.Sprintf("not PF %s: %s", p, why)
-		n.find(policy, p, NotSelected, why)
-		whys = append(whys, why)
 	}
 	if len(whys) == len(n.pfs) {
-		n.find(policy, nil, NoNICSelected, "nicSelector selects no PF of the node: "+strings.Join(whys, "; "))
+		n.find(policy, nil, NoNICSelected, func() string { return "nicSelector selects no PF of the node: " + strings.Join(whys, "; ") })
 	}
 }
 
 const keptSuffix = "; until then it keeps the VFs it had"
 
+// ending tells of a refused policy whether it keeps what it had.
+func ending(why string, kept bool) string {
+	if kept {
+		return why + keptSuffix
+	}
+	return why
+}
+
 // claim adds the policy's claim on a PF that it selects, or the finding that says why not.
-func (n *nodePlan) claim(policy *sriovv1.SriovNetworkNodePolicy, p *pfPlan) {
-	if reason, why := p.refuse(policy); why != "" {
-		if p.keep(policy) {
-			why += keptSuffix
-		}
-		n.find(policy, p, reason, why)
+func (n *nodePlan) claim(policy *compiled, p *pfPlan) {
+	if reason, why := p.refuse(policy.SriovNetworkNodePolicy); why != "" {
+		kept := p.keep(policy.SriovNetworkNodePolicy)
+		n.find(policy, p, reason, func() string { return ending(why, kept) })
 		return
 	}
-	vfs, err := chosenVFs(policy, p.pf)
-	if err != nil { // refuseEverywhere has parsed every entry
-		n.find(policy, p, PolicyInvalid, err.Error())
-		return
-	}
-	c := newClaim(policy, p.pf, vfs)
+	c := newClaim(policy.SriovNetworkNodePolicy, p.pf, policy.chosenVFs(p.pf))
 	for i := range p.claims {
 		if reason, why := p.clash(&p.claims[i], &c); why != "" {
-			n.find(policy, p, reason, why)
+			n.find(policy, p, reason, func() string { return why })
 			return
 		}
 	}
-	if first := n.resources[policy.Spec.ResourceName]; first == nil {
-		n.resources[policy.Spec.ResourceName] = policy
-	} else if first.Spec.ExcludeTopology != policy.Spec.ExcludeTopology {
-		// Kubelet asks a resource, not a device, whether it has NUMA nodes.
-		n.find(policy, p, Conflict, fmt.Sprintf("excludeTopology is %t here and %t in policy %s, which has the same resourceName %s: make them equal or change one resourceName",
-			policy.Spec.ExcludeTopology, first.Spec.ExcludeTopology, first.Name, policy.Spec.ResourceName))
+	if why := n.clash(policy.SriovNetworkNodePolicy); why != "" {
+		n.find(policy, p, Conflict, func() string { return why })
 		return
 	}
 	p.claims = append(p.claims, c)
-	n.find(policy, p, Configured, fmt.Sprintf("PF %s has VFs %s of %d for resource %s", p, formatVFs(c.vfs), policy.Spec.NumVfs, policy.Spec.ResourceName))
+	n.find(policy, p, Configured, func() string {
+		return fmt.Sprintf("PF %s has VFs %s of %d for resource %s", p, formatVFs(c.vfs), policy.Spec.NumVfs, policy.Spec.ResourceName)
+	})
+}
+
+// clash says why the policy cannot share its resource with those that have it already.
+// Kubelet asks a resource, not a device, whether it has NUMA nodes, and a pod that asks
+// for a resource must know what driver its VF has.
+func (n *nodePlan) clash(policy *sriovv1.SriovNetworkNodePolicy) string {
+	first := n.resources[policy.Spec.ResourceName]
+	if first == nil {
+		n.resources[policy.Spec.ResourceName] = policy
+		return ""
+	}
+	for _, setting := range []struct{ field, first, here string }{
+		{"excludeTopology", strconv.FormatBool(first.Spec.ExcludeTopology), strconv.FormatBool(policy.Spec.ExcludeTopology)},
+		{"deviceType", cmp.Or(first.Spec.DeviceType, sriovv1.DeviceTypeNetDevice), cmp.Or(policy.Spec.DeviceType, sriovv1.DeviceTypeNetDevice)},
+	} {
+		if setting.first != setting.here {
+			return fmt.Sprintf("%s is %s here and %s in policy %s, which has the same resourceName %s: make them equal or change one resourceName",
+				setting.field, setting.here, setting.first, first.Name, policy.Spec.ResourceName)
+		}
+	}
+	return ""
 }
 
 // refuseEverywhere says what is wrong with a policy whatever the NIC. Most of it the API
@@ -217,26 +286,57 @@ func refuseEverywhere(policy *sriovv1.SriovNetworkNodePolicy) (Reason, string) {
 	spec := &policy.Spec
 	s := &spec.NicSelector
 	switch {
+	case policy.Name == "default":
+		return PolicyIgnored, "a policy named default is ignored: give it another name"
+	case spec.NumVfs == 0:
+		return PolicyIgnored, "numVfs 0 makes no VFs: set it to 1 or more, or delete the policy"
 	case len(s.UnknownKeys) > 0:
 		return PolicyInvalid, fmt.Sprintf("nicSelector has the unknown key %s: use vendor, deviceID, rootDevices, pfNames or netFilter", strings.Join(s.UnknownKeys, ", "))
 	case s.Vendor == "" && s.DeviceID == "" && s.NetFilter == "" && len(s.RootDevices) == 0 && len(s.PfNames) == 0:
 		return PolicyInvalid, "nicSelector is empty: give at least one of vendor, deviceID, rootDevices, pfNames, netFilter"
-	case spec.NumVfs < 1:
+	case spec.NumVfs < 0:
 		return PolicyInvalid, fmt.Sprintf("numVfs %d makes no VFs: set it to 1 or more; to take VFs away, delete the policy", spec.NumVfs)
+	case !resourceName.MatchString(spec.ResourceName):
+		return PolicyInvalid, fmt.Sprintf("resourceName %q is not a resource name: use 1 to 63 letters, digits, _ and -, with a letter or digit at both ends", spec.ResourceName)
 	case spec.Bridge.OVS != nil:
-		return UnsupportedByNode, "bridge.ovs is not supported: remove it and attach the PF to a bridge yourself"
+		return UnsupportedByNode, "bridge.ovs is not supported, whatever feature gate manageSoftwareBridges says: remove it and attach the PF to a bridge yourself"
+	}
+	if why := combined(spec); why != "" {
+		return PolicyInvalid, why
 	}
 	for _, entry := range s.PfNames {
 		_, vfs, err := ParsePfName(string(entry))
-		if err != nil {
-			return PolicyInvalid, "nicSelector." + err.Error()
-		}
-		if len(vfs) > 0 && vfs[len(vfs)-1] >= spec.NumVfs {
+		if err == nil && len(vfs) > 0 && vfs[len(vfs)-1] >= spec.NumVfs {
 			return PolicyInvalid, fmt.Sprintf("nicSelector.pfNames %s reaches past VF %d, the last of numVfs %d: end the range there or raise numVfs", entry, spec.NumVfs-1, spec.NumVfs)
 		}
 	}
 	return "", ""
 }
+
+// combined says which fields of a policy cannot go together.
+func combined(spec *sriovv1.SriovNetworkNodePolicySpec) string {
+	s := &spec.NicSelector
+	switchdev := spec.EswitchMode == sriovv1.EswitchModeSwitchdev
+	infiniBand := strings.EqualFold(spec.LinkType, sriovv1.LinkTypeIB)
+	switch {
+	case s.NetFilter != "" && (s.Vendor != "" || s.DeviceID != "" || len(s.RootDevices) > 0 || len(s.PfNames) > 0):
+		return fmt.Sprintf("nicSelector.netFilter %s must stand alone: remove it, or remove vendor, deviceID, rootDevices and pfNames", s.NetFilter)
+	case s.NetFilter != "" && (spec.EswitchMode != "" || infiniBand):
+		return "nicSelector.netFilter selects virtual NICs, which have no eSwitchMode and linkType eth: remove netFilter, or eSwitchMode and linkType"
+	case spec.DeviceType == sriovv1.DeviceTypeVfioPci && spec.IsRdma:
+		return "isRdma true cannot go with deviceType vfio-pci, because RDMA needs the VF's kernel driver: set deviceType to netdevice or isRdma to false"
+	case spec.VdpaType != "" && spec.DeviceType == sriovv1.DeviceTypeVfioPci:
+		return fmt.Sprintf("vdpaType %s cannot go with deviceType vfio-pci: set deviceType to netdevice or remove vdpaType", spec.VdpaType)
+	case spec.VdpaType != "" && !switchdev:
+		return fmt.Sprintf("vdpaType %s needs the NIC in switchdev mode: set eSwitchMode to switchdev or remove vdpaType", spec.VdpaType)
+	case switchdev && infiniBand:
+		return fmt.Sprintf("eSwitchMode switchdev cannot go with linkType %s: set linkType to eth or eSwitchMode to legacy", spec.LinkType)
+	}
+	return ""
+}
+
+// resourceName is the form of a resource's name, after the prefix.
+var resourceName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?$`)
 
 // refuse says why the policy cannot be on this PF, whatever other policies want.
 func (p *pfPlan) refuse(policy *sriovv1.SriovNetworkNodePolicy) (Reason, string) {
@@ -248,6 +348,10 @@ func (p *pfPlan) refuse(policy *sriovv1.SriovNetworkNodePolicy) (Reason, string)
 		return TotalVFsExceeded, fmt.Sprintf("numVfs %d is above the %d VFs (totalvfs) that PF %s can have: set numVfs to %d or less", spec.NumVfs, pf.TotalVfs, p, pf.TotalVfs)
 	case spec.LinkType != "" && pf.LinkType != "" && !strings.EqualFold(spec.LinkType, pf.LinkType):
 		return NICMismatch, fmt.Sprintf("linkType %s: PF %s is %s: change the card's port type with its vendor's tool, or linkType", spec.LinkType, p, pf.LinkType)
+	case spec.EswitchMode == sriovv1.EswitchModeSwitchdev && pf.EswitchMode == "":
+		return NICMismatch, fmt.Sprintf("eSwitchMode switchdev: the driver of PF %s has no eswitch that devlink can switch: remove eSwitchMode, or select another NIC", p)
+	case spec.ExternallyManaged && spec.EswitchMode != "" && pf.EswitchMode != "" && spec.EswitchMode != pf.EswitchMode:
+		return NICMismatch, fmt.Sprintf("eSwitchMode %s with externallyManaged: PF %s is in %s: change it there, or eSwitchMode", spec.EswitchMode, p, pf.EswitchMode)
 	case spec.ExternallyManaged && spec.NumVfs > pf.NumVfs:
 		return NICMismatch, fmt.Sprintf("numVfs %d with externallyManaged: PF %s has only %d VFs: make them there, or lower numVfs", spec.NumVfs, p, pf.NumVfs)
 	case spec.ExternallyManaged && spec.Mtu > pf.Mtu:
@@ -322,27 +426,32 @@ func (p *pfPlan) keep(policy *sriovv1.SriovNetworkNodePolicy) bool {
 
 // clash says why the weaker of two claims on the PF cannot stand beside the stronger.
 func (p *pfPlan) clash(strong, weak *claim) (Reason, string) {
-	reason, wins, mend := Overridden,
-		fmt.Sprintf("policy %s has priority %d, the stronger, against %d", strong.policy.Name, priority(strong.policy), priority(weak.policy)),
-		"or a lower priority number"
+	reason := Overridden
 	if priority(strong.policy) == priority(weak.policy) {
-		reason, wins, mend = Conflict,
-			fmt.Sprintf("policies %s and %s have the same priority %d and %s was there first", strong.policy.Name, weak.policy.Name, priority(weak.policy), strong.policy.Name),
-			"or another priority"
+		reason = Conflict
+	}
+	// words says why the stronger is, and what else would help than other VFs.
+	words := func() (wins, mend string) {
+		if reason == Overridden {
+			return fmt.Sprintf("policy %s has priority %d, the stronger, against %d", strong.policy.Name, priority(strong.policy), priority(weak.policy)), "or a lower priority number"
+		}
+		return fmt.Sprintf("policies %s and %s have the same priority %d and %s was there first", strong.policy.Name, weak.policy.Name, priority(weak.policy), strong.policy.Name), "or another priority"
 	}
 	both := overlap(strong.vfs, weak.vfs)
 	same := strong.group
 	same.PolicyName = weak.group.PolicyName
 	if len(both) > 0 && (reason == Overridden || same != weak.group) {
+		wins, mend := words()
 		return reason, fmt.Sprintf("VFs %s of PF %s stay with policy %s (%s): %s; give one of them other VFs in pfNames, %s",
 			formatVFs(both), p, strong.policy.Name, differences(&strong.group, &weak.group), wins, mend)
 	}
 	for _, setting := range []struct{ field, strong, weak string }{
 		{"eSwitchMode", strong.iface.EswitchMode, weak.iface.EswitchMode},
 		{"linkType", strings.ToUpper(strong.iface.LinkType), strings.ToUpper(weak.iface.LinkType)},
-		{"externallyManaged", fmt.Sprint(strong.iface.ExternallyManaged), fmt.Sprint(weak.iface.ExternallyManaged)},
+		{"externallyManaged", strconv.FormatBool(strong.iface.ExternallyManaged), strconv.FormatBool(weak.iface.ExternallyManaged)},
 	} {
 		if setting.strong != "" && setting.weak != "" && setting.strong != setting.weak {
+			wins, _ := words()
 			return reason, fmt.Sprintf("%s of PF %s is %s by policy %s and cannot also be %s: %s; make them equal, or select another PF",
 				setting.field, p, setting.strong, strong.policy.Name, setting.weak, wins)
 		}
@@ -403,8 +512,8 @@ func (p *pfPlan) String() string {
 // spec writes the claims down. Bridges and system settings are not decided here: they
 // stay as they were.
 func (n *nodePlan) spec(prior sriovv1.SriovNetworkNodeStateSpec) sriovv1.SriovNetworkNodeStateSpec {
+	prior.Interfaces = nil
 	spec := *prior.DeepCopy()
-	spec.Interfaces = nil
 	for _, p := range n.pfs {
 		if len(p.claims) > 0 {
 			spec.Interfaces = append(spec.Interfaces, p.spec())

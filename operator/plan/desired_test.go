@@ -43,8 +43,8 @@ func later(d time.Duration) edit {
 // nics is a node with two cards: an Intel one with an alternative name, and an NVIDIA one.
 func nics() []sriovv1.InterfaceExt {
 	return []sriovv1.InterfaceExt{
-		{Name: "ens1f0", AltNames: []string{"enp1s0f0"}, PciAddress: "0000:01:00.0", Vendor: "8086", DeviceID: "158b", TotalVfs: 64, Mtu: 1500, LinkType: "ETH"},
-		{Name: "ens2f0", PciAddress: "0000:02:00.0", Vendor: "15b3", DeviceID: "101b", TotalVfs: 8, Mtu: 1500, NumVfs: 2, LinkType: "ETH"},
+		{Name: "ens1f0", AltNames: []string{"enp1s0f0"}, PciAddress: "0000:01:00.0", Vendor: "8086", DeviceID: "158b", TotalVfs: 64, Mtu: 1500, LinkType: "ETH", EswitchMode: "legacy"},
+		{Name: "ens2f0", PciAddress: "0000:02:00.0", Vendor: "15b3", DeviceID: "101b", TotalVfs: 8, Mtu: 1500, NumVfs: 2, LinkType: "ETH", EswitchMode: "legacy"},
 	}
 }
 

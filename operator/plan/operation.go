@@ -73,9 +73,8 @@ func (o Operation) String() string {
 		s += " " + cmp.Or(o.Value, "none")
 	case ResetVFSettings:
 		s += " (" + o.Value + ")"
-	case SetVFAdminMAC, SetVFGUID, RenameVF, SetVFMAC, SetEswitchMode, SetRDMAMode:
-		s += " " + o.Value
-	case SetPFUp, UnbindVFDriver, RequireRDMA:
+	default:
+		s = strings.TrimSpace(s + " " + o.Value)
 	}
 	switch {
 	case o.PCIAddress == "":

@@ -95,7 +95,7 @@ func Operations(want v1.Interface, have PF) ([]Operation, []Blocked, error) {
 	}
 	for _, vf := range have.VFs {
 		if vf.Index < want.NumVfs {
-			p.vf(groups.of(vf.Index), vf)
+			vfWork{&p, groups.of(vf.Index), vf}.all()
 		}
 	}
 	return p.ops, p.blocked, nil
@@ -247,86 +247,83 @@ func possible(want v1.Interface, have PF) error {
 // userspace are drivers that give a device to user space: no netdev.
 var userspace = []string{v1.DeviceTypeVfioPci, "mlx5_vfio_pci", "uio_pci_generic", "igb_uio"}
 
-// vf plans for one VF of the PF.
-func (p *pfWork) vf(group v1.VfGroup, vf VF) {
-	add := func(op Operation) {
-		op.PCIAddress, op.VF = vf.PCIAddress, vf.Index
-		if !vf.Held {
-			p.ops = append(p.ops, op)
-		} else if op.Cost > Live {
-			op.Cost = Evict
-			p.blocked = append(p.blocked, Blocked{Operation: op, VFs: []VF{vf}})
-		}
+// vfWork is the part of a plan for one VF.
+type vfWork struct {
+	*pfWork
+	group v1.VfGroup
+	vf    VF
+}
+
+// do plans an operation. On a VF that a pod holds it waits if it would disturb the
+// pod, and otherwise for the VF to come back.
+func (w vfWork) do(op Operation) {
+	op.PCIAddress, op.VF = w.vf.PCIAddress, w.vf.Index
+	if !w.vf.Held {
+		w.ops = append(w.ops, op)
+	} else if op.Cost > Live {
+		op.Cost = Evict
+		w.blocked = append(w.blocked, Blocked{Operation: op, VFs: []VF{w.vf}})
 	}
-	refuse := func(kind Kind, value, reason string) {
-		op := Operation{Kind: kind, PCIAddress: vf.PCIAddress, VF: vf.Index, Value: value, Cost: Refused, Reason: reason}
-		p.blocked = append(p.blocked, Blocked{Operation: op})
+}
+
+func (w vfWork) refuse(kind Kind, value, reason string) {
+	op := Operation{Kind: kind, PCIAddress: w.vf.PCIAddress, VF: w.vf.Index, Value: value, Cost: Refused, Reason: reason}
+	w.blocked = append(w.blocked, Blocked{Operation: op})
+}
+
+func (w vfWork) bind(driver string) {
+	op := Operation{Kind: BindVFDriver, Value: driver}
+	if w.vf.Driver != "" {
+		op.Cost, op.Reason = VFReset, fmt.Sprintf("the VF must leave driver %s", w.vf.Driver)
 	}
-	bind := func(driver string) {
-		op := Operation{Kind: BindVFDriver, Value: driver}
-		if vf.Driver != "" {
-			op.Cost, op.Reason = VFReset, fmt.Sprintf("the VF must leave driver %s", vf.Driver)
-		}
-		add(op)
+	w.do(op)
+}
+
+// all plans for the VF: first what its PF holds for it, then its driver, and then,
+// when it has the right one, what the driver made.
+func (w vfWork) all() {
+	rebind := false
+	switch {
+	case w.want.ExternallyManaged:
+	case w.have.Ethernet:
+		w.settings()
+	default:
+		rebind = w.guid()
 	}
-	mac, ethernet := p.have.HomeMAC(vf), p.have.Ethernet && !p.want.ExternallyManaged
-	if ethernet && mac != "" && vf.AdminMAC != mac {
-		add(Operation{Kind: SetVFAdminMAC, Value: mac})
+	if w.vf.VDPA != "" && w.vf.VDPA != w.group.VdpaType {
+		w.do(Operation{Kind: SetVFVDPA, Cost: VFReset, Reason: "the VF's vDPA device is removed"})
+	}
+	switch userspace := slices.Contains(userspace, w.vf.Driver); {
+	case w.group.DeviceType == v1.DeviceTypeVfioPci:
+		w.vfio()
+	case w.vf.Driver == "" || userspace || rebind:
+		w.bind("")
+	default:
+		w.made()
+	}
+}
+
+// settings plans for what an Ethernet PF holds for the VF.
+func (w vfWork) settings() {
+	if mac := w.have.HomeMAC(w.vf); mac != "" && w.vf.AdminMAC != mac {
+		w.do(Operation{Kind: SetVFAdminMAC, Value: mac})
 	}
 	// In switchdev mode the rules of the switch say all this, and drivers take
 	// none of it.
-	if ethernet && vf.Drift != "" && p.have.Eswitch != v1.EswitchModeSwitchdev {
-		add(Operation{Kind: ResetVFSettings, Value: vf.Drift})
-	}
-	rebind := p.guid(vf, add)
-	if vf.NoGUID != "" && !vf.Held {
-		refuse(SetVFGUID, "", vf.NoGUID)
-	}
-
-	if vf.VDPA != "" && vf.VDPA != group.VdpaType {
-		add(Operation{Kind: SetVFVDPA, Cost: VFReset, Reason: "the VF's vDPA device is removed"})
-	}
-	if group.DeviceType == v1.DeviceTypeVfioPci {
-		switch {
-		case vf.Driver == v1.DeviceTypeVfioPci:
-		case !vf.IOMMU:
-			refuse(BindVFDriver, v1.DeviceTypeVfioPci, "deviceType vfio-pci needs an IOMMU and the VF is in no IOMMU group: turn VT-d or AMD-Vi on in the BIOS and boot with intel_iommu=on or amd_iommu=on, and iommu=pt")
-		default:
-			bind(v1.DeviceTypeVfioPci)
-		}
-		return
-	}
-	if vf.Driver == "" || slices.Contains(userspace, vf.Driver) || rebind {
-		bind("")
-		return
-	}
-	if group.VdpaType != "" && vf.VDPA == "" {
-		add(Operation{Kind: SetVFVDPA, Value: group.VdpaType})
-	}
-	if vf.Name == "" {
-		return // its event brings us back
-	}
-	if vf.HostName != "" && vf.Name != vf.HostName {
-		add(Operation{Kind: RenameVF, Value: vf.HostName})
-	}
-	if ethernet && mac != "" && vf.MAC != mac && !p.have.TakenOver {
-		add(Operation{Kind: SetVFMAC, Value: mac})
-	}
-	if group.Mtu > 0 && vf.MTU != group.Mtu {
-		add(Operation{Kind: SetVFMTU, Number: group.Mtu})
-	}
-	if group.IsRdma && !vf.RDMA && !vf.Held {
-		refuse(RequireRDMA, "", fmt.Sprintf("isRdma is asked for and driver %s has made no RDMA device for the VF: load its RDMA module on the node, or set isRdma to false", vf.Driver))
+	if w.vf.Drift != "" && w.have.Eswitch != v1.EswitchModeSwitchdev {
+		w.do(Operation{Kind: ResetVFSettings, Value: w.vf.Drift})
 	}
 }
 
 // guid plans for the GUID of an InfiniBand VF, which its driver reads when it
 // starts, and tells whether it must start again.
-func (p *pfWork) guid(vf VF, add func(Operation)) (rebind bool) {
+func (w vfWork) guid() (rebind bool) {
+	vf := w.vf
 	switch {
-	case p.have.Ethernet, p.want.ExternallyManaged, vf.StableGUID == "", vf.GUID == vf.StableGUID:
+	case vf.NoGUID != "" && !vf.Held:
+		w.refuse(SetVFGUID, "", vf.NoGUID)
 		return false
-	case p.have.TakenOver && isSet(vf.GUID):
+	case vf.StableGUID == "", vf.GUID == vf.StableGUID, w.have.TakenOver && isSet(vf.GUID):
 		return false
 	case vf.GUID == "" && vf.Driver != "":
 		return false // it cannot be read, so nobody knows that it is wrong
@@ -336,8 +333,44 @@ func (p *pfWork) guid(vf VF, add func(Operation)) (rebind bool) {
 	if bound {
 		op.Cost, op.Reason = VFReset, "the VF's driver reads the GUID only when it starts"
 	}
-	add(op)
+	w.do(op)
 	return bound
+}
+
+func (w vfWork) vfio() {
+	switch {
+	case w.vf.Driver == v1.DeviceTypeVfioPci:
+	case !w.vf.IOMMU:
+		// Without one vfio can only be had in its unsafe mode, in which a pod reads
+		// and writes all memory of the node.
+		w.refuse(BindVFDriver, v1.DeviceTypeVfioPci, "deviceType vfio-pci needs an IOMMU and the VF is in no IOMMU group: turn VT-d or AMD-Vi on in the BIOS and boot with intel_iommu=on or amd_iommu=on, and iommu=pt")
+	default:
+		w.bind(v1.DeviceTypeVfioPci)
+	}
+}
+
+// made plans for what the VF's kernel driver has made.
+func (w vfWork) made() {
+	// Before the mode is the one asked for, the driver has no vDPA.
+	if w.group.VdpaType != "" && w.vf.VDPA == "" && w.have.Eswitch == w.want.EswitchMode {
+		w.do(Operation{Kind: SetVFVDPA, Value: w.group.VdpaType})
+	}
+	if w.vf.Name == "" {
+		return // its event brings us back
+	}
+	if w.vf.HostName != "" && w.vf.Name != w.vf.HostName {
+		w.do(Operation{Kind: RenameVF, Value: w.vf.HostName})
+	}
+	mac := w.have.HomeMAC(w.vf)
+	if w.have.Ethernet && !w.want.ExternallyManaged && !w.have.TakenOver && mac != "" && w.vf.MAC != mac {
+		w.do(Operation{Kind: SetVFMAC, Value: mac})
+	}
+	if w.group.Mtu > 0 && w.vf.MTU != w.group.Mtu {
+		w.do(Operation{Kind: SetVFMTU, Number: w.group.Mtu})
+	}
+	if w.group.IsRdma && !w.vf.RDMA && !w.vf.Held {
+		w.refuse(RequireRDMA, "", fmt.Sprintf("isRdma is asked for and driver %s has made no RDMA device for the VF: load its RDMA module on the node, or set isRdma to false", w.vf.Driver))
+	}
 }
 
 // VFGroups are the groups of one PF with their ranges read.

@@ -7,7 +7,6 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"pgregory.net/rapid"
 
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 )
@@ -45,6 +44,16 @@ func TestOperations(t *testing.T) {
 	bare := with(vf1, func(v *VF) { v.Driver, v.Name, v.AdminMAC, v.MAC, v.MTU = "", "", "00:00:00:00:00:00", "", 0 })
 	vfio := with(group("0-1"), func(g *v1.VfGroup) { g.DeviceType = v1.DeviceTypeVfioPci })
 	jumbo := with(group("0-1"), func(g *v1.VfGroup) { g.Mtu = 9000 })
+	vdpa := with(group("0-1"), func(g *v1.VfGroup) { g.VdpaType = "vhost" })
+	switchdev := func(n int, groups ...v1.VfGroup) v1.Interface {
+		return with(asked(n, groups...), func(i *v1.Interface) { i.EswitchMode = v1.EswitchModeSwitchdev })
+	}
+	foreign := func(vf VF) VF {
+		return with(vf, func(v *VF) { v.AdminMAC, v.MAC = "02:00:00:00:aa:0"+fmt.Sprint(v.Index), "02:00:00:00:bb:00" })
+	}
+	infiniBand := func(vf VF) PF {
+		return with(pfWith(with(vf, func(v *VF) { v.AdminMAC, v.StableGUID = "", "02:11:22:33:44:55:66:77" })), func(p *PF) { p.Ethernet = false })
+	}
 
 	for name, c := range map[string]struct {
 		want    v1.Interface
@@ -87,6 +96,93 @@ func TestOperations(t *testing.T) {
 			with(asked(1, with(group("0-0"), func(g *v1.VfGroup) { g.Mtu = 1400 })), func(i *v1.Interface) { i.ExternallyManaged = true }),
 			with(pfWith(with(vf0, func(v *VF) { v.AdminMAC = "02:00:00:00:bb:00" }), vf1), func(p *PF) { p.Up = false }),
 			[]string{"SetVFMTU 1400 on VF 0 (0000:3b:02.0)"}, nil,
+		},
+		"PF MTU is lowered to what it was when it was raised here": {
+			asked(2, group("0-1")), with(pfWith(vf0, vf1), func(p *PF) { p.MTU, p.Original = 9000, &Original{MTU: 1500, RaisedMTU: 9000} }),
+			[]string{"SetPFMTU 1500 on 0000:3b:00.0"}, nil,
+		},
+		"but not below what a policy wants": {
+			with(asked(2, group("0-1")), func(i *v1.Interface) { i.Mtu = 4000 }), with(pfWith(vf0, vf1), func(p *PF) { p.MTU, p.Original = 9000, &Original{MTU: 1500, RaisedMTU: 9000} }),
+			[]string{"SetPFMTU 4000 on 0000:3b:00.0"}, nil,
+		},
+		"nor when somebody else set it since": {
+			asked(2, group("0-1")), with(pfWith(vf0, vf1), func(p *PF) { p.MTU, p.Original = 9216, &Original{MTU: 1500, RaisedMTU: 9000} }), nil, nil,
+		},
+		"nor under a pod": {
+			asked(2, group("0-1")), with(pfWith(held, vf1), func(p *PF) { p.MTU, p.Original = 9000, &Original{MTU: 1500, RaisedMTU: 9000} }), nil, nil,
+		},
+		"given up, the PF gets back what it had": {
+			asked(0), with(pfWith(), func(p *PF) {
+				p.MTU, p.Eswitch, p.Original = 9000, "legacy", &Original{MTU: 1500, RaisedMTU: 9000, Eswitch: "switchdev"}
+			}),
+			[]string{"SetPFMTU 1500 on 0000:3b:00.0", "SetEswitchMode switchdev on 0000:3b:00.0"}, nil,
+		},
+		"switchdev: VFs leave their driver first": {
+			switchdev(2), with(pfWith(vf0, with(vf1, func(v *VF) { v.Driver = "" })), func(p *PF) { p.Eswitch = "legacy" }),
+			[]string{"UnbindVFDriver on VF 0 (0000:3b:02.0)", "SetEswitchMode switchdev on 0000:3b:00.0"}, nil,
+		},
+		"switchdev with more VFs: these first": {
+			switchdev(2), with(pfWith(vf0), func(p *PF) { p.Eswitch = "legacy" }), []string{"SetNumVFs 2 on 0000:3b:00.0"}, nil,
+		},
+		"switchdev on ice: no VFs first": {
+			switchdev(2), with(pfWith(vf0, vf1), func(p *PF) { p.Driver, p.Eswitch = "ice", "legacy" }), []string{"SetNumVFs 0 on 0000:3b:00.0"}, nil,
+		},
+		"then the mode": {
+			switchdev(2), with(pfWith(), func(p *PF) { p.Driver, p.Eswitch = "ice", "legacy" }), []string{"SetEswitchMode switchdev on 0000:3b:00.0"}, nil,
+		},
+		"switchdev under a pod waits, the other VFs stay": {
+			switchdev(2), with(pfWith(held, vf1), func(p *PF) { p.Eswitch = "legacy" }), nil,
+			[]string{"SetEswitchMode switchdev on 0000:3b:00.0 waits for the pods that hold its VFs: default/client (VF 0); delete them or take the change back"},
+		},
+		"no mode is legacy": {
+			asked(1, group("0-0")), with(pfWith(with(vf0, func(v *VF) { v.Driver = "" })), func(p *PF) { p.Eswitch = "switchdev" }),
+			[]string{"SetEswitchMode legacy on 0000:3b:00.0"}, nil,
+		},
+		"settings that drifted": {
+			asked(2, group("0-1")), pfWith(with(vf0, func(v *VF) { v.Drift = "vlan 100" }), with(held, func(v *VF) { v.Index, v.Drift = 1, "trust on" })),
+			[]string{"ResetVFSettings (vlan 100) on VF 0 (0000:3b:02.0)"}, nil,
+		},
+		"which mean nothing in switchdev mode": {
+			switchdev(1), with(pfWith(with(vf0, func(v *VF) { v.Drift = "spoofchk off" })), func(p *PF) { p.Eswitch = "switchdev" }), nil, nil,
+		},
+		"vfio without an IOMMU": {
+			asked(2, vfio), pfWith(with(vf0, func(v *VF) { v.IOMMU = false }), vf1),
+			[]string{"BindVFDriver vfio-pci on VF 1 (0000:3b:02.1)"},
+			[]string{"BindVFDriver vfio-pci on VF 0 (0000:3b:02.0) cannot be: deviceType vfio-pci needs an IOMMU and the VF is in no IOMMU group: turn VT-d or AMD-Vi on in the BIOS and boot with intel_iommu=on or amd_iommu=on, and iommu=pt"},
+		},
+		"RDMA on a NIC without": {
+			asked(1, with(group("0-0"), func(g *v1.VfGroup) { g.IsRdma = true })), pfWith(vf0), nil,
+			[]string{"RequireRDMA on VF 0 (0000:3b:02.0) cannot be: isRdma is asked for and driver iavf has made no RDMA device for the VF: load its RDMA module on the node, or set isRdma to false"},
+		},
+		"vDPA": {
+			switchdev(2, vdpa), with(pfWith(vf0, with(vf1, func(v *VF) { v.VDPA = "virtio" })), func(p *PF) { p.Eswitch = "switchdev" }),
+			[]string{"SetVFVDPA vhost on VF 0 (0000:3b:02.0)", "SetVFVDPA none on VF 1 (0000:3b:02.1)"}, nil,
+		},
+		"vDPA no more, under a pod": {
+			asked(1, group("0-0")), pfWith(with(held, func(v *VF) { v.VDPA = "vhost" })), nil,
+			[]string{"SetVFVDPA none on VF 0 (0000:3b:02.0) waits for the pods that hold its VFs: default/client (VF 0); delete them or take the change back"},
+		},
+		"taken over, the VFs keep their addresses": {
+			asked(2, group("0-1")), with(pfWith(foreign(vf0), foreign(vf1)), func(p *PF) { p.TakenOver = true }), nil, nil,
+		},
+		"but one without any gets its own": {
+			asked(2, group("0-1")), with(pfWith(foreign(vf0), with(vf1, func(v *VF) { v.AdminMAC = "00:00:00:00:00:00" })), func(p *PF) { p.TakenOver = true }),
+			[]string{"SetVFAdminMAC 02:00:00:00:00:01 on VF 1 (0000:3b:02.1)"}, nil,
+		},
+		"InfiniBand: a new VF gets its GUID before its driver": {
+			asked(1, group("0-0")), infiniBand(with(bare, func(v *VF) { v.Index = 0 })),
+			[]string{"SetVFGUID 02:11:22:33:44:55:66:77 on VF 0 (0000:3b:02.1)", "BindVFDriver default on VF 0 (0000:3b:02.1)"}, nil,
+		},
+		"InfiniBand: another GUID needs the driver anew": {
+			asked(1, group("0-0")), infiniBand(with(vf0, func(v *VF) { v.GUID = "02:00:00:00:00:00:00:01" })),
+			[]string{"SetVFGUID 02:11:22:33:44:55:66:77 on VF 0 (0000:3b:02.0)", "BindVFDriver default on VF 0 (0000:3b:02.0)"}, nil,
+		},
+		"InfiniBand: a GUID that cannot be read is left": {asked(1, group("0-0")), infiniBand(vf0), nil, nil},
+		"InfiniBand: taken over": {
+			asked(1, group("0-0")), with(infiniBand(with(vf0, func(v *VF) { v.GUID = "02:00:00:00:00:00:00:01" })), func(p *PF) { p.TakenOver = true }), nil, nil,
+		},
+		"InfiniBand: too few GUIDs": {
+			asked(1, group("0-0")), infiniBand(with(vf0, func(v *VF) { v.NoGUID = "add some" })), nil, []string{"SetVFGUID on VF 0 (0000:3b:02.0) cannot be: add some"},
 		},
 		"none": {asked(0), pfWith(vf0), []string{"SetNumVFs 0 on 0000:3b:00.0"}, nil},
 	} {
@@ -136,93 +232,66 @@ func TestOperationsRefuse(t *testing.T) {
 	}
 }
 
-// do is what an obedient kernel makes of one operation.
-func do(op Operation, pf *PF) {
-	if op.VF < 0 {
-		switch op.Kind {
-		case SetPFMTU:
-			pf.MTU = op.Number
-		case SetPFUp:
-			pf.Up = true
-		case SetNumVFs:
-			pf.NumVFs, pf.VFs = op.Number, nil
-			for i := range op.Number {
-				vf := vfAt(i)
-				vf.Driver, vf.Name, vf.MAC, vf.AdminMAC, vf.MTU = "", "", "", "00:00:00:00:00:00", 0
-				pf.VFs = append(pf.VFs, vf)
+// Each operation says what it costs; who is disturbed decides, not the kind.
+func TestCosts(t *testing.T) {
+	held := with(vfAt(0), func(v *VF) { v.Held, v.Holder = true, "default/client" })
+	vfio := with(group("0-0"), func(g *v1.VfGroup) { g.DeviceType = v1.DeviceTypeVfioPci })
+	for name, c := range map[string]struct {
+		want v1.Interface
+		have PF
+		cost Cost
+		why  string
+	}{
+		"first VFs":             {asked(2), pfWith(), Live, ""},
+		"other VFs":             {asked(2), pfWith(vfAt(0)), VFReset, "all 1 VFs of the PF are made anew"},
+		"other VFs under a pod": {asked(2), pfWith(held), Evict, "all 1 VFs of the PF are made anew"},
+		"MTU":                   {asked(1, with(group("0-0"), func(g *v1.VfGroup) { g.Mtu = 9000 })), pfWith(vfAt(0)), Live, ""},
+		"driver":                {asked(1, vfio), pfWith(vfAt(0)), VFReset, "must leave driver iavf"},
+		"driver under a pod":    {asked(1, vfio), pfWith(held), Evict, "must leave driver iavf"},
+		"first driver":          {asked(1, vfio), pfWith(with(vfAt(0), func(v *VF) { v.Driver = "" })), Live, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ops, blocked, err := Operations(c.want, c.have)
+			for _, b := range blocked {
+				ops = append(ops, b.Operation)
 			}
-		}
-		return
+			if err != nil || len(ops) != 1 || ops[0].Cost != c.cost || !strings.Contains(ops[0].Reason, c.why) || (c.why == "") != (ops[0].Reason == "") {
+				t.Errorf("%+v, %v", ops, err)
+			}
+		})
 	}
-	vf := &pf.VFs[op.VF]
-	switch op.Kind {
-	case SetVFAdminMAC:
-		vf.AdminMAC = op.Value
-	case BindVFDriver:
-		if vf.Driver = op.Value; op.Value == "" {
-			vf.Driver, vf.Name, vf.MAC, vf.MTU = "iavf", vf.HostName, vf.AdminMAC, 1500
-		} else {
-			vf.Name, vf.MAC, vf.MTU = "", "", 0
-		}
-	case RenameVF:
-		vf.Name = op.Value
-	case SetVFMAC:
-		vf.MAC = op.Value
-	case SetVFMTU:
-		vf.MTU = op.Number
+	if Live >= VFReset || VFReset >= Evict || Evict >= Reboot || Evict.String() != v1.CostEvict || Reboot.String() != v1.CostReboot {
+		t.Error("the costs are out of order")
 	}
 }
 
-// From any state the plans lead, in few rounds, to one that needs nothing, and
-// no step touches a VF that a pod holds or destroys one.
-func TestOperationsConvergeAndSpareHeldVFs(t *testing.T) {
-	rapid.Check(t, func(t *rapid.T) {
-		pf := pfWith()
-		pf.MTU, pf.Up = rapid.SampledFrom([]int{1500, 9000}).Draw(t, "mtu"), rapid.Bool().Draw(t, "up")
-		for i := range rapid.IntRange(0, 8).Draw(t, "vfs") {
-			vf := vfAt(i)
-			vf.Driver = rapid.SampledFrom([]string{"", "iavf", "vfio-pci"}).Draw(t, "driver")
-			vf.Held = rapid.IntRange(0, 9).Draw(t, "held") == 0
-			vf.AdminMAC = rapid.SampledFrom([]string{vf.StableMAC, "", "02:00:00:00:aa:01"}).Draw(t, "admin")
-			if vf.Driver != "iavf" || vf.Held {
-				vf.Name, vf.MAC, vf.MTU = "", "", 0
-			} else {
-				vf.Name = rapid.SampledFrom([]string{vf.Name, "net1"}).Draw(t, "name")
-			}
-			pf.VFs = append(pf.VFs, vf)
-		}
-		pf.NumVFs = len(pf.VFs)
-		want := asked(rapid.IntRange(0, 8).Draw(t, "numVfs"))
-		if want.NumVfs > 0 {
-			g := group(fmt.Sprintf("0-%d", rapid.IntRange(0, want.NumVfs-1).Draw(t, "last")))
-			g.DeviceType = rapid.SampledFrom([]string{v1.DeviceTypeNetDevice, v1.DeviceTypeVfioPci}).Draw(t, "type")
-			g.Mtu = rapid.SampledFrom([]int{0, 1500, 9000}).Draw(t, "group mtu")
-			want.Mtu, want.VfGroups = g.Mtu, []v1.VfGroup{g}
-		}
-		for round := 0; ; round++ {
-			ops, blocked, err := Operations(want, pf)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if len(ops) == 0 {
-				if len(blocked) == 0 && pf.NumVFs != want.NumVfs {
-					t.Fatalf("done with %d VFs, want %d", pf.NumVFs, want.NumVfs)
-				}
-				return
-			}
-			if round == 4 {
-				t.Fatalf("still to do after %d rounds: %v", round, ops)
-			}
+func TestSystemOperations(t *testing.T) {
+	for name, c := range map[string]struct {
+		want string
+		have System
+		op   string
+		cost Cost
+	}{
+		"nothing asked": {"", System{RDMAMode: "shared"}, "", Live},
+		"as asked":      {"shared", System{RDMAMode: "shared", RDMABusy: true}, "", Live},
+		"live":          {"exclusive", System{RDMAMode: "shared"}, "SetRDMAMode exclusive on the node", Live},
+		"reboot":        {"exclusive", System{RDMAMode: "shared", RDMABusy: true}, "SetRDMAMode exclusive on the node waits for a reboot: the kernel changes rdmaMode only while no pod has a network namespace: boot with ib_core.netns_mode=0", Reboot},
+		"no RDMA":       {"exclusive", System{}, "SetRDMAMode exclusive on the node cannot be: rdmaMode exclusive is asked for and the kernel has no RDMA: load module ib_core on the node, or take the node out of the pool", Refused},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ops, blocked := SystemOperations(v1.System{RdmaMode: c.want}, c.have)
+			got, cost := "", Live
 			for _, op := range ops {
-				for _, vf := range pf.VFs {
-					if vf.Held && (op.Kind == SetNumVFs || op.VF == vf.Index) {
-						t.Fatalf("%s while %v is held", op, vf)
-					}
-				}
-				do(op, &pf)
+				got, cost = op.String(), op.Cost
 			}
-		}
-	})
+			for _, b := range blocked {
+				got, cost = b.String(), b.Operation.Cost
+			}
+			if got != c.op || cost != c.cost {
+				t.Errorf("%q at %s", got, cost)
+			}
+		})
+	}
 }
 
 func TestStableMAC(t *testing.T) {
@@ -256,18 +325,10 @@ func TestStableMAC(t *testing.T) {
 
 func TestOurs(t *testing.T) {
 	foreign := with(vfAt(0), func(v *VF) { v.AdminMAC = "00:00:00:00:00:00" })
+	if !Ours(with(pfWith(foreign), func(p *PF) { p.TakenOver = true })) {
+		t.Error("a PF that was taken over is ours")
+	}
 	if Ours(pfWith()) || Ours(pfWith(foreign)) || !Ours(pfWith(foreign, vfAt(1))) {
 		t.Error("a PF is ours when one of its VFs has its stable MAC")
 	}
-}
-
-func FuzzParseVfRange(f *testing.F) {
-	for _, s := range []string{"0-3", "5-2", "-2", "2-", "a-b", "0-0", "+1-2", "0-99999", "1-2-3"} {
-		f.Add(s)
-	}
-	f.Fuzz(func(t *testing.T, s string) {
-		if first, last, err := ParseVfRange(s); err == nil && (first < 0 || last < first || last >= maxVF) {
-			t.Errorf("%q gives %d to %d", s, first, last)
-		}
-	})
 }

@@ -62,6 +62,9 @@ func TestDesiredProperties(t *testing.T) {
 			prior, _ = Desired(genPolicies(t), nil, inventory, prior)
 		}
 		spec, findings := Desired(policies, nil, inventory, prior)
+		if diff := cmp.Diff(spec, Compile(policies).Spec(nil, inventory, prior)); diff != "" {
+			t.Fatalf("without findings it is another spec:\n%s", diff)
+		}
 
 		// The order of the inputs, and doing it again, make no difference.
 		shuffled := rapid.Permutation(policies).Draw(t, "order")

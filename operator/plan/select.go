@@ -11,7 +11,16 @@ import (
 
 // SelectsNode tells whether a policy's nodeSelector selects a node with these labels.
 func SelectsNode(policy *sriovv1.SriovNetworkNodePolicy, labels map[string]string) bool {
-	return whyNotNode(policy.Spec.NodeSelector, labels) == ""
+	return selectsNode(policy.Spec.NodeSelector, labels)
+}
+
+func selectsNode(nodeSelector, labels map[string]string) bool {
+	for key, want := range nodeSelector {
+		if have, ok := labels[key]; !ok || have != want {
+			return false
+		}
+	}
+	return true
 }
 
 // whyNotNode says why a nodeSelector does not select the node; empty when it does.
@@ -28,27 +37,32 @@ func whyNotNode(nodeSelector, labels map[string]string) string {
 	return ""
 }
 
-// whyNotNIC says why the nicSelector does not select the PF; empty when it does.
-func whyNotNIC(s *sriovv1.SriovNetworkNicSelector, pf *sriovv1.InterfaceExt) string {
-	switch {
-	case s.NetFilter != "" && netFilter(s.NetFilter) != netFilter(pf.NetFilter):
-		return fmt.Sprintf("its network is %q, nicSelector.netFilter wants %q", pf.NetFilter, s.NetFilter)
-	case s.Vendor != "" && !strings.EqualFold(s.Vendor, pf.Vendor):
-		return fmt.Sprintf("its vendor is %s, nicSelector.vendor wants %s", pf.Vendor, s.Vendor)
-	case s.DeviceID != "" && !strings.EqualFold(s.DeviceID, pf.DeviceID):
-		return fmt.Sprintf("its device is %s, nicSelector.deviceID wants %s", pf.DeviceID, s.DeviceID)
-	case len(s.RootDevices) > 0 && !slices.ContainsFunc(s.RootDevices, func(d string) bool { return strings.EqualFold(d, pf.PciAddress) }):
-		return fmt.Sprintf("its address is not among nicSelector.rootDevices %s", strings.Join(s.RootDevices, " "))
-	case len(s.PfNames) > 0 && !slices.ContainsFunc(s.PfNames, func(n sriovv1.PfName) bool { return names(n, pf) }):
-		return fmt.Sprintf("its name is not among nicSelector.pfNames %s", join(s.PfNames))
+// whyNotNIC gives what says why the nicSelector does not select the PF; nil when it does.
+func (c *compiled) whyNotNIC(pf *sriovv1.InterfaceExt) func() string {
+	s := &c.Spec.NicSelector
+	why := func(format string, args ...any) func() string {
+		return func() string { return fmt.Sprintf(format, args...) }
 	}
-	return ""
+	switch {
+	case s.NetFilter != "" && pf.NetFilter == "":
+		return why("it is not known to be the virtual NIC of any network, nicSelector.netFilter wants %q", s.NetFilter)
+	case s.NetFilter != "" && netFilter(s.NetFilter) != netFilter(pf.NetFilter):
+		return why("its network is %q, nicSelector.netFilter wants %q", pf.NetFilter, s.NetFilter)
+	case s.Vendor != "" && !strings.EqualFold(s.Vendor, pf.Vendor):
+		return why("its vendor is %s, nicSelector.vendor wants %s", pf.Vendor, s.Vendor)
+	case s.DeviceID != "" && !strings.EqualFold(s.DeviceID, pf.DeviceID):
+		return why("its device is %s, nicSelector.deviceID wants %s", pf.DeviceID, s.DeviceID)
+	case len(s.RootDevices) > 0 && !slices.ContainsFunc(s.RootDevices, func(d string) bool { return strings.EqualFold(d, pf.PciAddress) }):
+		return why("its address is not among nicSelector.rootDevices %s", strings.Join(s.RootDevices, " "))
+	case len(c.pfNames) > 0 && !slices.ContainsFunc(c.pfNames, func(p pfChoice) bool { return p.names(pf) }):
+		return func() string { return "its name is not among nicSelector.pfNames " + join(s.PfNames) }
+	}
+	return nil
 }
 
 // names tells whether an entry of pfNames names the PF, by its name or an alternative one.
-func names(entry sriovv1.PfName, pf *sriovv1.InterfaceExt) bool {
-	name, _, _ := strings.Cut(string(entry), "#")
-	return name != "" && (name == pf.Name || slices.Contains(pf.AltNames, name))
+func (p pfChoice) names(pf *sriovv1.InterfaceExt) bool {
+	return p.name != "" && (p.name == pf.Name || slices.Contains(pf.AltNames, p.name))
 }
 
 // netFilter takes out the spaces that may stand around <platform>/NetworkID:<id>.
@@ -66,27 +80,23 @@ func join(entries []sriovv1.PfName) string {
 
 // chosenVFs are the VFs of the PF that the policy claims: those its pfNames entries
 // choose, or all of its numVfs.
-func chosenVFs(policy *sriovv1.SriovNetworkNodePolicy, pf *sriovv1.InterfaceExt) ([]int, error) {
+func (c *compiled) chosenVFs(pf *sriovv1.InterfaceExt) []int {
 	var chosen []int
-	for _, entry := range policy.Spec.NicSelector.PfNames {
-		if !names(entry, pf) {
+	for _, p := range c.pfNames {
+		if !p.names(pf) {
 			continue
 		}
-		_, vfs, err := ParsePfName(string(entry))
-		if err != nil {
-			return nil, err
-		}
-		if vfs == nil {
+		if p.vfs == nil {
 			chosen = nil
 			break
 		}
-		chosen = append(chosen, vfs...)
+		chosen = append(chosen, p.vfs...)
 	}
 	if chosen == nil {
-		for vf := range policy.Spec.NumVfs {
+		for vf := range c.Spec.NumVfs {
 			chosen = append(chosen, vf)
 		}
 	}
 	slices.Sort(chosen)
-	return slices.Compact(chosen), nil
+	return slices.Compact(chosen)
 }
