@@ -14,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 )
 
@@ -264,5 +265,47 @@ func TestPolicyStatus(t *testing.T) {
 			return fmt.Errorf("the events are %v", seen)
 		}
 		return nil
+	})
+}
+
+// MacVLAN policies are planned, told and taken back as policies for VFs are.
+func TestMacvlanPolicy(t *testing.T) {
+	needAPI(t)
+	makeNode(t, "mv-1", map[string]string{"test": "mv"})
+	p := &sluicev1.MacvlanNodePolicy{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "mv"}}
+	p.Spec.ResourceName, p.Spec.Slots, p.Spec.NodeSelector = "slots", 8, map[string]string{"test": "mv"}
+	p.Spec.ParentSelector.PfNames = []string{"bond0"}
+	if err := api.Create(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	ready := func(status metav1.ConditionStatus, reason, message string) {
+		t.Helper()
+		wantCondition(t, p, func() []metav1.Condition { return p.Status.Conditions }, sriovv1.ConditionReady, status, reason, message)
+	}
+	ready(metav1.ConditionFalse, "InventoryPending", "node mv-1: ")
+	link := func(s *sriovv1.SriovNetworkNodeState) { s.Status.Links = []sriovv1.Link{{Name: "bond0", Kind: "bond", Mtu: 1500}} }
+	agentReports(t, "mv-1", link)
+	eventually(t, func() error {
+		state, err := getState(t, "mv-1")
+		if err == nil && (len(state.Spec.Macvlans) != 1 || state.Spec.Macvlans[0].Link != "bond0" || state.Spec.Macvlans[0].Slots != 8) {
+			err = fmt.Errorf("the spec is %+v", state.Spec)
+		}
+		return err
+	})
+	ready(metav1.ConditionFalse, "NodesInProgress", "node mv-1: the node's agent has yet to act on the spec")
+	agentReports(t, "mv-1", func(s *sriovv1.SriovNetworkNodeState) {
+		link(s)
+		s.Status.Macvlans = []sriovv1.MacvlanParentStatus{{PolicyName: "mv", ResourceName: "slots", Link: "bond0", Parent: "bond0", Ready: true, Slots: 8}}
+	})
+	ready(metav1.ConditionTrue, "AllNodesReady", "in effect on 1 of 1 selected nodes")
+	if err := api.Delete(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		state, err := getState(t, "mv-1")
+		if err == nil && len(state.Spec.Macvlans) != 0 {
+			err = fmt.Errorf("the spec is %+v", state.Spec)
+		}
+		return err
 	})
 }

@@ -256,8 +256,10 @@ func (r *eviction) release(ctx context.Context, nodes map[string]*evictee, disab
 			delete(r.disturbed, name)
 			continue
 		}
+		// What waits for a reboot that nobody allows keeps nobody waiting.
+		working := len(n.state.Status.Pending) == 0 && meta.IsStatusConditionTrue(n.state.Status.Conditions, sriovv1.ConditionProgressing)
 		stopped := disabled || len(n.pools) > 1
-		if !stopped && (n.waits() || meta.IsStatusConditionTrue(n.state.Status.Conditions, sriovv1.ConditionProgressing)) {
+		if !stopped && (n.waits() || working) {
 			continue
 		}
 		err := r.uncordon(ctx, n)

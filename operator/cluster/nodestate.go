@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	appsv1 "k8s.io/api/apps/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
@@ -13,10 +14,12 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
+	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/operator/plan"
 )
@@ -25,6 +28,7 @@ import (
 type nodeState struct {
 	client.Client
 	namespace string
+	tally     *tally
 }
 
 func (r *nodeState) setup(mgr ctrl.Manager) error {
@@ -39,6 +43,9 @@ func (r *nodeState) setup(mgr ctrl.Manager) error {
 		// On an update the old and the new policy are both mapped, so that nodes it no
 		// longer selects are seen to as well.
 		Watches(&sriovv1.SriovNetworkNodePolicy{}, handler.EnqueueRequestsFromMapFunc(r.ofPolicy), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		Watches(&sluicev1.MacvlanNodePolicy{}, handler.EnqueueRequestsFromMapFunc(r.ofPolicy), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		// Each works on another node; most of their time is the API server's.
+		WithOptions(controller.Options{MaxConcurrentReconciles: 8}).
 		Complete(r)
 }
 
@@ -65,76 +72,89 @@ func (r *nodeState) ofPolicy(ctx context.Context, object client.Object) []reconc
 		ctrl.LoggerFrom(ctx).Error(err, "Lost an event of a policy", "policy", object.GetName())
 		return nil
 	}
+	selector := map[string]string{}
+	switch p := object.(type) {
+	case *sriovv1.SriovNetworkNodePolicy:
+		selector = p.Spec.NodeSelector
+	case *sluicev1.MacvlanNodePolicy:
+		selector = p.Spec.NodeSelector
+	}
 	var requests []reconcile.Request
 	for i := range nodes {
-		if plan.SelectsNode(object.(*sriovv1.SriovNetworkNodePolicy), nodes[i].Labels) {
+		if selects(selector, nodes[i].Labels) {
 			requests = append(requests, r.ofNode(ctx, &nodes[i])...)
 		}
 	}
 	return requests
 }
 
-// Reconcile brings one node's spec up to date, and writes nothing when it is.
+// Reconcile brings one node's spec up to date, writes nothing when it is, and says what
+// became of each policy there.
 func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
-	state := &sriovv1.SriovNetworkNodeState{}
-	missing := false
-	if err := r.Get(ctx, request.NamespacedName, state); apierrors.IsNotFound(err) {
+	// What the cache has is only read here: with thousands of nodes, copies would cost more
+	// than all the rest.
+	state, missing := &sriovv1.SriovNetworkNodeState{}, false
+	if err := r.Get(ctx, request.NamespacedName, state, client.UnsafeDisableDeepCopy); apierrors.IsNotFound(err) {
 		missing = true
 	} else if err != nil {
 		return ctrl.Result{}, fmt.Errorf("read SriovNetworkNodeState %s: %w", request.Name, err)
 	}
 	node := nodeMetadata()
-	err := r.Get(ctx, client.ObjectKey{Name: request.Name}, node)
+	err := r.Get(ctx, client.ObjectKey{Name: request.Name}, node, client.UnsafeDisableDeepCopy)
 	if client.IgnoreNotFound(err) != nil {
 		return ctrl.Result{}, fmt.Errorf("read node %s: %w", request.Name, err)
 	}
 	if err != nil { // the node is gone
+		r.tally.set(request.Name, nil)
 		if missing {
 			return ctrl.Result{}, nil
 		}
 		uid := state.UID
-		if err = r.Delete(ctx, state, client.Preconditions{UID: &uid}); client.IgnoreNotFound(err) != nil {
+		if err = r.Delete(ctx, state.DeepCopy(), client.Preconditions{UID: &uid}); client.IgnoreNotFound(err) != nil {
 			return ctrl.Result{}, fmt.Errorf("delete the SriovNetworkNodeState of node %s, which is gone: %w", request.Name, err)
 		}
 		return ctrl.Result{}, nil
 	}
-	config, agents := &sriovv1.SriovOperatorConfig{}, &appsv1.DaemonSet{}
-	err = r.Get(ctx, client.ObjectKey{Namespace: r.namespace, Name: sriovv1.DefaultOperatorConfigName}, config)
-	if client.IgnoreNotFound(err) != nil {
-		return ctrl.Result{}, fmt.Errorf("read SriovOperatorConfig %s: %w", sriovv1.DefaultOperatorConfigName, err)
+	policies, err := r.policies(ctx)
+	if err != nil {
+		return ctrl.Result{}, err
 	}
-	unwanted := err != nil
-	if !unwanted {
-		err = r.Get(ctx, client.ObjectKey{Namespace: r.namespace, Name: agentName}, agents, client.UnsafeDisableDeepCopy)
-		if apierrors.IsNotFound(err) {
-			return ctrl.Result{}, nil // it is about to be made, which wakes us
-		}
-		if err != nil {
-			return ctrl.Result{}, fmt.Errorf("read DaemonSet %s: %w", agentName, err)
-		}
+	config, hasAgent, err := r.hasAgent(ctx, node)
+	if err != nil {
+		return ctrl.Result{}, err
 	}
-	if unwanted || !selects(agents.Spec.Template.Spec.NodeSelector, node.Labels) {
-		if missing {
+	if !hasAgent {
+		r.tally.set(request.Name, policies.selecting(node, verdict{reason: reasonNoAgent}))
+		if missing || config == nil {
 			return ctrl.Result{}, nil
 		}
-		return ctrl.Result{}, deleteOfConfig(ctx, r, state)
-	}
-	policies := &sriovv1.SriovNetworkNodePolicyList{}
-	if err = r.List(ctx, policies, client.InNamespace(r.namespace)); err != nil {
-		return ctrl.Result{}, fmt.Errorf("list policies: %w", err)
+		return ctrl.Result{}, deleteOfConfig(ctx, r, state.DeepCopy())
 	}
 	pools := &sriovv1.SriovNetworkPoolConfigList{}
 	if err = r.List(ctx, pools, client.InNamespace(r.namespace), client.UnsafeDisableDeepCopy); err != nil {
 		return ctrl.Result{}, fmt.Errorf("list pools: %w", err)
 	}
-	spec, _ := plan.Desired(inEffect(policies.Items), node.Labels, state.Status.Interfaces, state.Spec)
+	spec, findings := plan.Desired(policies.vfs, node.Labels, state.Status.Interfaces, state.Spec)
+	var macvlanFindings []plan.Finding
+	spec.Macvlans, macvlanFindings = plan.DesiredMacvlan(policies.macvlans, node.Labels, state.Status.Links, spec)
 	spec.System.RdmaMode = plan.RdmaMode(plan.NewPools(pools.Items).Of(node.Labels), state.Spec.System.RdmaMode)
-	if !missing && equality.Semantic.DeepEqual(spec, state.Spec) && metav1.IsControlledBy(state, config) {
+	current := !missing && equality.Semantic.DeepEqual(spec, state.Spec)
+	if missing {
+		r.tally.set(request.Name, policies.selecting(node, verdict{reason: reasonNodesInProgress, message: "its SriovNetworkNodeState is being made", progress: true}))
+	} else {
+		acted := current && state.Status.ObservedGeneration == state.Generation
+		r.tally.set(request.Name, policies.judged(
+			judge(findings, state, acted, "the node has no SR-IOV NIC", onPFs(state)),
+			judge(macvlanFindings, state, acted, "the node has no link that can be a parent", onLinks(state))))
+	}
+	if current && metav1.IsControlledBy(state, config) {
+		renders.WithLabelValues("unchanged").Inc()
 		return ctrl.Result{}, nil
 	}
 	if err = r.apply(ctx, request.NamespacedName, config, &spec); err != nil {
 		return ctrl.Result{}, err
 	}
+	renders.WithLabelValues("written").Inc()
 	ctrl.LoggerFrom(ctx).Info("Applied the node's spec", "node", request.Name, "interfaces", len(spec.Interfaces))
 	if missing {
 		return ctrl.Result{}, r.awaitAgent(ctx, request.NamespacedName)
@@ -142,14 +162,91 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 	return ctrl.Result{}, nil
 }
 
+// hasAgent tells whether the node gets an agent. The configuration is nil while that is
+// not to be acted on: there is no DaemonSet that would say.
+func (r *nodeState) hasAgent(ctx context.Context, node *metav1.PartialObjectMetadata) (*sriovv1.SriovOperatorConfig, bool, error) {
+	config, agents := &sriovv1.SriovOperatorConfig{}, &appsv1.DaemonSet{}
+	err := r.Get(ctx, client.ObjectKey{Namespace: r.namespace, Name: sriovv1.DefaultOperatorConfigName}, config, client.UnsafeDisableDeepCopy)
+	if apierrors.IsNotFound(err) {
+		return config, false, nil
+	}
+	if err != nil {
+		return nil, false, fmt.Errorf("read SriovOperatorConfig %s: %w", sriovv1.DefaultOperatorConfigName, err)
+	}
+	err = r.Get(ctx, client.ObjectKey{Namespace: r.namespace, Name: agentName}, agents, client.UnsafeDisableDeepCopy)
+	if apierrors.IsNotFound(err) {
+		return nil, false, nil // it is about to be made, which wakes us
+	}
+	if err != nil {
+		return nil, false, fmt.Errorf("read DaemonSet %s: %w", agentName, err)
+	}
+	return config, selects(agents.Spec.Template.Spec.NodeSelector, node.Labels), nil
+}
+
+// policies are all that are in effect, of the cache.
+type policies struct {
+	vfs      []sriovv1.SriovNetworkNodePolicy
+	macvlans []sluicev1.MacvlanNodePolicy
+}
+
+func (r *nodeState) policies(ctx context.Context) (*policies, error) {
+	vfs, macvlans := &sriovv1.SriovNetworkNodePolicyList{}, &sluicev1.MacvlanNodePolicyList{}
+	if err := r.List(ctx, vfs, client.InNamespace(r.namespace), client.UnsafeDisableDeepCopy); err != nil {
+		return nil, fmt.Errorf("list policies: %w", err)
+	}
+	if err := r.List(ctx, macvlans, client.InNamespace(r.namespace), client.UnsafeDisableDeepCopy); err != nil {
+		return nil, fmt.Errorf("list MacVLAN policies: %w", err)
+	}
+	return &policies{
+		slices.DeleteFunc(vfs.Items, func(p sriovv1.SriovNetworkNodePolicy) bool { return p.DeletionTimestamp != nil }),
+		slices.DeleteFunc(macvlans.Items, func(p sluicev1.MacvlanNodePolicy) bool { return p.DeletionTimestamp != nil }),
+	}, nil
+}
+
+// selecting gives the same verdict to all policies that select the node.
+func (p *policies) selecting(node *metav1.PartialObjectMetadata, v verdict) map[policyKey]judged {
+	all := map[policyKey]judged{}
+	if !runsLinux(node) {
+		return all
+	}
+	for i := range p.vfs {
+		if o := &p.vfs[i]; selects(o.Spec.NodeSelector, node.Labels) {
+			all[policyKey{kindPolicy, o.Name}] = judged{v, o.Generation}
+		}
+	}
+	for i := range p.macvlans {
+		if o := &p.macvlans[i]; selects(o.Spec.NodeSelector, node.Labels) {
+			all[policyKey{kindMacvlanPolicy, o.Name}] = judged{v, o.Generation}
+		}
+	}
+	return all
+}
+
+// judged adds to verdicts the generations of the policies that they are about.
+func (p *policies) judged(vfs, macvlans map[string]verdict) map[policyKey]judged {
+	all := make(map[policyKey]judged, len(vfs)+len(macvlans))
+	for i := range p.vfs {
+		if v, ok := vfs[p.vfs[i].Name]; ok {
+			all[policyKey{kindPolicy, p.vfs[i].Name}] = judged{v, p.vfs[i].Generation}
+		}
+	}
+	for i := range p.macvlans {
+		if v, ok := macvlans[p.macvlans[i].Name]; ok {
+			all[policyKey{kindMacvlanPolicy, p.macvlans[i].Name}] = judged{v, p.macvlans[i].Generation}
+		}
+	}
+	return all
+}
+
 // apply writes the spec.
 func (r *nodeState) apply(ctx context.Context, key client.ObjectKey, config *sriovv1.SriovOperatorConfig, spec *sriovv1.SriovNetworkNodeStateSpec) error {
-	// Interfaces are always given, if only as an empty list: what is left out of an apply
-	// stays when somebody else has written it too. The rest of the spec is not ours.
+	// Lists are always given, if only as empty ones: what is left out of an apply stays
+	// when somebody else has written it too.
 	part, err := runtime.DefaultUnstructuredConverter.ToUnstructured(&struct {
-		Interfaces []sriovv1.Interface `json:"interfaces"`
-		System     sriovv1.System      `json:"system,omitzero"`
-	}{append([]sriovv1.Interface{}, spec.Interfaces...), spec.System})
+		Interfaces []sriovv1.Interface     `json:"interfaces"`
+		Macvlans   []sriovv1.MacvlanParent `json:"macvlans"`
+		System     sriovv1.System          `json:"system,omitzero"`
+	}{append([]sriovv1.Interface{}, spec.Interfaces...), append([]sriovv1.MacvlanParent{}, spec.Macvlans...), spec.System})
 	if err != nil {
 		return fmt.Errorf("convert the spec of SriovNetworkNodeState %s: %w", key.Name, err)
 	}
@@ -180,15 +277,4 @@ func (r *nodeState) awaitAgent(ctx context.Context, key client.ObjectKey) error 
 		return fmt.Errorf("apply the first status of SriovNetworkNodeState %s: %w", key.Name, err)
 	}
 	return nil
-}
-
-// inEffect leaves out policies that are being deleted.
-func inEffect(policies []sriovv1.SriovNetworkNodePolicy) []sriovv1.SriovNetworkNodePolicy {
-	var kept []sriovv1.SriovNetworkNodePolicy
-	for _, p := range policies {
-		if p.DeletionTimestamp == nil {
-			kept = append(kept, p)
-		}
-	}
-	return kept
 }

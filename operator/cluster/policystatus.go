@@ -3,166 +3,263 @@ package cluster
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
+	"sync"
+	"time"
 
 	"k8s.io/apimachinery/pkg/api/equality"
-	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/tools/events"
+	"k8s.io/client-go/util/workqueue"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+	"sigs.k8s.io/controller-runtime/pkg/source"
 
+	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/operator/plan"
 )
 
-// Reasons of a policy's conditions, besides the plan's.
-const (
-	reasonAllNodesReady   = "AllNodesReady"
-	reasonNoNodeSelected  = "NoNodeSelected"
-	reasonNodesInProgress = "NodesInProgress"
-	reasonNodeFailed      = "NodeFailed"
-)
+// statusGap is how long verdicts are gathered before the status of policies is written:
+// thousands of nodes that become ready within a moment are one write per policy.
+const statusGap = 200 * time.Millisecond
 
-// policyStatus writes into a policy what became of it on all nodes. It computes that
+// tally remembers what became of the policies on each node, and which policies' status
+// may have changed by that. Whoever judges a node tells it; it is safe for concurrent use.
+type tally struct {
+	mu    sync.Mutex
+	nodes map[string]map[policyKey]judged
+	dirty map[policyKey]bool
+	wake  func() // called without the lock when something became dirty
+}
+
+func newTally() *tally {
+	return &tally{nodes: map[string]map[policyKey]judged{}, dirty: map[policyKey]bool{}}
+}
+
+// set takes down the verdicts of a node; nil when there is nothing to judge there.
+func (t *tally) set(node string, verdicts map[policyKey]judged) {
+	t.mu.Lock()
+	changed := false
+	before := t.nodes[node]
+	mark := func(k policyKey) { changed, t.dirty[k] = true, true }
+	for k, v := range verdicts {
+		if old, ok := before[k]; !ok || old != v {
+			mark(k)
+		}
+	}
+	for k := range before {
+		if _, ok := verdicts[k]; !ok {
+			mark(k)
+		}
+	}
+	if verdicts == nil {
+		delete(t.nodes, node)
+	} else {
+		t.nodes[node] = verdicts
+	}
+	wake := t.wake
+	t.mu.Unlock()
+	if changed && wake != nil {
+		wake()
+	}
+}
+
+// mark makes a policy's status be looked at.
+func (t *tally) mark(k policyKey) {
+	t.mu.Lock()
+	t.dirty[k] = true
+	wake := t.wake
+	t.mu.Unlock()
+	if wake != nil {
+		wake()
+	}
+}
+
+// takeDirty returns what became dirty since it was last called, sorted.
+func (t *tally) takeDirty() []policyKey {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	all := slices.SortedFunc(maps.Keys(t.dirty), func(a, b policyKey) int {
+		return cmp.Or(cmp.Compare(a.kind, b.kind), cmp.Compare(a.name, b.name))
+	})
+	clear(t.dirty)
+	return all
+}
+
+// of returns the verdicts of a policy by node, of those nodes that it is said to select.
+// It is not complete while one of them has not been judged with this generation of it.
+func (t *tally) of(k policyKey, generation int64, selected []string) (verdicts map[string]verdict, complete bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	verdicts = make(map[string]verdict, len(selected))
+	for _, node := range selected {
+		j, ok := t.nodes[node][k]
+		if !ok || j.generation != generation {
+			return nil, false
+		}
+		verdicts[node] = j.verdict
+	}
+	return verdicts, true
+}
+
+// policyStatus writes into policies what became of them on all nodes. It computes that
 // from the objects alone, so that a new leader says the same as the old one did.
 type policyStatus struct {
 	client.Client
 	namespace string
 	events    events.EventRecorder
-
-	// judged remembers the verdicts of nodes that have not changed since, because a report
-	// of one node wakes all policies. Only one worker runs, so nothing guards it.
-	judged map[string]judgement
-}
-
-// judgement is what became of all policies on one node, and the versions of the objects
-// that says so of.
-type judgement struct {
-	node, state, policies string
-	verdicts              map[string]verdict // by policy; only those that select the node
+	tally     *tally
 }
 
 func (r *policyStatus) setup(mgr ctrl.Manager) error {
-	all := handler.EnqueueRequestsFromMapFunc(r.allPolicies)
+	one := reconcile.Request{NamespacedName: client.ObjectKey{Name: "dirty"}}
+	mark := func(kind string) handler.EventHandler {
+		return handler.EnqueueRequestsFromMapFunc(func(_ context.Context, o client.Object) []reconcile.Request {
+			r.tally.mark(policyKey{kind, o.GetName()})
+			return nil // mark wakes us
+		})
+	}
 	return ctrl.NewControllerManagedBy(mgr).
 		Named("policystatus").
-		// What becomes of one policy depends on the others.
-		Watches(&sriovv1.SriovNetworkNodePolicy{}, all, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
-		Watches(&sriovv1.SriovNetworkNodeState{}, all).
-		WatchesMetadata(nodeMetadata(), all, builder.WithPredicates(predicate.LabelChangedPredicate{})).
+		Watches(&sriovv1.SriovNetworkNodePolicy{}, mark(kindPolicy), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		Watches(&sluicev1.MacvlanNodePolicy{}, mark(kindMacvlanPolicy), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
+		WatchesRawSource(source.Func(func(_ context.Context, queue workqueue.TypedRateLimitingInterface[reconcile.Request]) error {
+			r.tally.mu.Lock()
+			defer r.tally.mu.Unlock()
+			r.tally.wake = func() { queue.AddAfter(one, statusGap) }
+			r.tally.wake() // for what was judged before
+			return nil
+		})).
 		Complete(r)
 }
 
-func (r *policyStatus) allPolicies(ctx context.Context, _ client.Object) []reconcile.Request {
-	policies := &sriovv1.SriovNetworkNodePolicyList{}
-	if err := r.List(ctx, policies, client.InNamespace(r.namespace)); err != nil {
-		ctrl.LoggerFrom(ctx).Error(err, "Lost an event: the policies could not be listed")
-		return nil
-	}
-	var requests []reconcile.Request
-	for i := range policies.Items {
-		requests = append(requests, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&policies.Items[i])})
-	}
-	return requests
+// policyView is what the status of a policy needs to know of it.
+type policyView struct {
+	object     client.Object
+	selector   map[string]string
+	conditions []metav1.Condition
+	status     policyCounts
 }
 
-// Reconcile writes one policy's status, if it changed.
-func (r *policyStatus) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
-	policy := &sriovv1.SriovNetworkNodePolicy{}
-	if err := r.Get(ctx, request.NamespacedName, policy); err != nil || policy.DeletionTimestamp != nil {
-		return ctrl.Result{}, client.IgnoreNotFound(err)
+// policyCounts are the status of both kinds of policies but for its conditions.
+type policyCounts struct {
+	Conditions         []metav1.Condition `json:"conditions,omitempty"`
+	ObservedGeneration int64              `json:"observedGeneration,omitempty"`
+	MatchedNodeCount   int                `json:"matchedNodeCount"`
+	ReadyNodeCount     int                `json:"readyNodeCount"`
+}
+
+// view reads a policy; nil when it is gone or going.
+func (r *policyStatus) view(ctx context.Context, k policyKey) (*policyView, error) {
+	key := client.ObjectKey{Namespace: r.namespace, Name: k.name}
+	var v *policyView
+	var err error
+	if k.kind == kindMacvlanPolicy {
+		p := &sluicev1.MacvlanNodePolicy{}
+		err = r.Get(ctx, key, p)
+		v = &policyView{p, p.Spec.NodeSelector, p.Status.Conditions, policyCounts{nil, p.Status.ObservedGeneration, p.Status.MatchedNodeCount, p.Status.ReadyNodeCount}}
+	} else {
+		p := &sriovv1.SriovNetworkNodePolicy{}
+		err = r.Get(ctx, key, p)
+		v = &policyView{p, p.Spec.NodeSelector, p.Status.Conditions, policyCounts{nil, p.Status.ObservedGeneration, p.Status.MatchedNodeCount, p.Status.ReadyNodeCount}}
 	}
-	policies := &sriovv1.SriovNetworkNodePolicyList{}
-	if err := r.List(ctx, policies, client.InNamespace(r.namespace)); err != nil {
-		return ctrl.Result{}, fmt.Errorf("list policies: %w", err)
+	if err != nil {
+		return nil, client.IgnoreNotFound(fmt.Errorf("read %s %s: %w", k.kind, k.name, err))
 	}
-	states := &sriovv1.SriovNetworkNodeStateList{}
-	if err := r.List(ctx, states, client.InNamespace(r.namespace)); err != nil {
-		return ctrl.Result{}, fmt.Errorf("list node states: %w", err)
+	if v.object.GetDeletionTimestamp() != nil {
+		return nil, nil
+	}
+	return v, nil
+}
+
+// Reconcile writes the status of the policies of which something was said since.
+func (r *policyStatus) Reconcile(ctx context.Context, _ ctrl.Request) (ctrl.Result, error) {
+	dirty := r.tally.takeDirty()
+	if len(dirty) == 0 {
+		return ctrl.Result{}, nil
 	}
 	nodes, err := listNodes(ctx, r)
 	if err != nil {
+		for _, k := range dirty {
+			r.tally.mark(k)
+		}
 		return ctrl.Result{}, err
 	}
-	status := summarise(policy, r.judgeAll(inEffect(policies.Items), nodes, states.Items))
-	if equality.Semantic.DeepEqual(status, policy.Status) {
-		return ctrl.Result{}, nil
+	var failed []error
+	for _, k := range dirty {
+		complete, err := r.write(ctx, k, nodes)
+		if err != nil || !complete {
+			r.tally.mark(k)
+		}
+		failed = append(failed, err)
 	}
-	desired, err := applyStatus("SriovNetworkNodePolicy", request.NamespacedName, &status)
+	return ctrl.Result{}, errors.Join(failed...)
+}
+
+// write writes the status of one policy, if it changed. It is not complete while nodes
+// that the policy selects have not been judged.
+func (r *policyStatus) write(ctx context.Context, k policyKey, nodes []metav1.PartialObjectMetadata) (complete bool, err error) {
+	view, err := r.view(ctx, k)
+	if err != nil || view == nil {
+		return true, err
+	}
+	var selected []string
+	for i := range nodes {
+		if runsLinux(&nodes[i]) && selects(view.selector, nodes[i].Labels) {
+			selected = append(selected, nodes[i].Name)
+		}
+	}
+	verdicts, complete := r.tally.of(k, view.object.GetGeneration(), selected)
+	if !complete {
+		return false, nil
+	}
+	status := summarise(view.object.GetGeneration(), verdicts)
+	all, own := merge(view.conditions, status.Conditions)
+	status.Conditions = nil
+	if equality.Semantic.DeepEqual(all, view.conditions) && equality.Semantic.DeepEqual(status, view.status) {
+		return true, nil
+	}
+	status.Conditions = own
+	desired, err := applyStatusOf(kindOfPolicy(k.kind), client.ObjectKeyFromObject(view.object), &status)
 	if err != nil {
-		return ctrl.Result{}, err
+		return true, err
 	}
 	if err := r.Status().Apply(ctx, desired, fieldOwner, client.ForceOwnership); err != nil {
-		return ctrl.Result{}, client.IgnoreNotFound(fmt.Errorf("apply the status of SriovNetworkNodePolicy %s: %w", request.Name, err))
+		return true, client.IgnoreNotFound(fmt.Errorf("apply the status of %s %s: %w", k.kind, k.name, err))
 	}
-	reportTransition(r.events, policy, policy.Status.Conditions, status.Conditions)
-	return ctrl.Result{}, nil
+	reportTransition(r.events, view.object, view.conditions, all)
+	return true, nil
 }
 
-// verdict is what became of a policy on one node.
-type verdict struct {
-	reason   string
-	message  string
-	ready    bool // in effect on all PFs that it selects
-	progress bool // the agent has yet to finish
-	degraded bool // somebody has to mend something
+func kindOfPolicy(kind string) schema.GroupVersionKind {
+	if kind == kindMacvlanPolicy {
+		return sluicev1.SchemeGroupVersion.WithKind(kind)
+	}
+	return sriovv1.SchemeGroupVersion.WithKind(kind)
 }
 
-// judgeAll gives the judgements of all Linux nodes, by node.
-func (r *policyStatus) judgeAll(policies []sriovv1.SriovNetworkNodePolicy, nodes []metav1.PartialObjectMetadata,
-	states []sriovv1.SriovNetworkNodeState,
-) map[string]judgement {
-	var versions strings.Builder
-	for _, p := range policies {
-		fmt.Fprintf(&versions, "%s/%d ", p.UID, p.Generation)
-	}
-	byName := map[string]*sriovv1.SriovNetworkNodeState{}
-	for i := range states {
-		byName[states[i].Name] = &states[i]
-	}
-	all := make(map[string]judgement, len(nodes))
-	for i := range nodes {
-		node, state := &nodes[i], byName[nodes[i].Name]
-		if !runsLinux(node) {
-			continue
-		}
-		j := judgement{node: string(node.UID) + node.ResourceVersion, policies: versions.String()}
-		if state != nil {
-			j.state = string(state.UID) + state.ResourceVersion
-		}
-		if old := r.judged[node.Name]; old.node == j.node && old.state == j.state && old.policies == j.policies {
-			j.verdicts = old.verdicts
-		} else {
-			j.verdicts = judge(policies, node, state)
-		}
-		all[node.Name] = j
-	}
-	r.judged = all
-	return all
-}
-
-// summarise makes a policy's status from what became of it on every node.
-func summarise(policy *sriovv1.SriovNetworkNodePolicy, nodes map[string]judgement) sriovv1.SriovNetworkNodePolicyStatus {
-	status := *policy.Status.DeepCopy()
-	status.ObservedGeneration = policy.Generation
-	status.MatchedNodeCount, status.ReadyNodeCount = 0, 0
-	bare := 0 // nodes without a PF for it, which is no fault where others have one
+// summarise makes a policy's status from what became of it on every node that it selects.
+// Nodes without an agent, or without anything that it selects, are no fault of a policy
+// that is in effect on others.
+func summarise(generation int64, verdicts map[string]verdict) policyCounts {
+	status := policyCounts{ObservedGeneration: generation}
+	bare, agentless := 0, 0
 	open := map[verdict][]string{}
-	for node, j := range nodes {
-		v, selected := j.verdicts[policy.Name]
-		if !selected {
-			continue
-		}
-		status.MatchedNodeCount++
+	for node, v := range verdicts {
 		switch {
+		case v.reason == reasonNoAgent:
+			agentless++
+			continue
 		case v.ready:
 			status.ReadyNodeCount++
 		case v.reason == string(plan.NoNICSelected):
@@ -171,45 +268,43 @@ func summarise(policy *sriovv1.SriovNetworkNodePolicy, nodes map[string]judgemen
 		default:
 			open[v] = append(open[v], node)
 		}
+		status.MatchedNodeCount++
 	}
 	if bare < status.MatchedNodeCount {
 		maps.DeleteFunc(open, func(v verdict, _ []string) bool { return v.reason == string(plan.NoNICSelected) })
 	}
-
-	ready := metav1.Condition{Type: sriovv1.ConditionReady, Status: metav1.ConditionFalse}
-	progressing := metav1.Condition{Type: sriovv1.ConditionProgressing, Status: metav1.ConditionFalse}
-	degraded := metav1.Condition{Type: sriovv1.ConditionDegraded, Status: metav1.ConditionFalse}
+	text := fmt.Sprintf("in effect on %d of %d selected nodes", status.ReadyNodeCount, status.MatchedNodeCount)
+	if bare > 0 {
+		text += fmt.Sprintf("; %d have no NIC that the selector selects", bare)
+	}
+	if agentless > 0 {
+		text += fmt.Sprintf("; %d more get no agent: see configDaemonNodeSelector of SriovOperatorConfig default", agentless)
+	}
+	fine := why{reasonAllNodesReady, text}
+	var unready, progressing, degraded why
 	switch {
+	case status.MatchedNodeCount == 0 && agentless > 0:
+		unready = why{reasonNoAgent, fmt.Sprintf("nodeSelector selects %d nodes, and none of them gets an agent: see configDaemonNodeSelector of SriovOperatorConfig default", agentless)}
 	case status.MatchedNodeCount == 0:
-		ready.Reason, ready.Message = reasonNoNodeSelected, "nodeSelector selects no Linux node: compare it with kubectl get nodes --show-labels"
-	case len(open) == 0:
-		ready.Status, ready.Reason = metav1.ConditionTrue, reasonAllNodesReady
-		ready.Message = fmt.Sprintf("in effect on %d of %d selected nodes", status.ReadyNodeCount, status.MatchedNodeCount)
-		if bare > 0 {
-			ready.Message += fmt.Sprintf("; %d have no NIC that nicSelector selects", bare)
-		}
-	default:
-		ready.Reason, ready.Message = tell(open)
+		unready = why{reasonNoNodeSelected, "nodeSelector selects no Linux node: compare it with kubectl get nodes --show-labels"}
+	case len(open) > 0:
+		unready = tell(open)
 	}
 	for v := range open {
 		if v.progress {
-			progressing.Status = metav1.ConditionTrue
+			progressing = unready
 		}
 		if v.degraded {
-			degraded.Status = metav1.ConditionTrue
+			degraded = unready
 		}
 	}
-	for _, c := range []metav1.Condition{ready, progressing, degraded} {
-		c.ObservedGeneration = policy.Generation
-		c.Reason, c.Message = cmp.Or(c.Reason, ready.Reason), cmp.Or(c.Message, ready.Message)
-		meta.SetStatusCondition(&status.Conditions, c)
-	}
+	status.Conditions = conditions(generation, unready, progressing, degraded, fine)
 	return status
 }
 
 // tell puts what is open on the nodes into a reason and a message: faults first, and
 // nodes with the same one together.
-func tell(open map[verdict][]string) (reason, message string) {
+func tell(open map[verdict][]string) why {
 	verdicts := slices.SortedFunc(maps.Keys(open), func(a, b verdict) int {
 		if a.degraded != b.degraded {
 			if a.degraded {
@@ -236,108 +331,5 @@ func tell(open map[verdict][]string) (reason, message string) {
 		}
 		parts = append(parts, who+": "+v.message)
 	}
-	return verdicts[0].reason, shorten(strings.Join(parts, "; "), 32768) // the API's limit for messages
-}
-
-// judge says what became of each policy that selects the node.
-func judge(policies []sriovv1.SriovNetworkNodePolicy, node *metav1.PartialObjectMetadata, state *sriovv1.SriovNetworkNodeState) map[string]verdict {
-	verdicts := map[string]verdict{}
-	if state == nil {
-		for i := range policies {
-			if plan.SelectsNode(&policies[i], node.Labels) {
-				verdicts[policies[i].Name] = verdict{reason: reasonNodesInProgress, message: "its SriovNetworkNodeState is being made", progress: true}
-			}
-		}
-		return verdicts
-	}
-	spec, findings := plan.Desired(policies, node.Labels, state.Status.Interfaces, state.Spec)
-	acted := equality.Semantic.DeepEqual(spec, state.Spec) && state.Status.ObservedGeneration == state.Generation
-	pfs := map[string][]string{} // PFs that have a policy's VFs
-	for _, f := range findings {
-		if _, settled := verdicts[f.Policy]; settled {
-			continue
-		}
-		switch {
-		case f.Refused():
-			verdicts[f.Policy] = verdict{reason: string(f.Reason), message: f.Message, degraded: f.Reason != plan.Overridden}
-		case f.Reason == plan.Configured:
-			pfs[f.Policy] = append(pfs[f.Policy], f.PCIAddress)
-		case f.Reason == plan.InventoryPending && state.Status.ObservedGeneration > 0:
-			verdicts[f.Policy] = verdict{reason: string(plan.NoNICSelected), message: "the node has no SR-IOV NIC", degraded: true}
-		case f.Reason == plan.InventoryPending:
-			verdicts[f.Policy] = verdict{reason: string(f.Reason), message: f.Message, progress: true}
-		case f.Reason == plan.NoNICSelected, f.Reason == plan.PolicyIgnored:
-			verdicts[f.Policy] = verdict{reason: string(f.Reason), message: f.Message, degraded: true}
-		}
-	}
-	for policy, configured := range pfs {
-		if _, refused := verdicts[policy]; refused {
-			continue
-		}
-		if acted {
-			verdicts[policy] = onNode(policy, configured, state)
-		} else {
-			verdicts[policy] = verdict{reason: reasonNodesInProgress, message: "the node's agent has yet to act on the spec", progress: true}
-		}
-	}
-	return verdicts
-}
-
-// onNode says how far the agent is with the policy's PFs. Trouble on other PFs of the
-// node is not the policy's.
-func onNode(policy string, pfs []string, state *sriovv1.SriovNetworkNodeState) verdict {
-	if meta.IsStatusConditionTrue(state.Status.Conditions, sriovv1.ConditionReady) {
-		return verdict{ready: true}
-	}
-	var troubles []string
-	for i := range state.Status.Interfaces {
-		pf := &state.Status.Interfaces[i]
-		if !slices.Contains(pfs, pf.PciAddress) {
-			continue
-		}
-		if pf.Message != "" {
-			troubles = append(troubles, fmt.Sprintf("PF %s: %s", cmp.Or(pf.Name, pf.PciAddress), pf.Message))
-		}
-		for _, vf := range pf.VFs {
-			if vf.Message != "" && isOf(policy, state, pf.PciAddress, vf.VfID) {
-				troubles = append(troubles, fmt.Sprintf("VF %d of PF %s: %s", vf.VfID, cmp.Or(pf.Name, pf.PciAddress), vf.Message))
-			}
-		}
-	}
-	switch progressing := meta.IsStatusConditionTrue(state.Status.Conditions, sriovv1.ConditionProgressing); {
-	case len(troubles) > 0:
-		return verdict{reason: reasonNodeFailed, message: strings.Join(troubles, "; "), progress: progressing, degraded: true}
-	case progressing || len(state.Status.Conditions) == 0:
-		return verdict{reason: reasonNodesInProgress, message: cmp.Or(readyMessage(state), "the node's agent is at work"), progress: true}
-	case state.Status.LastSyncError != "" && !hasMessages(state):
-		// The agent failed as a whole and blames no PF.
-		return verdict{reason: reasonNodeFailed, message: state.Status.LastSyncError, degraded: true}
-	}
-	return verdict{ready: true}
-}
-
-func readyMessage(state *sriovv1.SriovNetworkNodeState) string {
-	if ready := meta.FindStatusCondition(state.Status.Conditions, sriovv1.ConditionReady); ready != nil {
-		return ready.Message
-	}
-	return ""
-}
-
-func hasMessages(state *sriovv1.SriovNetworkNodeState) bool {
-	return slices.ContainsFunc(state.Status.Interfaces, func(pf sriovv1.InterfaceExt) bool {
-		return pf.Message != "" || slices.ContainsFunc(pf.VFs, func(vf sriovv1.VirtualFunction) bool { return vf.Message != "" })
-	})
-}
-
-// isOf tells whether the spec gives a VF to the policy.
-func isOf(policy string, state *sriovv1.SriovNetworkNodeState, pf string, vf int) bool {
-	for _, iface := range state.Spec.Interfaces {
-		for _, group := range iface.VfGroups {
-			first, last, err := plan.ParseVfRange(group.VfRange)
-			if err == nil && iface.PciAddress == pf && group.PolicyName == policy && first <= vf && vf <= last {
-				return true
-			}
-		}
-	}
-	return false
+	return why{verdicts[0].reason, strings.Join(parts, "; ")}
 }

@@ -2,8 +2,8 @@ package cluster
 
 import (
 	"fmt"
+	"strings"
 	"testing"
-	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -40,20 +40,16 @@ func ten() []sriovv1.SriovNetworkNodePolicy {
 	return policies
 }
 
-// A thousand nodes and ten policies are planned and summarised well within a second.
-func TestSummariseAThousandNodes(t *testing.T) {
-	policies := ten()
-	start := time.Now()
-	nodes, states := fleet(1000, policies)
-	r := &policyStatus{}
-	var status sriovv1.SriovNetworkNodePolicyStatus
-	for i := range policies {
-		status = summarise(&policies[i], r.judgeAll(policies, nodes, states))
+// verdictsOf judges a policy on all nodes.
+func verdictsOf(policies []sriovv1.SriovNetworkNodePolicy, policy string, nodes []metav1.PartialObjectMetadata, states []sriovv1.SriovNetworkNodeState) map[string]verdict {
+	all := map[string]verdict{}
+	for i := range nodes {
+		_, findings := plan.Desired(policies, nodes[i].Labels, states[i].Status.Interfaces, states[i].Spec)
+		if v, ok := judge(findings, &states[i], true, "", onPFs(&states[i]))[policy]; ok {
+			all[nodes[i].Name] = v
+		}
 	}
-	t.Logf("planned and summarised in %v", time.Since(start))
-	if status.MatchedNodeCount != 1000 || status.ReadyNodeCount != 1000 {
-		t.Errorf("the status is %+v", status)
-	}
+	return all
 }
 
 // Many nodes with one trouble make one finding, and many troubles a bounded message.
@@ -68,7 +64,7 @@ func TestSummariseGroupsFindings(t *testing.T) {
 			states[i].Status.Interfaces[0].VFs[3].Message = "busy"
 		}
 	}
-	status := summarise(&policies[0], (&policyStatus{}).judgeAll(policies, nodes, states))
+	status := summarise(1, verdictsOf(policies, "p0", nodes, states))
 	const want = "5 nodes (n0000, n0001, n0002, ...): PF ens1f0: no memory; node n0005: VF 3 of PF ens1f0: busy"
 	if got := status.Conditions[0].Message; got != want {
 		t.Errorf("the message is %q, want %q", got, want)
@@ -77,20 +73,120 @@ func TestSummariseGroupsFindings(t *testing.T) {
 	// Trouble on VFs of other policies is none of this one's.
 	states[5].Status.Interfaces[0].VFs[3].Message = ""
 	states[5].Status.Interfaces[0].VFs[50].Message = "busy"
-	if got := summarise(&policies[0], (&policyStatus{}).judgeAll(policies, nodes, states)).ReadyNodeCount; got != 1 {
+	if got := summarise(1, verdictsOf(policies, "p0", nodes, states)).ReadyNodeCount; got != 1 {
 		t.Errorf("%d nodes are ready, want 1", got)
 	}
 }
 
-// BenchmarkOneNodeReports is the work that one report among a thousand nodes makes.
-func BenchmarkOneNodeReports(b *testing.B) {
-	policies := ten()
-	nodes, states := fleet(1000, policies)
-	r := &policyStatus{}
-	for i := 0; b.Loop(); i++ {
-		states[7].ResourceVersion = fmt.Sprint(i)
-		for p := range policies {
-			summarise(&policies[p], r.judgeAll(policies, nodes, states))
+// Two thousand nodes, each with a long trouble of its own, make a message of bounded length.
+func TestSummariseIsBounded(t *testing.T) {
+	verdicts := map[string]verdict{}
+	for i := range 2000 {
+		verdicts[fmt.Sprintf("n%04d", i)] = verdict{reason: reasonNodeFailed, message: fmt.Sprintf("%d: %s", i, strings.Repeat("x", maxVerdict-100)), degraded: true}
+	}
+	status := summarise(1, verdicts)
+	if got := status.Conditions[0].Message; len(got) > 5*maxVerdict || !strings.HasSuffix(got, "and 1996 more findings on other nodes") {
+		t.Errorf("the message has %d bytes and ends %q", len(got), got[len(got)-50:])
+	}
+}
+
+func TestSummarise(t *testing.T) {
+	bare := verdict{reason: string(plan.NoNICSelected), message: "no NIC", degraded: true}
+	for _, c := range []struct {
+		name           string
+		verdicts       map[string]verdict
+		reason         string
+		ready          bool
+		matched, count int
+		message        string
+	}{
+		{"no node", nil, reasonNoNodeSelected, false, 0, 0, "nodeSelector selects no Linux node"},
+		{"no agent anywhere", map[string]verdict{"a": {reason: reasonNoAgent}}, reasonNoAgent, false, 0, 0, "selects 1 nodes, and none of them gets an agent"},
+		{"no agent somewhere", map[string]verdict{"a": {reason: reasonNoAgent}, "b": {ready: true}}, reasonAllNodesReady, true, 1, 1, "in effect on 1 of 1 selected nodes; 1 more get no agent"},
+		{"no NIC anywhere", map[string]verdict{"a": bare}, string(plan.NoNICSelected), false, 1, 0, "node a: no NIC"},
+		{"no NIC somewhere", map[string]verdict{"a": bare, "b": {ready: true}}, reasonAllNodesReady, true, 2, 1, "in effect on 1 of 2 selected nodes; 1 have no NIC"},
+		{"faults come first", map[string]verdict{"a": {reason: reasonNodesInProgress, message: "m", progress: true}, "b": {reason: reasonNodeFailed, message: "f", degraded: true}}, reasonNodeFailed, false, 2, 0, "node b: f; node a: m"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := summarise(3, c.verdicts)
+			ready := s.Conditions[0]
+			if ready.Reason != c.reason || (ready.Status == metav1.ConditionTrue) != c.ready || !strings.Contains(ready.Message, c.message) ||
+				s.MatchedNodeCount != c.matched || s.ReadyNodeCount != c.count || s.ObservedGeneration != 3 {
+				t.Errorf("it is %+v", s)
+			}
+		})
+	}
+}
+
+// What waits is told with what it waits for.
+func TestWaiting(t *testing.T) {
+	evict := sriovv1.PendingChange{PciAddress: "pf", Operation: "SetNumVFs 2 on pf", Cost: sriovv1.CostEvict, Reason: "pods hold VFs"}
+	boot := sriovv1.PendingChange{Operation: "SetRdmaMode exclusive", Cost: sriovv1.CostReboot, Reason: "pods have namespaces"}
+	blocked := condition(sriovv1.ConditionEvicting, metav1.ConditionTrue)
+	blocked.Reason, blocked.Message = reasonBlocked, "the budget b"
+	for _, c := range []struct {
+		name       string
+		pending    sriovv1.PendingChange
+		conditions []metav1.Condition
+		pf         string
+		want       verdict
+	}{
+		{"another PF", evict, nil, "other", verdict{}},
+		{"not looked at yet", evict, nil, "pf", verdict{reason: reasonNodesInProgress, message: "SetNumVFs 2 on pf waits: pods hold VFs", progress: true}},
+		{"blocked", evict, []metav1.Condition{blocked}, "pf", verdict{reason: reasonNodesInProgress, message: "the budget b", progress: true}},
+		{"a reboot that nobody allows", boot, nil, "pf", verdict{reason: reasonRebootRequired, degraded: true,
+			message: "SetRdmaMode exclusive needs a reboot: pods have namespaces: reboot the node, or allow it by rebootPolicy WhenRequired in its SriovNetworkPoolConfig"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			state := &sriovv1.SriovNetworkNodeState{Status: sriovv1.SriovNetworkNodeStateStatus{Pending: []sriovv1.PendingChange{c.pending}, Conditions: c.conditions}}
+			if got, _ := waiting(state, []string{c.pf}); got != c.want {
+				t.Errorf("it is %+v", got)
+			}
+		})
+	}
+}
+
+func TestOnLinks(t *testing.T) {
+	state := &sriovv1.SriovNetworkNodeState{}
+	state.Status.Macvlans = []sriovv1.MacvlanParentStatus{{PolicyName: "p", Link: "a", Ready: true}, {PolicyName: "p", Link: "b", Message: "no such link"}, {PolicyName: "q", Link: "c"}}
+	for want, links := range map[verdict][]string{
+		{ready: true}: {"a"},
+		{reason: reasonNodeFailed, message: "link b: no such link", degraded: true}:             {"a", "b"},
+		{reason: reasonNodesInProgress, message: "the node's agent is at work", progress: true}: {"c"},
+	} {
+		if got := onLinks(state)("p", links); got != want {
+			t.Errorf("%v: %+v, want %+v", links, got, want)
 		}
+	}
+}
+
+// A policy's status is not written from half of its nodes, nor from what was said of an
+// older generation of it.
+func TestTally(t *testing.T) {
+	woken := 0
+	tl := newTally()
+	tl.wake = func() { woken++ }
+	k := policyKey{kindPolicy, "p"}
+	tl.set("a", map[policyKey]judged{k: {verdict{ready: true}, 1}})
+	if _, complete := tl.of(k, 1, []string{"a", "b"}); complete {
+		t.Error("complete without node b")
+	}
+	tl.set("b", map[policyKey]judged{k: {verdict{ready: true}, 1}})
+	if got, complete := tl.of(k, 1, []string{"a", "b"}); !complete || len(got) != 2 {
+		t.Errorf("%v %t", got, complete)
+	}
+	if _, complete := tl.of(k, 2, []string{"a"}); complete {
+		t.Error("complete with an older generation")
+	}
+	if got := tl.takeDirty(); len(got) != 1 || got[0] != k || len(tl.takeDirty()) != 0 || woken != 2 {
+		t.Errorf("dirty is %v, woken %d times", got, woken)
+	}
+	tl.set("a", map[policyKey]judged{k: {verdict{ready: true}, 1}}) // nothing new
+	if woken != 2 || len(tl.takeDirty()) != 0 {
+		t.Error("woken without a change")
+	}
+	tl.set("b", nil)
+	if _, complete := tl.of(k, 1, []string{"b"}); complete || len(tl.takeDirty()) != 1 {
+		t.Error("a node that is gone is remembered")
 	}
 }

@@ -12,7 +12,6 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 	"sigs.k8s.io/yaml"
 
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
@@ -94,7 +93,12 @@ func agentSelector(config *sriovv1.SriovOperatorConfig, nodes []metav1.PartialOb
 
 // selects tells whether labels have all that the selector wants.
 func selects(selector, nodeLabels map[string]string) bool {
-	return labels.SelectorFromSet(selector).Matches(labels.Set(nodeLabels))
+	for key, want := range selector {
+		if have, ok := nodeLabels[key]; !ok || have != want {
+			return false
+		}
+	}
+	return true
 }
 
 // gates are the feature gates that the SR-IOV network operator has, with what Sluice does

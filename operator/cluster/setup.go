@@ -64,6 +64,7 @@ func CacheOptions(config Config) cache.Options {
 		&sriovv1.SriovNetworkNodeState{}:                             own,
 		&sriovv1.SriovOperatorConfig{}:                               own,
 		&sriovv1.SriovNetworkPoolConfig{}:                            own,
+		&sluicev1.MacvlanNodePolicy{}:                                own,
 		&appsv1.DaemonSet{}:                                          named(agentName),
 		metadataOf(appsv1.SchemeGroupVersion.WithKind("Deployment")): named(operatorName),
 	}}
@@ -75,7 +76,8 @@ func Setup(mgr ctrl.Manager, config Config) error {
 	if err := (&operatorConfig{Client: mgr.GetClient(), settings: config, events: recorder}).setup(mgr); err != nil {
 		return fmt.Errorf("set up the operator configuration controller: %w", err)
 	}
-	if err := (&nodeState{Client: mgr.GetClient(), namespace: config.Namespace}).setup(mgr); err != nil {
+	verdicts := newTally()
+	if err := (&nodeState{Client: mgr.GetClient(), namespace: config.Namespace, tally: verdicts}).setup(mgr); err != nil {
 		return fmt.Errorf("set up the node state controller: %w", err)
 	}
 	if err := (&pool{Client: mgr.GetClient(), namespace: config.Namespace, events: recorder}).setup(mgr); err != nil {
@@ -84,7 +86,7 @@ func Setup(mgr ctrl.Manager, config Config) error {
 	if err := (&eviction{Client: mgr.GetClient(), live: mgr.GetAPIReader(), namespace: config.Namespace, events: recorder}).setup(mgr); err != nil {
 		return fmt.Errorf("set up the eviction controller: %w", err)
 	}
-	if err := (&policyStatus{Client: mgr.GetClient(), namespace: config.Namespace, events: recorder}).setup(mgr); err != nil {
+	if err := (&policyStatus{Client: mgr.GetClient(), namespace: config.Namespace, events: recorder, tally: verdicts}).setup(mgr); err != nil {
 		return fmt.Errorf("set up the policy status controller: %w", err)
 	}
 	if err := (&network{Client: mgr.GetClient(), config: config, events: recorder}).setup(mgr); err != nil {
