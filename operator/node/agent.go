@@ -46,6 +46,7 @@ type Config struct {
 	States      States
 	Advertiser  Advertiser
 	Usage       Usage
+	Lifeline    Lifeline
 	// Attached tells the settings that a VF was given at its PF for the pod it is
 	// attached to; it is not ok while it is attached to none, or not yet.
 	Attached func(pciAddress string) (settings host.VFSettings, ok bool)
@@ -70,6 +71,9 @@ type Agent struct {
 	offers  sync.Mutex
 	offered map[string]bool
 
+	lifting       sync.Mutex // held while the way to the API server is at risk
+	regain, proof time.Duration
+
 	mu        sync.Mutex
 	baselines map[string]baseline
 	names     map[string]*hostName
@@ -86,6 +90,8 @@ type Agent struct {
 	unknown bool                            // something changed that is of none of them
 	audited time.Time                       // when all of them were last looked at
 	around  budget                          // for looking at all of them
+	path    []int                           // links to the API server, as known at pathAt
+	pathAt  time.Time
 	// The RDMA subsystem's mode, and when the kernel last refused to change it.
 	rdmaMode string
 	rdmaBusy time.Time
@@ -116,7 +122,7 @@ type retry struct {
 // New returns an agent; Run makes it work.
 func New(c Config) *Agent {
 	return &Agent{
-		Config: c, poke: make(chan struct{}, 1), looked: make(chan struct{}), offered: map[string]bool{},
+		Config: c, regain: regain, proof: proof, poke: make(chan struct{}, 1), looked: make(chan struct{}), offered: map[string]bool{},
 		unsettable: map[string]host.VFAttrs{}, baselines: map[string]baseline{}, names: map[string]*hostName{}, retries: map[string]*retry{}, nics: map[string]*nic{},
 		parents: parents{changed: true, retries: map[v1.MacvlanParent]*parentRetry{}},
 	}
@@ -218,7 +224,7 @@ func (a *Agent) adopt(state *v1.SriovNetworkNodeState) bool {
 		a.remember(state.Status)
 		return true
 	}
-	if before.Generation != state.Generation {
+	if before.Generation != state.Generation || !maps.Equal(before.Annotations, state.Annotations) {
 		return true
 	}
 	seen := state.Status
@@ -267,6 +273,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	if ctx.Err() != nil {
 		return resync
 	}
+	p.findPath(ctx)
 	p.collect()
 	p.assign()
 	p.system(ctx)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/go-logr/logr/testr"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
@@ -34,6 +36,8 @@ type lab struct {
 	agent  *Agent
 	stop   func()
 	state  string
+	kernel Kernel
+	line   Lifeline
 }
 
 func newLab(t *testing.T) *lab {
@@ -43,7 +47,7 @@ func newLab(t *testing.T) *lab {
 	}
 	t.Cleanup(h.Close)
 	l := &lab{
-		T: t, host: h, state: t.TempDir(), plugin: &plugin{}, usage: &usage{pods: map[string]string{}},
+		T: t, host: h, kernel: h, line: &lifeline{}, state: t.TempDir(), plugin: &plugin{}, usage: &usage{pods: map[string]string{}},
 		server: &server{
 			watch: make(chan *v1.SriovNetworkNodeState, 1),
 			state: &v1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Name: "guest", Generation: 1, UID: "1"}},
@@ -68,7 +72,7 @@ func newLab(t *testing.T) *lab {
 }
 
 func (l *lab) start() {
-	l.agent = New(Config{Node: "guest", StateDir: l.state, Kernel: l.host, States: l.server, Advertiser: l.plugin, Usage: l.usage, Attached: l.usage.Attached, Log: testr.New(l.T)})
+	l.agent = New(Config{Node: "guest", StateDir: l.state, Kernel: l.kernel, States: l.server, Advertiser: l.plugin, Usage: l.usage, Attached: l.usage.Attached, Lifeline: l.line, Log: testr.New(l.T)})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
@@ -316,6 +320,104 @@ func TestLabDriftIsPutRightAtOnce(t *testing.T) {
 			t.Logf("%s: %s", what, time.Since(start)/20)
 		}
 	})
+}
+
+// cuttingHost is a kernel whose driver loses the NIC's link while there are VFs.
+type cuttingHost struct {
+	*host.Host
+	t *testing.T
+}
+
+func (k cuttingHost) SetNumVFs(ctx context.Context, address string, n int) error {
+	err := k.Host.SetNumVFs(ctx, address, n)
+	state := "up"
+	if n > 0 {
+		state = "down"
+	}
+	run(k.t, "ip", "-n", "api", "link", "set", "wire0", state)
+	return err
+}
+
+// dialled is the way to a server that the guest reaches by its first NIC.
+type dialled struct{ at *net.TCPAddr }
+
+func (d dialled) Addresses(context.Context) ([]net.IP, error) { return []net.IP{d.at.IP}, nil }
+
+func (d dialled) Reach(ctx context.Context) error {
+	dialer := net.Dialer{Timeout: 500 * time.Millisecond}
+	c, err := dialer.DialContext(ctx, "tcp", d.at.String())
+	if err != nil {
+		return err
+	}
+	return c.Close()
+}
+
+// The NIC by which the node reaches its API server may have VFs; when making them
+// takes its link away they are removed again, and the way is open.
+func TestLabCutIsTakenBack(t *testing.T) {
+	l := newLab(t)
+	if driver := l.read(nic0).Driver; driver != "sluicenic" {
+		t.Skipf("the other side of driver %s's link is outside the guest", driver)
+	}
+	l.stop()
+	run(t, "ip", "netns", "add", "api")
+	t.Cleanup(func() {
+		run(t, "ip", "-n", "api", "link", "set", "wire0", "netns", "1")
+		run(t, "ip", "netns", "del", "api")
+	})
+	for _, args := range []string{
+		"link set wire0 netns api", "-n api addr add 10.99.0.1/24 dev wire0", "-n api link set wire0 up",
+		"addr add 10.99.0.2/24 dev ens1f0", "link set ens1f0 up",
+	} {
+		run(t, "ip", strings.Fields(args)...)
+	}
+	t.Cleanup(func() { run(t, "ip", "addr", "del", "10.99.0.2/24", "dev", "ens1f0") })
+	listening := make(chan net.Listener)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends in that namespace
+		ns, err := netns.GetFromName("api")
+		if err == nil {
+			err = netns.Set(ns)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		server, err := net.Listen("tcp", "10.99.0.1:6443")
+		if err != nil {
+			t.Error(err)
+		}
+		listening <- server
+	}()
+	server := <-listening
+	t.Cleanup(func() { server.Close() })
+	way := dialled{server.Addr().(*net.TCPAddr)}
+	l.line = way
+	want := wants(nic0, 2, of("left", "0-1", 0))
+
+	l.server.mu.Lock()
+	l.server.send()
+	l.server.mu.Unlock()
+	l.start()
+	l.server.spec(want)
+	l.succeeded("VFs on the only NIC", "2/2")
+	l.server.spec()
+	l.succeeded("none", "0/0")
+	l.stop()
+
+	l.kernel = cuttingHost{l.host, t}
+	l.server.mu.Lock()
+	l.server.send()
+	l.server.mu.Unlock()
+	l.start()
+	l.agent.regain = 5 * time.Second
+	l.server.spec(want)
+	l.until("taken back", func(s v1.SriovNetworkNodeStateStatus) error {
+		if !strings.Contains(s.LastSyncError, "SetNumVFs 2") || !strings.Contains(s.LastSyncError, "could not be reached") || s.Interfaces[0].NumVfs != 0 {
+			return fmt.Errorf("%q", s.LastSyncError)
+		}
+		return nil
+	})
+	l.until("the way is open", func(v1.SriovNetworkNodeStateStatus) error { return way.Reach(t.Context()) })
 }
 
 // What the driver answers is in the status within a second, the other NIC is

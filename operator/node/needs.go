@@ -31,6 +31,7 @@ type Kernel interface {
 	Links(ctx context.Context) ([]host.ParentLink, error)
 	AddVLAN(ctx context.Context, lower host.Link, name string, id int) error
 	RemoveVLAN(ctx context.Context, l host.Link) error
+	PathLinks(ctx context.Context, addresses []net.IP) ([]int, error)
 	Watch(ctx context.Context) (<-chan host.Changes, error)
 }
 

@@ -37,7 +37,7 @@ func (p *pass) collect() {
 	}
 	for _, address := range slices.Sorted(maps.Keys(p.nics)) {
 		n := p.nics[address]
-		p.reports = append(p.reports, &report{have: n.pf, stale: n.stale, vfTrouble: map[int]trouble{}, touched: map[string]bool{}})
+		p.reports = append(p.reports, &report{have: n.pf, stale: n.stale, carries: carriersOf(n.pf, p.path).vfs, vfTrouble: map[int]trouble{}, touched: map[string]bool{}})
 	}
 }
 
@@ -105,6 +105,11 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 			return unrecorded(err)
 		}
 	}
+	if was, _ := p.records.get(address); was.Lost != nil && !sameWant(*was.Lost, *r.want) {
+		if err := p.records.change(address, func(one *pfRecord) { one.Lost, one.LostBy = nil, "" }); err != nil {
+			return unrecorded(err)
+		}
+	}
 	ops, blocked, err := plan.Operations(*r.want, seen)
 	if again := p.retries[address]; len(ops) > 0 && again != nil && sameWant(again.want, *r.want) && time.Now().Before(again.at) {
 		// Its own failure caused events; that is no reason to hurry.
@@ -125,6 +130,10 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 		ops, blocked, err = plan.Operations(*r.want, p.view(r))
 	}
 	p.learn(r)
+	if ops = p.guard(r, ops); len(ops) == 0 && r.failed() {
+		r.block(blocked)
+		return false
+	}
 	switch {
 	case err != nil:
 		r.trouble = trouble{ReasonInvalidSpec, err.Error()}
@@ -246,7 +255,11 @@ func (p *pass) failed(r *report) {
 	again.failures++
 	again.at = time.Now().Add(backoff(again.failures))
 	again.report = r
-	p.Log.Info("A NIC is not as asked", "nic", r.have.PCIAddress, "why", r.troubles(), "next try", again.at)
+	var why []string
+	for _, t := range r.troubles() {
+		why = append(why, t.message)
+	}
+	p.Log.Info("A NIC is not as asked", "nic", r.have.PCIAddress, "why", why, "next try", again.at)
 }
 
 // bring turns one PF into what the spec asks: plan, do, look, until nothing is
@@ -257,6 +270,7 @@ func (p *pass) bring(ctx context.Context, r *report) {
 	for ctx.Err() == nil {
 		p.mu.Lock()
 		ops, blocked, err := plan.Operations(*r.want, p.view(r))
+		ops = p.guard(r, ops)
 		p.mu.Unlock()
 		ops = slices.DeleteFunc(ops, func(op plan.Operation) bool { return failed[op.VF] })
 		stuck := len(ops) > 0 && slices.Equal(ops, last)
@@ -287,8 +301,12 @@ func (p *pass) bring(ctx context.Context, r *report) {
 				p.note(r, -1, trouble{ReasonNoState, err.Error()})
 				return
 			}
-			err = p.apply(ctx, r.have, op)
+			err = p.lifted(ctx, r, op, func() error { return p.apply(ctx, r.have, op) })
+			var guarded *guardError
 			switch {
+			case errors.As(err, &guarded):
+				p.note(r, -1, guarded.trouble)
+				whole = false
 			case errors.Is(err, errTaken):
 				// A pod was faster than the withdrawal; the next plan says so.
 			case err != nil && op.VF < 0:

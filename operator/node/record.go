@@ -30,7 +30,8 @@ type pfRecord struct {
 	// operator's own file still names it: that file must not be believed again.
 	GivenUp bool `json:"givenUp,omitempty"`
 	// Lost is the goal that cut the path to the API server and was taken back.
-	Lost *v1.Interface `json:"lost,omitempty"`
+	Lost   *v1.Interface `json:"lost,omitempty"`
+	LostBy string        `json:"lostBy,omitempty"` // the operation
 }
 
 // records are the records of a node's PFs, one file for each, on disk and in

@@ -9,8 +9,11 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/internal/host/hostfake"
 )
 
 // A PF that no policy asks for any more is as it was before the first, also when
@@ -38,7 +41,13 @@ func TestPFGoesBackToWhatItWas(t *testing.T) {
 				t.Fatalf("%+v", pf)
 			}
 			r.restart()
+			if was.NumVFs > 0 {
+				r.kernel.Fail(hostfake.RestoreVFs, unix.ENOMEM)
+			}
 			r.server.spec()
+			if was.NumVFs > 0 {
+				r.degraded(ReasonRefused, "ENOMEM", "restore 1 VFs")
+			}
 			r.eventually(func() error {
 				is := r.kernel.PF(nic0)
 				if is.MTU != was.MTU || is.NumVFs != was.NumVFs || is.AutoprobeOff != was.AutoprobeOff {

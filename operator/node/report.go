@@ -16,22 +16,25 @@ import (
 
 // Reasons of the conditions of a SriovNetworkNodeState.
 const (
-	ReasonConfigured  = "Configured"      // everything asked for is in effect
-	ReasonConfiguring = "Configuring"     // work goes on
-	ReasonWaiting     = "WaitingForVFs"   // nothing to do but wait for a VF's driver, or for a pod
-	ReasonInvalidSpec = "InvalidSpec"     // the spec asks for what cannot be
-	ReasonInUse       = "InUse"           // a change waits for pods that hold VFs it would destroy
-	ReasonReboot      = "NeedsReboot"     // a change waits for the node to be booted anew
-	ReasonNoReboot    = "NoReboot"        // nothing needs a reboot
-	ReasonUnsupported = "Unsupported"     // the spec asks for what the NIC, its driver or the machine has not
-	ReasonRefused     = "KernelRefused"   // the kernel or the driver said no
-	ReasonNotFound    = "NICNotFound"     // the spec names a NIC that the node has not
-	ReasonDrifted     = "ChangedByOthers" // somebody else changed a VF that a pod holds
-	ReasonNoState     = "StateNotWritten" // the agent could not write what must survive a reboot
-	ReasonNoParent    = "NoParent"        // the spec names a MacVLAN parent that is not there, or cannot be one
-	ReasonUnreadable  = "NICUnreadable"   // a NIC could not be read
-	ReasonIdle        = "Idle"            // no work to do
-	ReasonNoTrouble   = "NoTrouble"       // nothing is in the way
+	ReasonConfigured  = "Configured"           // everything asked for is in effect
+	ReasonConfiguring = "Configuring"          // work goes on
+	ReasonWaiting     = "WaitingForVFs"        // nothing to do but wait for a VF's driver, or for a pod
+	ReasonInvalidSpec = "InvalidSpec"          // the spec asks for what cannot be
+	ReasonInUse       = "InUse"                // a change waits for pods that hold VFs it would destroy
+	ReasonReboot      = "NeedsReboot"          // a change waits for the node to be booted anew
+	ReasonNoReboot    = "NoReboot"             // nothing needs a reboot
+	ReasonUnsupported = "Unsupported"          // the spec asks for what the NIC, its driver or the machine has not
+	ReasonRefused     = "KernelRefused"        // the kernel or the driver said no
+	ReasonNotFound    = "NICNotFound"          // the spec names a NIC that the node has not
+	ReasonDrifted     = "ChangedByOthers"      // somebody else changed a VF that a pod holds
+	ReasonManagement  = "ManagementNIC"        // a change would cut the node's way to the API server
+	ReasonLost        = "ManagementLinkLost"   // a change cut it and was taken back
+	ReasonUnverified  = "APIServerUnreachable" // whether a change cuts it could not be checked
+	ReasonNoState     = "StateNotWritten"      // the agent could not write what must survive a reboot
+	ReasonNoParent    = "NoParent"             // the spec names a MacVLAN parent that is not there, or cannot be one
+	ReasonUnreadable  = "NICUnreadable"        // a NIC could not be read
+	ReasonIdle        = "Idle"                 // no work to do
+	ReasonNoTrouble   = "NoTrouble"            // nothing is in the way
 )
 
 // trouble is what keeps a PF or VF from being as the spec asks.
@@ -54,6 +57,7 @@ type report struct {
 	blocked   []plan.Blocked  // what waits for pods or a reboot
 	trouble   trouble
 	vfTrouble map[int]trouble
+	carries   []int           // indexes of VFs that carry the node's way to the API server
 	drift     map[int]trouble // of VFs in pods, which stay on offer
 }
 
@@ -355,6 +359,8 @@ func pools(reports []*report) []Pool {
 			}
 			d.Healthy, d.Reason = r.vfState(vf, group)
 			switch {
+			case slices.Contains(r.carries, vf.Index):
+				d.Healthy, d.Reason = false, "it carries the node's way to the API server: a pod would take it away"
 			case r.spared(vf.Index) != "":
 				d.Healthy, d.Reason = false, r.spared(vf.Index)
 			case kind != p.DeviceType:

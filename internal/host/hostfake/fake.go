@@ -39,6 +39,7 @@ const (
 	ResetVFSettings Op = "ResetVFSettings"
 	SetVDPA         Op = "SetVDPA"
 	SetRDMAMode     Op = "SetRDMAMode"
+	PathLinks       Op = "PathLinks"
 	Watch           Op = "Watch"
 )
 
@@ -58,6 +59,7 @@ type Kernel struct {
 	rdma     string
 	fail     map[Op][]unix.Errno
 	ignore   map[Op]bool
+	path     []int
 	reads    map[Op]int
 	noReset  bool
 	tried    map[Op]int
@@ -110,6 +112,20 @@ func (k *Kernel) Calls() []string {
 	calls := k.calls
 	k.calls = nil
 	return calls
+}
+
+// Path makes the links with these indexes the way to every address.
+func (k *Kernel) Path(links ...int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.path = links
+}
+
+// PathLinks is host.Host's.
+func (k *Kernel) PathLinks(context.Context, []net.IP) ([]int, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Clone(k.path), k.failing(PathLinks, "find the links to", "the API server")
 }
 
 // Reads counts what was read since the last call of Reads, by operation.

@@ -56,7 +56,7 @@ func main() {
 
 // config is what the agent is told by flags and environment.
 type config struct {
-	node, namespace, prefix string
+	node, nodeIP, namespace, prefix string
 
 	stateDir, upstreamDir, socket, shim, cniDir string
 	devicePlugins, podResources, deviceInfo     string
@@ -77,6 +77,7 @@ func parse(args []string, env func(string) string) (*config, error) {
 		return otherwise
 	}
 	f.StringVar(&c.node, "node-name", env("NODE_NAME"), "name of the node this agent is on (environment NODE_NAME)")
+	f.StringVar(&c.nodeIP, "node-ip", env("NODE_IP"), "address of the node in the cluster (environment NODE_IP)")
 	f.StringVar(&c.namespace, "namespace", env("POD_NAMESPACE"), "namespace of the node states (environment POD_NAMESPACE)")
 	f.StringVar(&c.prefix, "resource-prefix", def("RESOURCE_PREFIX", "openshift.io"), "prefix of the resource names (environment RESOURCE_PREFIX)")
 	f.StringVar(&c.stateDir, "state-dir", "/var/lib/sluice", "directory for what must survive a reboot")
@@ -133,6 +134,10 @@ func run(ctx context.Context, c *config) error {
 		return err
 	}
 	defer stopEvents()
+	lifeline, err := node.NewAPIServer(apiServer, c.nodeIP)
+	if err != nil {
+		return err
+	}
 
 	if err = installShim(c.shim, c.cniDir); err != nil {
 		return err
@@ -168,7 +173,7 @@ func run(ctx context.Context, c *config) error {
 	agent = node.New(node.Config{
 		Node: c.node, StateDir: c.stateDir, UpstreamDir: c.upstreamDir, GUIDFile: filepath.Join(c.upstreamDir, "infiniband", "guids"),
 		Kernel: kernel, States: objects, Conditions: []metav1.Condition{aliasCondition(aliasErr)},
-		Advertiser: advertiser{plugin, recovered}, Usage: holders, Attached: cni.Attached, Log: log.WithName("node"),
+		Advertiser: advertiser{plugin, recovered}, Usage: holders, Attached: cni.Attached, Lifeline: lifeline, Log: log.WithName("node"),
 	})
 
 	metrics := prometheus.NewRegistry()
