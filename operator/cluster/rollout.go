@@ -32,7 +32,7 @@ const annotationTemplate = "sluice.dev/template"
 var agentManifest []byte
 
 // ownEnv are the agent's variables that the operator sets.
-var ownEnv = []string{"NODE_NAME", "POD_NAMESPACE", "RESOURCE_PREFIX"}
+var ownEnv = []string{"NODE_NAME", "NODE_IP", "POD_NAMESPACE", "RESOURCE_PREFIX"}
 
 // agentDaemonSet is the DaemonSet of the agents as the configuration wants it.
 func agentDaemonSet(config *sriovv1.SriovOperatorConfig, selector map[string]string, settings Config) (*appsv1.DaemonSet, error) {
