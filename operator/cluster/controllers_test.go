@@ -283,7 +283,9 @@ func TestMacvlanPolicy(t *testing.T) {
 		wantCondition(t, p, func() []metav1.Condition { return p.Status.Conditions }, sriovv1.ConditionReady, status, reason, message)
 	}
 	ready(metav1.ConditionFalse, "InventoryPending", "node mv-1: ")
-	link := func(s *sriovv1.SriovNetworkNodeState) { s.Status.Links = []sriovv1.Link{{Name: "bond0", Kind: "bond", Mtu: 1500}} }
+	link := func(s *sriovv1.SriovNetworkNodeState) {
+		s.Status.Links = []sriovv1.Link{{Name: "bond0", Kind: "bond", Mtu: 1500}}
+	}
 	agentReports(t, "mv-1", link)
 	eventually(t, func() error {
 		state, err := getState(t, "mv-1")

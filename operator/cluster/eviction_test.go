@@ -13,6 +13,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -294,6 +295,15 @@ func TestPoolStatus(t *testing.T) {
 	if second.Status.MatchedNodeCount != 1 || second.Status.DisturbedNodeCount != 1 {
 		t.Errorf("the status is %+v", second.Status)
 	}
+
+	// Who wrote the mode does not matter when no pool asks for one any more.
+	if state, err := getState(t, "po-1"); err != nil {
+		t.Fatal(err)
+	} else if err := api.Patch(t.Context(), state, client.RawPatch(types.MergePatchType, []byte(`{"spec":{"system":{"rdmaMode":"shared"}}}`)), client.FieldOwner("other")); err != nil {
+		t.Fatal(err)
+	}
+	change(t, second, func(p *sriovv1.SriovNetworkPoolConfig) { p.Spec.RdmaMode = "" })
+	rdma("")
 
 	// A limit of none lets none, and says so.
 	end(t, pod)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"sync/atomic"
 
 	appsv1 "k8s.io/api/apps/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
@@ -11,6 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -29,6 +31,8 @@ type nodeState struct {
 	client.Client
 	namespace string
 	tally     *tally
+
+	prepared atomic.Pointer[policies] // the last ones, for all nodes
 }
 
 func (r *nodeState) setup(mgr ctrl.Manager) error {
@@ -134,14 +138,21 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 	if err = r.List(ctx, pools, client.InNamespace(r.namespace), client.UnsafeDisableDeepCopy); err != nil {
 		return ctrl.Result{}, fmt.Errorf("list pools: %w", err)
 	}
-	spec, findings := plan.Desired(policies.vfs, node.Labels, state.Status.Interfaces, state.Spec)
-	var macvlanFindings []plan.Finding
-	spec.Macvlans, macvlanFindings = plan.DesiredMacvlan(policies.macvlans, node.Labels, state.Status.Links, spec)
-	spec.System.RdmaMode = plan.RdmaMode(plan.NewPools(pools.Items).Of(node.Labels), state.Spec.System.RdmaMode)
-	current := !missing && equality.Semantic.DeepEqual(spec, state.Spec)
-	if missing {
+	spec, removing := sriovv1.SriovNetworkNodeStateSpec{}, isRestoring(config)
+	var findings, macvlanFindings []plan.Finding
+	spec.Bridges = state.Spec.Bridges // not ours
+	if !removing {
+		spec, findings = policies.compiled.Desired(node.Labels, state.Status.Interfaces, state.Spec)
+		spec.Macvlans, macvlanFindings = plan.DesiredMacvlan(policies.macvlans, node.Labels, state.Status.Links, spec)
+		spec.System.RdmaMode = plan.RdmaMode(plan.NewPools(pools.Items).Of(node.Labels), state.Spec.System.RdmaMode)
+	}
+	current := !missing && equality.Semantic.DeepEqual(spec, state.Spec) && (state.Annotations[sriovv1.AnnotationRemoval] != "") == removing
+	switch {
+	case removing:
+		r.tally.set(request.Name, policies.selecting(node, verdict{reason: reasonRestoring, message: "its NICs are given back, because SriovOperatorConfig default is being deleted", progress: true}))
+	case missing:
 		r.tally.set(request.Name, policies.selecting(node, verdict{reason: reasonNodesInProgress, message: "its SriovNetworkNodeState is being made", progress: true}))
-	} else {
+	default:
 		acted := current && state.Status.ObservedGeneration == state.Generation
 		r.tally.set(request.Name, policies.judged(
 			judge(findings, state, acted, "the node has no SR-IOV NIC", onPFs(state)),
@@ -150,6 +161,13 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 	if current && metav1.IsControlledBy(state, config) {
 		renders.WithLabelValues("unchanged").Inc()
 		return ctrl.Result{}, nil
+	}
+	if state.Spec.System.RdmaMode != "" && spec.System.RdmaMode == "" {
+		// What another operator wrote stays when an apply leaves it out.
+		clearing := client.RawPatch(types.MergePatchType, []byte(`{"spec":{"system":{"rdmaMode":null}}}`))
+		if err = r.Patch(ctx, state.DeepCopy(), clearing, fieldOwner); client.IgnoreNotFound(err) != nil {
+			return ctrl.Result{}, fmt.Errorf("clear rdmaMode of SriovNetworkNodeState %s: %w", request.Name, err)
+		}
 	}
 	if err = r.apply(ctx, request.NamespacedName, config, &spec); err != nil {
 		return ctrl.Result{}, err
@@ -183,12 +201,15 @@ func (r *nodeState) hasAgent(ctx context.Context, node *metav1.PartialObjectMeta
 	return config, selects(agents.Spec.Template.Spec.NodeSelector, node.Labels), nil
 }
 
-// policies are all that are in effect, of the cache.
+// policies are all that are in effect, of the cache, made ready for planning.
 type policies struct {
-	vfs      []sriovv1.SriovNetworkNodePolicy
-	macvlans []sluicev1.MacvlanNodePolicy
+	vfs         []sriovv1.SriovNetworkNodePolicy
+	macvlans    []sluicev1.MacvlanNodePolicy
+	compiled    *plan.Policies
+	generations map[types.UID]int64
 }
 
+// policies reads the policies, and prepares them only when they are others than before.
 func (r *nodeState) policies(ctx context.Context) (*policies, error) {
 	vfs, macvlans := &sriovv1.SriovNetworkNodePolicyList{}, &sluicev1.MacvlanNodePolicyList{}
 	if err := r.List(ctx, vfs, client.InNamespace(r.namespace), client.UnsafeDisableDeepCopy); err != nil {
@@ -197,10 +218,41 @@ func (r *nodeState) policies(ctx context.Context) (*policies, error) {
 	if err := r.List(ctx, macvlans, client.InNamespace(r.namespace), client.UnsafeDisableDeepCopy); err != nil {
 		return nil, fmt.Errorf("list MacVLAN policies: %w", err)
 	}
-	return &policies{
-		slices.DeleteFunc(vfs.Items, func(p sriovv1.SriovNetworkNodePolicy) bool { return p.DeletionTimestamp != nil }),
-		slices.DeleteFunc(macvlans.Items, func(p sluicev1.MacvlanNodePolicy) bool { return p.DeletionTimestamp != nil }),
-	}, nil
+	p := &policies{
+		vfs:      slices.DeleteFunc(vfs.Items, func(p sriovv1.SriovNetworkNodePolicy) bool { return p.DeletionTimestamp != nil }),
+		macvlans: slices.DeleteFunc(macvlans.Items, func(p sluicev1.MacvlanNodePolicy) bool { return p.DeletionTimestamp != nil }),
+	}
+	if last := r.prepared.Load(); last != nil && last.same(p) {
+		return last, nil
+	}
+	p.generations = make(map[types.UID]int64, len(p.vfs)+len(p.macvlans))
+	for i := range p.vfs {
+		p.generations[p.vfs[i].UID] = p.vfs[i].Generation
+	}
+	for i := range p.macvlans {
+		p.generations[p.macvlans[i].UID] = p.macvlans[i].Generation
+	}
+	p.compiled = plan.Compile(p.vfs)
+	r.prepared.Store(p)
+	return p, nil
+}
+
+// same tells whether other ones, in whatever order, are the same policies.
+func (p *policies) same(other *policies) bool {
+	if len(p.vfs) != len(other.vfs) || len(p.macvlans) != len(other.macvlans) {
+		return false
+	}
+	for i := range other.vfs {
+		if generation, ok := p.generations[other.vfs[i].UID]; !ok || generation != other.vfs[i].Generation {
+			return false
+		}
+	}
+	for i := range other.macvlans {
+		if generation, ok := p.generations[other.macvlans[i].UID]; !ok || generation != other.macvlans[i].Generation {
+			return false
+		}
+	}
+	return true
 }
 
 // selecting gives the same verdict to all policies that select the node.
@@ -255,6 +307,9 @@ func (r *nodeState) apply(ctx context.Context, key client.ObjectKey, config *sri
 	desired.SetNamespace(key.Namespace)
 	desired.SetName(key.Name)
 	desired.SetOwnerReferences([]metav1.OwnerReference{ownedBy(config)})
+	if isRestoring(config) {
+		desired.SetAnnotations(map[string]string{sriovv1.AnnotationRemoval: "true"})
+	}
 	if err := r.Apply(ctx, client.ApplyConfigurationFromUnstructured(desired), fieldOwner, client.ForceOwnership); err != nil {
 		return fmt.Errorf("apply the spec of SriovNetworkNodeState %s: %w", key.Name, err)
 	}

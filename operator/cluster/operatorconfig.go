@@ -54,6 +54,7 @@ var ignored = why{"Ignored", "only the SriovOperatorConfig named default, in the
 // makes that object once, so that an installation needs no further step.
 type operatorConfig struct {
 	client.Client
+	live     client.Reader // not cached: nodes as a whole
 	settings Config
 	events   events.EventRecorder
 }
@@ -66,6 +67,10 @@ func (r *operatorConfig) setup(mgr ctrl.Manager) error {
 		Named("operatorconfig").
 		For(&sriovv1.SriovOperatorConfig{}).
 		Watches(&appsv1.DaemonSet{}, one).
+		// Only while NICs are being given back do the nodes' reports matter here.
+		Watches(&sriovv1.SriovNetworkNodeState{}, one, builder.WithPredicates(predicate.NewPredicateFuncs(func(o client.Object) bool {
+			return o.GetAnnotations()[sriovv1.AnnotationRemoval] != ""
+		}))).
 		// The Deployment tells whether the configuration was made once; it is also what
 		// begins everything in a new installation.
 		WatchesMetadata(metadataOf(appsv1.SchemeGroupVersion.WithKind("Deployment")), one, builder.WithPredicates(predicate.AnnotationChangedPredicate{})).
@@ -94,7 +99,10 @@ func (r *operatorConfig) Reconcile(ctx context.Context, request ctrl.Request) (c
 		return ctrl.Result{}, r.without(ctx)
 	}
 	if config.DeletionTimestamp != nil {
-		return ctrl.Result{}, nil
+		return r.remove(ctx, config)
+	}
+	if err := r.setFinalizer(ctx, config, config.Spec.OnRemoval == sriovv1.OnRemovalRestore); err != nil {
+		return ctrl.Result{}, err
 	}
 	var level klog.Level
 	if err := level.Set(strconv.Itoa(config.Spec.LogLevel)); err != nil {

@@ -73,7 +73,7 @@ func CacheOptions(config Config) cache.Options {
 // Setup adds all controllers of this package to the manager.
 func Setup(mgr ctrl.Manager, config Config) error {
 	recorder := mgr.GetEventRecorder("sluice-operator")
-	if err := (&operatorConfig{Client: mgr.GetClient(), settings: config, events: recorder}).setup(mgr); err != nil {
+	if err := (&operatorConfig{Client: mgr.GetClient(), live: mgr.GetAPIReader(), settings: config, events: recorder}).setup(mgr); err != nil {
 		return fmt.Errorf("set up the operator configuration controller: %w", err)
 	}
 	verdicts := newTally()

@@ -81,4 +81,7 @@ const (
 	// FinalizerNetAttDef holds a network until its NetworkAttachmentDefinition in another
 	// namespace is gone, which no owner reference can do.
 	FinalizerNetAttDef = "netattdef.finalizers.sriovnetwork.openshift.io"
+	// FinalizerOperatorConfig holds a SriovOperatorConfig with onRemoval Restore until the
+	// nodes have given back their NICs.
+	FinalizerOperatorConfig = "operatorconfig.finalizers.sriovnetwork.openshift.io"
 )
