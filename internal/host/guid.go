@@ -3,10 +3,13 @@ package host
 import (
 	"context"
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -57,16 +60,14 @@ func rdmaOf(device string) (name string, guid net.HardwareAddr) {
 // parseGUID reads a GUID as sysfs prints it: four groups of four hexadecimal
 // digits, "506b:4b03:00cc:1234". All zero is none.
 func parseGUID(s string) (net.HardwareAddr, error) {
-	var words [4]uint16
-	if _, err := fmt.Sscanf(s, "%4x:%4x:%4x:%4x", &words[0], &words[1], &words[2], &words[3]); err != nil || len(s) != 19 {
+	guid, err := hex.DecodeString(strings.ReplaceAll(s, ":", ""))
+	if err != nil || !guidForm.MatchString(s) {
 		return nil, fmt.Errorf("%q is not a GUID like 506b:4b03:00cc:1234", s)
-	}
-	var guid net.HardwareAddr
-	for _, w := range words {
-		guid = binary.BigEndian.AppendUint16(guid, w)
 	}
 	if binary.BigEndian.Uint64(guid) == 0 {
 		return nil, nil
 	}
 	return guid, nil
 }
+
+var guidForm = regexp.MustCompile(`^[0-9a-fA-F]{4}(:[0-9a-fA-F]{4}){3}$`)

@@ -139,22 +139,29 @@ func (h *Host) readPF(address string, links lookup) (pf PF, ok bool, err error) 
 	if pf.Eswitch, err = h.eswitch(address); err != nil {
 		return PF{}, false, err
 	}
+	pf.VFs, err = h.readVFs(device, representors, links)
+	return pf, err == nil, err
+}
+
+// readVFs reads the VFs of the PF with the given folder.
+func (h *Host) readVFs(device string, representors map[int]string, links lookup) ([]VF, error) {
 	entries, err := os.ReadDir(device)
 	if err != nil {
-		return PF{}, false, err
+		return nil, err
 	}
+	var vfs []VF
 	for _, i := range vfIndexes(entries) {
 		vf, err := h.readVF(device, i, links)
 		if err != nil {
 			if vf.PCIAddress == "" || h.gone(vf.PCIAddress) {
 				continue // being destroyed; its event follows
 			}
-			return PF{}, false, fmt.Errorf("read VF %d: %w", i, err)
+			return nil, fmt.Errorf("read VF %d: %w", i, err)
 		}
 		vf.Representor = representors[i]
-		pf.VFs = append(pf.VFs, vf)
+		vfs = append(vfs, vf)
 	}
-	return pf, true, nil
+	return vfs, nil
 }
 
 // gone tells whether the device is no longer there.

@@ -1,0 +1,154 @@
+//go:build lab
+
+package host
+
+import (
+	"errors"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// twoVFs makes two VFs with drivers.
+func twoVFs(t *testing.T, h *Host) PF {
+	t.Helper()
+	pf := labPF(t, h)
+	if err := h.SetNumVFs(t.Context(), pf.PCIAddress, 2); err != nil {
+		t.Fatal(err)
+	}
+	for _, vf := range again(t, h, pf.PCIAddress).VFs {
+		if err := h.SetVFMAC(t.Context(), pf.Link(), vf.Index, net.HardwareAddr{2, 0, 0, 0, 0x78, byte(vf.Index)}); err != nil {
+			t.Fatal(err)
+		}
+		if err := h.BindDriver(t.Context(), vf.PCIAddress, DefaultDriver); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return within(t, h, pf.PCIAddress, func(pf PF) error {
+		for _, vf := range pf.VFs {
+			if vf.Name == "" {
+				return errors.New("a VF has no netdev yet")
+			}
+		}
+		return nil
+	})
+}
+
+func TestLabResetVFSettings(t *testing.T) {
+	h := open(t)
+	pf := twoVFs(t, h)
+	for _, vf := range pf.VFs {
+		if drift := vf.Admin.Drift(); drift != 0 {
+			t.Errorf("a new VF drifts: %s", vf.Admin.Text(drift))
+		}
+	}
+	args := []string{"link", "set", pf.Name, "vf", "1", "vlan", "100", "qos", "3", "spoofchk", "off", "trust", "on", "state", "disable"}
+	// igb takes no lower rate, and changes the upper one only with a link.
+	if pf.Driver != "igb" {
+		args = append(args, "max_tx_rate", "200")
+	} else {
+		args = args[:len(args)-2]
+	}
+	if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	drifted := again(t, h, pf.PCIAddress)
+	vf := drifted.VFs[1]
+	text := vf.Admin.Text(vf.Admin.Drift())
+	for _, part := range []string{"vlan 100 qos 3", "spoofchk off", "trust on"} {
+		if !strings.Contains(text, part) {
+			t.Errorf("%q lacks %q", text, part)
+		}
+	}
+	unsupported, err := h.ResetVFSettings(t.Context(), pf.Link(), 1, vf.Admin, vf.Admin.Drift())
+	if err != nil || unsupported != 0 {
+		t.Errorf("unsupported %b, %v", unsupported, err)
+	}
+	now := again(t, h, pf.PCIAddress)
+	if drift := now.VFs[1].Admin.Drift(); drift != 0 || now.VFs[1].Admin.MAC.String() != vf.Admin.MAC.String() {
+		t.Errorf("after the reset: %s, %+v", now.VFs[1].Admin.Text(drift), now.VFs[1].Admin)
+	}
+	if now.VFs[0].Admin.Drift() != 0 {
+		t.Errorf("its neighbour: %+v", now.VFs[0].Admin)
+	}
+}
+
+func TestLabUnbindDriver(t *testing.T) {
+	h := open(t)
+	pf := twoVFs(t, h)
+	for range 2 { // the second time there is nothing to do
+		if err := h.UnbindDriver(t.Context(), pf.VFs[0].PCIAddress); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pf = again(t, h, pf.PCIAddress)
+	if pf.VFs[0].Driver != "" || pf.VFs[0].Name != "" || pf.VFs[1].Driver == "" {
+		t.Errorf("%+v", pf.VFs)
+	}
+}
+
+// What this NIC cannot do, it is told to, and nothing changes.
+func TestLabUnsupported(t *testing.T) {
+	h := open(t)
+	pf := twoVFs(t, h)
+	vf := pf.VFs[0]
+	for what, c := range map[string]struct {
+		err  error
+		want []error
+	}{
+		"switchdev": {h.SetEswitchMode(t.Context(), pf.PCIAddress, Switchdev), []error{unix.EOPNOTSUPP, unix.ENODEV}},
+		"GUID":      {h.SetVFGUID(t.Context(), pf.Link(), 0, net.HardwareAddr{2, 0, 0, 0, 0, 0, 0, 1}), []error{unix.EOPNOTSUPP}},
+		"vDPA":      {h.SetVDPA(t.Context(), vf.PCIAddress, VDPAVhost), []error{unix.ENODEV, unix.ENOENT}},
+	} {
+		var k *KernelError
+		if !errors.As(c.err, &k) || k.Hint == "" || k.ErrnoName() == "" || !(errors.Is(c.err, c.want[0]) || errors.Is(c.err, c.want[len(c.want)-1])) {
+			t.Errorf("%s: %v", what, c.err)
+		}
+	}
+	if err := h.SetVDPA(t.Context(), vf.PCIAddress, ""); err != nil {
+		t.Errorf("no vDPA device is there to remove: %v", err)
+	}
+	if now := again(t, h, pf.PCIAddress); now.Eswitch != pf.Eswitch || now.VFs[0].VDPA != "" || now.VFs[0].Name != vf.Name {
+		t.Errorf("%+v", now)
+	}
+}
+
+func TestLabRDMAMode(t *testing.T) {
+	h := open(t)
+	mode, err := h.RDMAMode(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if mode == "" {
+		if _, err := os.Stat("/sys/module/ib_core"); err == nil {
+			t.Error("the kernel has RDMA and its mode is not told")
+		}
+		if err := h.SetRDMAMode(t.Context(), "exclusive"); err == nil {
+			t.Error("set the mode of an RDMA subsystem that is not there")
+		}
+		return
+	}
+	t.Cleanup(func() { _ = h.SetRDMAMode(t.Context(), mode) })
+	other := map[string]string{"shared": "exclusive", "exclusive": "shared"}[mode]
+	if err := h.SetRDMAMode(t.Context(), other); err != nil {
+		t.Fatal(err)
+	}
+	if now, err := h.RDMAMode(t.Context()); now != other || err != nil {
+		t.Errorf("the mode is %s, %v", now, err)
+	}
+	if err := h.SetRDMAMode(t.Context(), mode); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("ip", "netns", "add", "pod").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	t.Cleanup(func() { _ = exec.Command("ip", "netns", "del", "pod").Run() })
+	var k *KernelError
+	if err := h.SetRDMAMode(t.Context(), other); !errors.Is(err, unix.EBUSY) || !errors.As(err, &k) || !strings.Contains(k.Hint, "ib_core.netns_mode") {
+		t.Errorf("with another network namespace: %v", err)
+	}
+}
