@@ -156,7 +156,7 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 		acted := current && state.Status.ObservedGeneration == state.Generation
 		r.tally.set(request.Name, policies.judged(
 			judge(findings, state, acted, "the node has no SR-IOV NIC", onPFs(state)),
-			judge(macvlanFindings, state, acted, "the node has no link that can be a parent", onLinks(state))))
+			judge(macvlanFindings, state, acted, "the node has no link that can be a parent", onLinks(macvlanFindings, state))))
 	}
 	if current && metav1.IsControlledBy(state, config) {
 		renders.WithLabelValues("unchanged").Inc()

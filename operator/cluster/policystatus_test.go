@@ -148,13 +148,14 @@ func TestWaiting(t *testing.T) {
 
 func TestOnLinks(t *testing.T) {
 	state := &sriovv1.SriovNetworkNodeState{}
-	state.Status.Macvlans = []sriovv1.MacvlanParentStatus{{PolicyName: "p", Link: "a", Ready: true}, {PolicyName: "p", Link: "b", Message: "no such link"}, {PolicyName: "q", Link: "c"}}
+	state.Status.Macvlans = []sriovv1.MacvlanParentStatus{{PolicyName: "p", Link: "a", Ready: true}, {PolicyName: "p", Link: "b", Message: "no such link"}, {PolicyName: "q", Link: "c"}, {PolicyName: "q", Link: "d", Message: "no such link"}}
 	for want, links := range map[verdict][]string{
 		{ready: true}: {"a"},
 		{reason: reasonNodeFailed, message: "link b: no such link", degraded: true}:             {"a", "b"},
 		{reason: reasonNodesInProgress, message: "the node's agent is at work", progress: true}: {"c"},
+		{reason: reasonNodeFailed, message: "link d: no such link", degraded: true}:             {"a", "d"},
 	} {
-		if got := onLinks(state)("p", links); got != want {
+		if got := onLinks([]plan.Finding{{Policy: "p", Link: "d", Owner: "q"}}, state)("p", links); got != want {
 			t.Errorf("%v: %+v, want %+v", links, got, want)
 		}
 	}

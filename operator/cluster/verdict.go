@@ -151,13 +151,19 @@ func waiting(state *sriovv1.SriovNetworkNodeState, pfs []string) (verdict, bool)
 	return verdict{}, false
 }
 
-// onLinks says how far the agent is with the MacVLAN parents of a policy.
-func onLinks(state *sriovv1.SriovNetworkNodeState) func(string, []string) verdict {
+// onLinks says how far the agent is with the MacVLAN parents of a policy, which another
+// may have that wants the very same.
+func onLinks(findings []plan.Finding, state *sriovv1.SriovNetworkNodeState) func(string, []string) verdict {
+	type place struct{ policy, link string }
+	owners := map[place]string{}
+	for _, f := range findings {
+		owners[place{f.Policy, f.Link}] = f.Owner
+	}
 	return func(policy string, links []string) verdict {
 		done := 0
 		var troubles []string
 		for _, parent := range state.Status.Macvlans {
-			if parent.PolicyName != policy || !slices.Contains(links, parent.Link) {
+			if parent.PolicyName != cmp.Or(owners[place{policy, parent.Link}], policy) || !slices.Contains(links, parent.Link) {
 				continue
 			}
 			if parent.Ready {
@@ -184,7 +190,7 @@ func readyMessage(state *sriovv1.SriovNetworkNodeState) string {
 }
 
 func hasMessages(state *sriovv1.SriovNetworkNodeState) bool {
-	return slices.ContainsFunc(state.Status.Interfaces, func(pf sriovv1.InterfaceExt) bool {
+	return slices.ContainsFunc(state.Status.Macvlans, func(m sriovv1.MacvlanParentStatus) bool { return m.Message != "" }) || slices.ContainsFunc(state.Status.Interfaces, func(pf sriovv1.InterfaceExt) bool {
 		return pf.Message != "" || slices.ContainsFunc(pf.VFs, func(vf sriovv1.VirtualFunction) bool { return vf.Message != "" })
 	})
 }

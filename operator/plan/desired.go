@@ -35,6 +35,7 @@ type Finding struct {
 	Policy     string // name of the policy
 	PCIAddress string // PF; empty when the finding is about the whole node
 	PFName     string
+	Owner      string // the policy that has it in the spec, when that is another one that wants the very same
 	Link       string // the same for a MacvlanNodePolicy: the link whose slots it is about
 	Reason     Reason
 	Message    string // names object, field, value and, unless all is well, the mend

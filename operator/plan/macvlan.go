@@ -222,6 +222,7 @@ func (n *macvlanPlan) claim(policy *sluicev1.MacvlanNodePolicy, link *sriovv1.Li
 		return
 	} else if other != nil {
 		n.find(policy, other.parent.Link, Configured, fmt.Sprintf("%s has %d slots for resource %s, which policy %s asks for too", c.key, spec.Slots, spec.ResourceName, other.policy.Name))
+		n.findings[len(n.findings)-1].Owner = other.policy.Name
 		return
 	}
 	n.claims = append(n.claims, c)
