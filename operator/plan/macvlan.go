@@ -296,7 +296,7 @@ func whyNotLink(spec *sluicev1.MacvlanNodePolicySpec, link *sriovv1.Link) string
 		return fmt.Sprintf("its vendor is %q, parentSelector.vendor wants %s", link.Vendor, s.Vendor)
 	case s.DeviceID != "" && !strings.EqualFold(s.DeviceID, link.DeviceID):
 		return fmt.Sprintf("its device is %q, parentSelector.deviceID wants %s", link.DeviceID, s.DeviceID)
-	case len(s.RootDevices) > 0 && !slices.Contains(s.RootDevices, link.PciAddress):
+	case len(s.RootDevices) > 0 && !slices.ContainsFunc(s.RootDevices, func(d string) bool { return strings.EqualFold(d, link.PciAddress) }):
 		return fmt.Sprintf("its PCI address is %q, not among parentSelector.rootDevices %s", link.PciAddress, strings.Join(s.RootDevices, " "))
 	case len(s.PfNames) > 0 && !named:
 		return fmt.Sprintf("its name is not among parentSelector.pfNames %s", strings.Join(s.PfNames, " "))

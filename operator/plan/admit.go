@@ -1,0 +1,232 @@
+package plan
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+
+	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
+	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+)
+
+// Cluster is what a policy that somebody is about to write would meet.
+type Cluster struct {
+	Policies []sriovv1.SriovNetworkNodePolicy
+	Macvlans []sluicev1.MacvlanNodePolicy
+	Nodes    []Node
+}
+
+// Node is a node of a Cluster.
+type Node struct {
+	Name   string
+	Labels map[string]string
+	State  sriovv1.SriovNetworkNodeState // zero when it has none
+}
+
+// AdmitPolicy tells what would become of a policy, by doing what is done with it once it
+// is written. Errors are what cannot be right: values that no NIC it selects can take, and
+// conflicts, in which one of two policies would lose although neither yields. Warnings are
+// what is allowed and helps nobody, or takes from others.
+func (c *Cluster) AdmitPolicy(policy *sriovv1.SriovNetworkNodePolicy) (field.ErrorList, []string) {
+	policies := replace(c.Policies, policy)
+	a := admission{policy: policy.Name, spec: &policy.Spec}
+	for i := range c.Nodes {
+		node := &c.Nodes[i]
+		if !SelectsNode(policy, node.Labels) {
+			continue
+		}
+		a.node(node.Name)
+		spec, after := Desired(policies, node.Labels, node.State.Status.Interfaces, node.State.Spec)
+		a.own(after)
+		if suffers(policy.Name, after) {
+			_, before := Desired(c.Policies, node.Labels, node.State.Status.Interfaces, node.State.Spec)
+			a.others(policy.Name, "SriovNetworkNodePolicy", before, after)
+		}
+		a.slots(c, node, spec)
+	}
+	return a.verdict()
+}
+
+// AdmitMacvlanPolicy does for MacvlanNodePolicies what AdmitPolicy does.
+func (c *Cluster) AdmitMacvlanPolicy(policy *sluicev1.MacvlanNodePolicy) (field.ErrorList, []string) {
+	policies := replace(c.Macvlans, policy)
+	a := admission{policy: policy.Name, spec: &policy.Spec}
+	for i := range c.Nodes {
+		node := &c.Nodes[i]
+		if !SelectsMacvlanNode(policy, node.Labels) {
+			continue
+		}
+		a.node(node.Name)
+		spec, _ := Desired(c.Policies, node.Labels, node.State.Status.Interfaces, node.State.Spec)
+		_, after := DesiredMacvlan(policies, node.Labels, node.State.Status.Links, spec)
+		a.own(after)
+		if suffers(policy.Name, after) {
+			_, before := DesiredMacvlan(c.Macvlans, node.Labels, node.State.Status.Links, spec)
+			a.others(policy.Name, "MacvlanNodePolicy", before, after)
+		}
+	}
+	return a.verdict()
+}
+
+// replace gives the policies with one of them as it is to be.
+func replace[T any, P interface {
+	*T
+	GetName() string
+}](policies []T, policy P) []T {
+	kept := slices.DeleteFunc(slices.Clone(policies), func(p T) bool { return P(&p).GetName() == policy.GetName() })
+	return append(kept, *policy)
+}
+
+// suffers tells whether another policy does not get what it asks for.
+func suffers(policy string, findings []Finding) bool {
+	return slices.ContainsFunc(findings, func(f Finding) bool { return f.Policy != policy && f.Refused() })
+}
+
+// admission gathers what would become of one policy on all nodes.
+type admission struct {
+	policy string
+	spec   any // of the policy, for the values of fields
+
+	current    string   // node being looked at
+	matched    int      // nodes
+	configured bool     // on some NIC of some node
+	bare       []remark // nodes without a NIC for it
+	unmet      []remark // values that a NIC cannot take
+	errors     []remark
+	warnings   []remark
+}
+
+// remark is a finding on one node.
+type remark struct{ node, text string }
+
+func (a *admission) node(name string) {
+	a.current = name
+	a.matched++
+}
+
+func (a *admission) remark(to *[]remark, text string) {
+	*to = append(*to, remark{a.current, text})
+}
+
+// own sorts what became of the policy itself.
+func (a *admission) own(findings []Finding) {
+	for _, f := range findings {
+		if f.Policy != a.policy {
+			continue
+		}
+		message, _, _ := strings.Cut(f.Message, "; until then it keeps the ") // it is not written yet
+		switch f.Reason {
+		case Configured:
+			a.configured = true
+		case PolicyInvalid, Conflict:
+			a.remark(&a.errors, message)
+		case TotalVFsExceeded, NICMismatch:
+			a.remark(&a.unmet, message)
+		case Overridden, UnsupportedByNode, PolicyIgnored:
+			a.remark(&a.warnings, message)
+		case NoNICSelected, InventoryPending:
+			a.remark(&a.bare, message)
+		}
+	}
+}
+
+// others finds policies, other than the one named, that lose by it.
+func (a *admission) others(policy, kind string, before, after []Finding) {
+	for _, f := range after {
+		if f.Policy == policy || !f.Refused() || slices.ContainsFunc(before, func(b Finding) bool {
+			return b.Policy == f.Policy && b.PCIAddress == f.PCIAddress && b.Link == f.Link && (b.Reason == f.Reason || b.Refused() && f.Reason != Conflict)
+		}) {
+			continue
+		}
+		to := &a.warnings
+		if f.Reason == Conflict {
+			to = &a.errors
+		}
+		a.remark(to, fmt.Sprintf("%s %s would not have what it asks for: %s", kind, f.Policy, f.Message))
+	}
+}
+
+// slots finds MacvlanNodePolicies that lose their slots because of the VFs of this policy.
+func (a *admission) slots(c *Cluster, node *Node, spec sriovv1.SriovNetworkNodeStateSpec) {
+	if len(c.Macvlans) == 0 {
+		return
+	}
+	const none = "" // one of the same name is another policy too
+	_, after := DesiredMacvlan(c.Macvlans, node.Labels, node.State.Status.Links, spec)
+	if !suffers(none, after) {
+		return
+	}
+	spec, _ = Desired(c.Policies, node.Labels, node.State.Status.Interfaces, node.State.Spec)
+	_, before := DesiredMacvlan(c.Macvlans, node.Labels, node.State.Status.Links, spec)
+	a.others(none, "MacvlanNodePolicy", before, after)
+}
+
+// verdict makes errors and warnings out of the remarks.
+func (a *admission) verdict() (errs field.ErrorList, warnings []string) {
+	if a.matched == 0 {
+		return nil, []string{"spec.nodeSelector selects no Linux node: compare it with kubectl get nodes --show-labels"}
+	}
+	if a.configured {
+		a.warnings = append(a.warnings, a.unmet...)
+	} else {
+		a.errors = append(a.errors, a.unmet...)
+	}
+	if len(a.bare) == a.matched {
+		a.warnings = append(a.warnings, a.bare...)
+	}
+	for _, text := range together(a.errors) {
+		path, value := a.field(text)
+		errs = append(errs, field.Invalid(path, value, text))
+	}
+	return errs, together(a.warnings)
+}
+
+// field is the field that a remark is about: messages begin with it, unless they are
+// about NICs, which the selector selects.
+func (a *admission) field(text string) (*field.Path, any) {
+	path := field.NewPath("spec")
+	spec, err := runtime.DefaultUnstructuredConverter.ToUnstructured(a.spec)
+	if err != nil {
+		return path, ""
+	}
+	first, _, _ := strings.Cut(text, " ")
+	first, _, _ = strings.Cut(first, ".")
+	if value, ok := spec[first]; ok {
+		return path.Child(first), value
+	}
+	for _, selector := range []string{"nicSelector", "parentSelector"} {
+		if value, ok := spec[selector]; ok {
+			return path.Child(selector), value
+		}
+	}
+	return path, ""
+}
+
+// together says what is the same on several nodes once, and each with where.
+func together(remarks []remark) []string {
+	nodes := map[string][]string{}
+	for _, r := range remarks {
+		if !slices.Contains(nodes[r.text], r.node) {
+			nodes[r.text] = append(nodes[r.text], r.node)
+		}
+	}
+	var all []string
+	for text, on := range nodes {
+		slices.Sort(on)
+		where := " (on node " + on[0]
+		if more := len(on) - 1; more > 0 {
+			where += fmt.Sprintf(" and %d more", more)
+		}
+		all = append(all, text+where+")")
+	}
+	slices.SortFunc(all, func(a, b string) int { return cmp.Compare(a, b) })
+	const most = 8
+	if more := len(all) - most; more > 0 {
+		all = append(all[:most], fmt.Sprintf("and %d more findings", more))
+	}
+	return all
+}
