@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,6 +17,8 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 	"sigs.k8s.io/controller-runtime/pkg/metrics/server"
+
+	"github.com/sluice-network/sluice/operator/cluster/admission"
 )
 
 // The tests of this package share one real kube-apiserver and etcd, found through
@@ -23,9 +26,10 @@ import (
 // kubectl apply -k config/default. The controllers run with the rights that this gives
 // them and no more. There is no kubelet, no garbage collector and, at first, no Multus.
 var (
-	apiConfig *rest.Config
-	api       client.Client // may do everything
-	kubectl   func(ctx context.Context, args ...string) ([]byte, error)
+	apiConfig      *rest.Config
+	api            client.Client // may do everything
+	webhookAddress string
+	kubectl        func(ctx context.Context, args ...string) ([]byte, error)
 )
 
 const operatorNamespace = "sriov-network-operator"
@@ -71,8 +75,11 @@ func withCluster(run func() int) (code int, err error) {
 		return 0, fmt.Errorf("make a client: %w", err)
 	}
 	config := Config{Namespace: operatorNamespace, ResourcePrefix: "openshift.io", AgentImage: "example.com/sluice:test"}
+	if err = serveWebhook(&config); err != nil {
+		return 0, err
+	}
 	mgr, err := ctrl.NewManager(as("sluice-operator", nil), ctrl.Options{
-		Scheme: scheme, Cache: CacheOptions(config), Metrics: server.Options{BindAddress: "0"},
+		Scheme: scheme, Cache: CacheOptions(config), Metrics: server.Options{BindAddress: "0"}, WebhookServer: config.Webhook,
 		LeaderElection: true, LeaderElectionID: "sluice-operator", LeaderElectionNamespace: operatorNamespace, LeaderElectionReleaseOnCancel: true,
 	})
 	if err != nil {
@@ -86,6 +93,24 @@ func withCluster(run func() int) (code int, err error) {
 	code = run()
 	cancel()
 	return code, <-stopped
+}
+
+// serveWebhook lets the API server get at the webhook on this machine.
+func serveWebhook(config *Config) error {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return fmt.Errorf("find a port for the webhook: %w", err)
+	}
+	webhookAddress = listener.Addr().String()
+	if err = listener.Close(); err != nil {
+		return fmt.Errorf("find a port for the webhook: %w", err)
+	}
+	if config.Webhook, err = admission.NewServer(listener.Addr().(*net.TCPAddr).Port, "/nonexistent"); err != nil {
+		return err
+	}
+	config.Webhook.Settle = 2 * time.Second
+	config.WebhookSettings.URL = "https://" + webhookAddress
+	return nil
 }
 
 // findKubectl makes kubectl speak to the API server with all rights.

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+	registrationv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -22,6 +23,7 @@ import (
 
 	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/operator/cluster/admission"
 )
 
 // fieldOwner is the field manager of all that the operator applies.
@@ -38,6 +40,10 @@ type Config struct {
 	AgentImage string
 	// ImagePullSecrets are the agents', in the operator's namespace.
 	ImagePullSecrets []corev1.LocalObjectReference
+	// Webhook is the manager's webhook server; nil for no webhook.
+	Webhook *admission.Server
+	// WebhookSettings say how the API server gets at it.
+	WebhookSettings admission.Settings
 }
 
 // NewScheme has every kind the controllers use.
@@ -60,11 +66,13 @@ func CacheOptions(config Config) cache.Options {
 		return cache.ByObject{Namespaces: map[string]cache.Config{config.Namespace: only}}
 	}
 	return cache.Options{ByObject: map[client.Object]cache.ByObject{
+		&corev1.Secret{}: named(admission.SecretName),
+		&registrationv1.ValidatingWebhookConfiguration{}:             {Field: fields.OneTermEqualSelector("metadata.name", admission.ConfigurationName)},
 		&sriovv1.SriovNetworkNodePolicy{}:                            own,
 		&sriovv1.SriovNetworkNodeState{}:                             own,
 		&sriovv1.SriovOperatorConfig{}:                               own,
-		&sriovv1.SriovNetworkPoolConfig{}:                            own,
 		&sluicev1.MacvlanNodePolicy{}:                                own,
+		&sriovv1.SriovNetworkPoolConfig{}:                            own,
 		&appsv1.DaemonSet{}:                                          named(agentName),
 		metadataOf(appsv1.SchemeGroupVersion.WithKind("Deployment")): named(operatorName),
 	}}
@@ -91,6 +99,12 @@ func Setup(mgr ctrl.Manager, config Config) error {
 	}
 	if err := (&network{Client: mgr.GetClient(), config: config, events: recorder}).setup(mgr); err != nil {
 		return fmt.Errorf("set up the network controller: %w", err)
+	}
+	if config.Webhook != nil {
+		rules := admission.Rules{Namespace: config.Namespace, ResourcePrefix: config.ResourcePrefix, Unsupported: unsupported}
+		if err := admission.Setup(mgr, config.Webhook, rules, config.WebhookSettings); err != nil {
+			return fmt.Errorf("set up the webhook: %w", err)
+		}
 	}
 	return nil
 }

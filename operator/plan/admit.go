@@ -72,6 +72,45 @@ func (c *Cluster) AdmitMacvlanPolicy(policy *sluicev1.MacvlanNodePolicy) (field.
 	return a.verdict()
 }
 
+// AdmitPool does for SriovNetworkPoolConfigs what AdmitPolicy does for policies. A pool
+// that shares a node with another is an error: the node would be in neither.
+func AdmitPool(pool *sriovv1.SriovNetworkPoolConfig, pools []sriovv1.SriovNetworkPoolConfig, nodes []Node) (errs field.ErrorList, warnings []string) {
+	if pool.Spec.OvsHardwareOffloadConfig.Name != "" {
+		return nil, []string{"spec.ovsHardwareOffloadConfig has no effect: turn hardware offload on in Open vSwitch itself"}
+	}
+	path := field.NewPath("spec", "nodeSelector")
+	all := NewPools(replace(pools, pool))
+	if err := all.Invalid(pool.Name); err != nil {
+		return field.ErrorList{field.Invalid(path, pool.Spec.NodeSelector, err.Error())}, nil
+	}
+	if most := pool.Spec.MaxUnavailable; most != nil && most.String() == "0" {
+		warnings = append(warnings, "spec.maxUnavailable 0: no pod on this pool's nodes is ever evicted, and changes that need VFs which pods hold wait until they are gone")
+	}
+	matched := false
+	var shared []remark
+	for _, node := range nodes {
+		of := all.Of(node.Labels)
+		if !slices.ContainsFunc(of, func(p *sriovv1.SriovNetworkPoolConfig) bool { return p.Name == pool.Name }) {
+			continue
+		}
+		matched = true
+		for _, other := range of {
+			if other.Name != pool.Name {
+				shared = append(shared, remark{node.Name, fmt.Sprintf("nodeSelector selects nodes that SriovNetworkPoolConfig %s selects too, and a node in two pools is in neither: change one of the selectors", other.Name)})
+			}
+		}
+	}
+	if !matched {
+		warnings = append(warnings, noNode)
+	}
+	for _, text := range together(shared) {
+		errs = append(errs, field.Invalid(path, pool.Spec.NodeSelector, text))
+	}
+	return errs, warnings
+}
+
+const noNode = "spec.nodeSelector selects no Linux node: compare it with kubectl get nodes --show-labels"
+
 // replace gives the policies with one of them as it is to be.
 func replace[T any, P interface {
 	*T
@@ -168,7 +207,7 @@ func (a *admission) slots(c *Cluster, node *Node, spec sriovv1.SriovNetworkNodeS
 // verdict makes errors and warnings out of the remarks.
 func (a *admission) verdict() (errs field.ErrorList, warnings []string) {
 	if a.matched == 0 {
-		return nil, []string{"spec.nodeSelector selects no Linux node: compare it with kubectl get nodes --show-labels"}
+		return nil, []string{noNode}
 	}
 	if a.configured {
 		a.warnings = append(a.warnings, a.unmet...)

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
 	"pgregory.net/rapid"
 
 	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
@@ -148,6 +150,44 @@ func TestAdmitMacvlanPolicy(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			errs, warnings := (&Cluster{Policies: c.policies, Macvlans: c.others, Nodes: []Node{node("n1", nics()...)}}).AdmitMacvlanPolicy(&c.candidate)
+			var texts []string
+			for _, e := range errs {
+				texts = append(texts, e.Error())
+			}
+			wantVerdict(t, texts, warnings, c.errors, c.warnings)
+		})
+	}
+}
+
+func TestAdmitPool(t *testing.T) {
+	pool := func(name string, selector *metav1.LabelSelector, edits ...func(*sriovv1.SriovNetworkPoolConfigSpec)) sriovv1.SriovNetworkPoolConfig {
+		p := sriovv1.SriovNetworkPoolConfig{ObjectMeta: metav1.ObjectMeta{Name: name}}
+		p.Spec.NodeSelector = selector
+		for _, e := range edits {
+			e(&p.Spec)
+		}
+		return p
+	}
+	on := func(node string) *metav1.LabelSelector {
+		return &metav1.LabelSelector{MatchLabels: map[string]string{"name": node}}
+	}
+	offload := func(s *sriovv1.SriovNetworkPoolConfigSpec) { s.OvsHardwareOffloadConfig.Name = "worker" }
+	for _, c := range []struct {
+		name             string
+		others           []sriovv1.SriovNetworkPoolConfig
+		candidate        sriovv1.SriovNetworkPoolConfig
+		errors, warnings []string
+	}{
+		{name: "all is well", others: []sriovv1.SriovNetworkPoolConfig{pool("b", on("n2")), pool("a", nil), pool("o", nil, offload)}, candidate: pool("a", on("n1"))},
+		{name: "no node", candidate: pool("a", on("n9")), warnings: []string{"spec.nodeSelector selects no Linux node"}},
+		{name: "offload", others: []sriovv1.SriovNetworkPoolConfig{pool("b", nil)}, candidate: pool("a", nil, offload), warnings: []string{"spec.ovsHardwareOffloadConfig has no effect"}},
+		{name: "nothing at a time", candidate: pool("a", nil, func(s *sriovv1.SriovNetworkPoolConfigSpec) { s.MaxUnavailable = &intstr.IntOrString{} }), warnings: []string{"spec.maxUnavailable 0: no pod"}},
+		{name: "nodes in two pools", others: []sriovv1.SriovNetworkPoolConfig{pool("b", nil)}, candidate: pool("a", &metav1.LabelSelector{}),
+			errors: []string{`spec.nodeSelector: Invalid value: {}: nodeSelector selects nodes that SriovNetworkPoolConfig b selects too, and a node in two pools is in neither: change one of the selectors (on node n1 and 1 more)`}},
+		{name: "a selector that cannot be read", candidate: pool("a", on("a b")), errors: []string{"spec.nodeSelector: Invalid value: "}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			errs, warnings := AdmitPool(&c.candidate, c.others, []Node{node("n1"), node("n2")})
 			var texts []string
 			for _, e := range errs {
 				texts = append(texts, e.Error())

@@ -35,6 +35,9 @@ const (
 	ConditionReady       = "Ready"
 	ConditionProgressing = "Progressing"
 	ConditionDegraded    = "Degraded"
+	// ConditionWebhookReady is on a SriovOperatorConfig: whether admission by webhook is on
+	// and works.
+	ConditionWebhookReady = "WebhookReady"
 )
 
 // ConditionEvicting of a node state is true while pods are being evicted, for a change of

@@ -11,8 +11,10 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
@@ -22,6 +24,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	"github.com/sluice-network/sluice/operator/cluster"
+	"github.com/sluice-network/sluice/operator/cluster/admission"
 )
 
 // settings is what the operator is told by flags and environment.
@@ -30,10 +33,13 @@ type settings struct {
 	probes, metrics string
 	pod             string
 	elect           bool
+	webhookPort     int
+	webhookCerts    string
 }
 
 func parse(args []string, env func(string) string) (*settings, error) {
 	s := &settings{}
+	var annotated metav1.ObjectMeta
 	prefix := env("RESOURCE_PREFIX")
 	if prefix == "" {
 		prefix = "openshift.io"
@@ -47,9 +53,20 @@ func parse(args []string, env func(string) string) (*settings, error) {
 	f.StringVar(&s.probes, "health-probe-bind-address", ":8081", "address for /healthz and /readyz")
 	f.StringVar(&s.metrics, "metrics-bind-address", ":8443", "address for /metrics over HTTPS, to clients that may read it; 0 turns it off")
 	f.BoolVar(&s.elect, "leader-elect", true, "wait until no other replica works")
+	f.IntVar(&s.webhookPort, "webhook-port", 9443, "port of the admission webhook")
+	f.StringVar(&s.webhookCerts, "webhook-cert-dir", "/tmp/k8s-webhook-server/serving-certs", "where a certificate for the webhook may be mounted: tls.crt, tls.key and, unless somebody else writes it into the webhook configuration, ca.crt; without one the operator makes its own")
+	f.Func("webhook-annotation", "key=value for the webhook configuration, such as cert-manager.io/inject-ca-from=<namespace>/<certificate>; may be repeated", func(text string) error {
+		key, value, ok := strings.Cut(text, "=")
+		if !ok || key == "" {
+			return errors.New("write key=value")
+		}
+		metav1.SetMetaDataAnnotation(&annotated, key, value)
+		return nil
+	})
 	if err := f.Parse(args); err != nil {
 		return nil, err
 	}
+	s.WebhookSettings.Annotations = annotated.Annotations
 	if f.NArg() > 0 {
 		return nil, fmt.Errorf("unexpected argument %q: all settings are flags", f.Arg(0))
 	}
@@ -91,6 +108,9 @@ func run() error {
 	if err = s.findImage(ctx, config); err != nil {
 		return err
 	}
+	if s.Webhook, err = admission.NewServer(s.webhookPort, s.webhookCerts); err != nil {
+		return err
+	}
 	mgr, err := ctrl.NewManager(config, ctrl.Options{
 		Scheme:                        scheme,
 		Cache:                         cluster.CacheOptions(s.Config),
@@ -99,6 +119,7 @@ func run() error {
 		LeaderElectionNamespace:       s.Namespace,
 		LeaderElectionReleaseOnCancel: true, // nothing runs after Start returns
 		HealthProbeBindAddress:        s.probes,
+		WebhookServer:                 s.Webhook,
 		Metrics: server.Options{
 			BindAddress:    s.metrics,
 			SecureServing:  true,
