@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
-	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -83,21 +82,25 @@ type Agent struct {
 	records *records
 
 	// Of the worker alone.
-	state   *v1.SriovNetworkNodeState
-	written *v1.SriovNetworkNodeStateStatus // as last applied; nil when not known
-	retries map[string]*retry               // by PF
-	nics    map[string]*nic                 // by PCI address
-	unknown bool                            // something changed that is of none of them
-	audited time.Time                       // when all of them were last looked at
-	around  budget                          // for looking at all of them
-	path    []int                           // links to the API server, as known at pathAt
-	pathAt  time.Time
+	state  *v1.SriovNetworkNodeState
+	told   *v1.SriovNetworkNodeStateStatus   // what the object has or will have; nil when not known
+	passed []*v1.SriovNetworkNodeStateStatus // told before it, and not seen since
+	// The agent's own conditions, as last told.
+	conditions []metav1.Condition
+	teller     *teller
+	retries    map[string]*retry // by PF
+	nics       map[string]*nic   // by PCI address
+	unknown    bool              // something changed that is of none of them
+	audited    time.Time         // when all of them were last looked at
+	around     budget            // for looking at all of them
+	path       []int             // links to the API server, as known at pathAt
+	pathAt     time.Time
 	// The RDMA subsystem's mode, and when the kernel last refused to change it.
 	rdmaMode string
 	rdmaBusy time.Time
 	parents  parents
-	// Failures in a row to write the status, to advertise, to read the NICs.
-	unsent, unsold, unread int
+	// Failures in a row to advertise, to read the NICs.
+	unsold, unread int
 }
 
 type baseline struct {
@@ -122,7 +125,7 @@ type retry struct {
 // New returns an agent; Run makes it work.
 func New(c Config) *Agent {
 	return &Agent{
-		Config: c, regain: regain, proof: proof, poke: make(chan struct{}, 1), looked: make(chan struct{}), offered: map[string]bool{},
+		Config: c, teller: &teller{states: c.States, log: c.Log, newest: make(chan told, 1)}, regain: regain, proof: proof, poke: make(chan struct{}, 1), looked: make(chan struct{}), offered: map[string]bool{},
 		unsettable: map[string]host.VFAttrs{}, baselines: map[string]baseline{}, names: map[string]*hostName{}, retries: map[string]*retry{}, nics: map[string]*nic{},
 		parents: parents{changed: true, retries: map[v1.MacvlanParent]*parentRetry{}},
 	}
@@ -163,6 +166,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("follow the kernel: %w", err)
 	}
+	ctx, stop := context.WithCancel(ctx)
+	var telling sync.WaitGroup
+	telling.Go(func() { a.teller.run(ctx) })
+	defer telling.Wait()
+	defer stop()
 	states := a.States.Watch(ctx)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -214,13 +222,15 @@ func (a *Agent) adopt(state *v1.SriovNetworkNodeState) bool {
 	before := a.state
 	a.state = state
 	if state == nil {
-		a.written = nil
+		if a.told = nil; before != nil {
+			a.teller.tell(told{})
+		}
 		return false
 	}
 	if before == nil || before.UID != state.UID {
-		written := *state.Status.DeepCopy()
-		written.Conditions = a.own(written.Conditions)
-		a.written = &written
+		a.told = state.Status.DeepCopy()
+		a.told.Conditions = a.own(a.told.Conditions)
+		a.conditions, a.passed = a.told.Conditions, nil
 		a.remember(state.Status)
 		return true
 	}
@@ -229,11 +239,16 @@ func (a *Agent) adopt(state *v1.SriovNetworkNodeState) bool {
 	}
 	seen := state.Status
 	seen.Conditions = a.own(seen.Conditions)
-	if !equality.Semantic.DeepEqual(a.written, &seen) {
-		a.written = nil // somebody else wrote, or an older one of ours came late
-		return true
+	if equality.Semantic.DeepEqual(a.told, &seen) {
+		a.passed = nil
+		return false
 	}
-	return false
+	if i := slices.IndexFunc(a.passed, func(s *v1.SriovNetworkNodeStateStatus) bool { return equality.Semantic.DeepEqual(s, &seen) }); i >= 0 {
+		a.passed = a.passed[i+1:]
+		return false // told is on its way
+	}
+	a.told, a.passed = nil, nil // somebody else wrote
+	return true
 }
 
 // own are the conditions that this agent tells. The others are the operator's:
@@ -409,34 +424,16 @@ func (a *Agent) learn(r *report) {
 	}
 }
 
-// tell applies the status when it differs from what the object has, and sends
-// events for transitions.
-func (a *Agent) tell(ctx context.Context, s v1.SriovNetworkNodeStateStatus) {
-	if a.written != nil && equality.Semantic.DeepEqual(*a.written, s) {
+// tell hands the status on when it differs from what the object has or will have.
+func (a *Agent) tell(s v1.SriovNetworkNodeStateStatus) {
+	if a.told != nil && equality.Semantic.DeepEqual(*a.told, s) {
 		return
 	}
-	if err := a.States.ApplyStatus(ctx, &s); err != nil {
-		if ctx.Err() == nil {
-			a.unsent++
-			a.written = nil
-			a.Log.Error(err, "The status could not be written; it is tried again")
-		}
-		return
+	if a.told != nil {
+		a.passed = append(a.passed[max(0, len(a.passed)-15):], a.told)
 	}
-	a.unsent = 0
-	before := a.state.Status.Conditions
-	a.written, a.state.Status = &s, *s.DeepCopy()
-	for _, kind := range []string{v1.ConditionReady, v1.ConditionDegraded} {
-		was, is := meta.FindStatusCondition(before, kind), meta.FindStatusCondition(s.Conditions, kind)
-		if is.Status != metav1.ConditionTrue || was != nil && was.Status == is.Status && was.Reason == is.Reason {
-			continue
-		}
-		if kind == v1.ConditionReady {
-			a.States.Event(a.state, corev1.EventTypeNormal, is.Reason, is.Message)
-		} else {
-			a.States.Event(a.state, corev1.EventTypeWarning, is.Reason, is.Message)
-		}
-	}
+	a.told, a.conditions = s.DeepCopy(), s.Conditions
+	a.teller.tell(told{a.state, s})
 }
 
 // backoff is how long to wait after so many failures in a row.

@@ -140,6 +140,10 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 		delete(p.retries, address)
 		return false
 	case len(ops) == 0:
+		if again := p.retries[address]; again != nil && !r.asked && sameWant(again.want, *r.want) && time.Now().Before(again.at) {
+			r.trouble = again.report.trouble
+			return false
+		}
 		if p.settle(ctx, r, blocked); r.failed() && !r.asked {
 			p.failed(r)
 			return false
@@ -380,14 +384,14 @@ func (p *pass) publish(ctx context.Context) {
 	p.advertise(ctx)
 	p.mu.Lock()
 	now := metav1.NewTime(time.Now().Truncate(time.Second))
-	s := status(p.reports, &p.parents, p.unreadable, p.state.Generation, p.own(p.state.Status.Conditions), now)
+	s := status(p.reports, &p.parents, p.unreadable, p.state.Generation, p.conditions, now)
 	p.mu.Unlock()
 	s.System.RdmaMode = p.rdmaMode
 	for _, c := range p.Conditions {
 		c.ObservedGeneration, c.LastTransitionTime = s.ObservedGeneration, now
 		meta.SetStatusCondition(&s.Conditions, c)
 	}
-	p.tell(ctx, s)
+	p.tell(s)
 }
 
 func (p *pass) advertise(ctx context.Context) {
@@ -418,7 +422,7 @@ func (p *pass) advertise(ctx context.Context) {
 // next is when to look again without being woken.
 func (p *pass) next() time.Duration {
 	next := p.nextParent()
-	if failures := max(p.unsent, p.unsold, p.unread); failures > 0 {
+	if failures := max(p.unsold, p.unread); failures > 0 {
 		next = min(next, backoff(failures))
 	}
 	if p.soon > 0 {
