@@ -228,6 +228,14 @@ func (h *Host) BindDriver(ctx context.Context, vfAddress, driver string) error {
 	if driver != DefaultDriver && have == driver {
 		return nil
 	}
+	bind := filepath.Join(h.sysfs, "bus/pci/drivers", driver, "bind")
+	if driver != DefaultDriver {
+		// Looked at first, so that the VF does not leave the driver it has for nothing.
+		if _, err = os.Stat(bind); errors.Is(err, fs.ErrNotExist) {
+			return &KernelError{Op: op, Object: vfAddress, Err: unix.ENODEV,
+				Hint: "the driver is not loaded: load module " + driver + " on the node"}
+		}
+	}
 	// A line end alone clears it (driver_set_override in drivers/base/driver.c).
 	if err = writeSysfs(filepath.Join(device, "driver_override"), driver+"\n"); err != nil {
 		return fail(err)
@@ -236,12 +244,7 @@ func (h *Host) BindDriver(ctx context.Context, vfAddress, driver string) error {
 		return err
 	}
 	if driver != DefaultDriver {
-		err = writeSysfs(filepath.Join(h.sysfs, "bus/pci/drivers", driver, "bind"), vfAddress)
-		if errors.Is(err, fs.ErrNotExist) {
-			return &KernelError{Op: op, Object: vfAddress, Err: unix.ENODEV,
-				Hint: "the driver is not loaded: load module " + driver + " on the node"}
-		}
-		if err != nil {
+		if err = writeSysfs(bind, vfAddress); err != nil {
 			return fail(err)
 		}
 		return nil

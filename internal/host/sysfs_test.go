@@ -278,6 +278,9 @@ func TestBindDriver(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "load module vfio-pci") || !errors.Is(err, unix.ENODEV) {
 		t.Errorf("got %v", err)
 	}
+	if got := tr.read("bus/pci/drivers/iavf/unbind"); got != "" {
+		t.Errorf("the VF left its driver for one that is not there: %q", got)
+	}
 	tr.write("bus/pci/drivers/vfio-pci/bind", "")
 	if err = h.BindDriver(t.Context(), vf, "vfio-pci"); err != nil {
 		t.Error(err)
