@@ -341,6 +341,9 @@ func (a *Agent) view(r *report) plan.PF {
 		Eswitch: string(pf.Eswitch), TotalVFs: pf.TotalVFs, NumVFs: pf.NumVFs,
 	}
 	a.records.fill(&v)
+	if v.Original != nil && v.Original.MTU > 0 {
+		v.Original.MTU = max(v.Original.MTU, a.parentMTU(pf.Name))
+	}
 	r.takenOver = v.TakenOver
 	for _, vf := range pf.VFs {
 		pod, held := a.Usage.Holder(vf.PCIAddress)

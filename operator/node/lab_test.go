@@ -38,6 +38,8 @@ type lab struct {
 	state  string
 	kernel Kernel
 	line   Lifeline
+	// advertiser is the plugin, or what takes its place.
+	advertiser Advertiser
 }
 
 func newLab(t *testing.T) *lab {
@@ -53,6 +55,7 @@ func newLab(t *testing.T) *lab {
 			state: &v1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Name: "guest", Generation: 1, UID: "1"}},
 		},
 	}
+	l.advertiser = l.plugin
 	pfs, err := h.Inventory(t.Context())
 	if err != nil || len(pfs) < 2 {
 		t.Fatalf("the guest has %d SR-IOV NICs, want 2: %v", len(pfs), err)
@@ -72,7 +75,7 @@ func newLab(t *testing.T) *lab {
 }
 
 func (l *lab) start() {
-	l.agent = New(Config{Node: "guest", StateDir: l.state, Kernel: l.kernel, States: l.server, Advertiser: l.plugin, Usage: l.usage, Attached: l.usage.Attached, Lifeline: l.line, Log: testr.New(l.T)})
+	l.agent = New(Config{Node: "guest", StateDir: l.state, Kernel: l.kernel, States: l.server, Advertiser: l.advertiser, Usage: l.usage, Attached: l.usage.Attached, Lifeline: l.line, Log: testr.New(l.T)})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {

@@ -197,6 +197,36 @@ func (p *pass) applyToLink(ctx context.Context, op plan.LinkOperation) error {
 	return fmt.Errorf("operation %s is not known", op)
 }
 
+// parentMTU is what the MacVLAN parents need of a link's MTU at least: of a parent, of
+// what a VLAN device is on, of a bond's or bridge's ports. Lowered below that, the kernel
+// would lower the sub-interfaces in the pods with it.
+func (a *Agent) parentMTU(link string) int {
+	if a.state == nil {
+		return 0
+	}
+	links := a.parents.links
+	needs := func(name string) bool {
+		for range links { // as deep as VLAN devices can be stacked
+			at := slices.IndexFunc(links, func(l host.ParentLink) bool { return l.Name == name || slices.Contains(l.AltNames, name) })
+			if at < 0 {
+				return false
+			}
+			if is := links[at].Name; is == link || slices.ContainsFunc(links, func(l host.ParentLink) bool { return l.Name == link && l.Master == is }) {
+				return true
+			}
+			name = links[at].Lower
+		}
+		return false
+	}
+	mtu := 0
+	for _, want := range a.state.Spec.Macvlans {
+		if needs(want.Link) {
+			mtu = max(mtu, want.Mtu)
+		}
+	}
+	return mtu
+}
+
 // removeVLANs removes the VLAN devices made for policies that are no more. Their slots
 // must not be on offer any longer. It tells whether there is news for the status.
 //

@@ -376,3 +376,38 @@ func TestPooledVFsAreNoLinks(t *testing.T) {
 		return nil
 	})
 }
+
+// The MTU of a PF is not taken back while a parent needs it: pods would lose theirs.
+func TestParentsKeepTheirMTU(t *testing.T) {
+	t.Parallel()
+	r := newMacvlanRig(t)
+	jumbo := wants(nic0, 1, of("left", "0-0", 9000))
+	jumbo.Mtu = 9000
+	r.server.macvlans(parent("a", "ens1f0", 100, 8000, 1))
+	r.server.spec(jumbo)
+	r.ready()
+	r.server.spec()
+	r.eventually(func() error {
+		if l := r.link("ens1f0"); l.MTU != 8000 {
+			return fmt.Errorf("MTU %d", l.MTU)
+		}
+		return nil
+	})
+	for _, call := range r.kernel.Calls() {
+		if strings.HasPrefix(call, "set MTU 1500 on "+nic0) {
+			t.Error(call)
+		}
+	}
+}
+
+func TestParentMTU(t *testing.T) {
+	a := New(Config{})
+	a.state = &v1.SriovNetworkNodeState{}
+	a.state.Spec.Macvlans = []v1.MacvlanParent{parent("a", "storage", 0, 9000, 1), parent("b", "uplink", 5, 4000, 1), parent("c", "bond0", 6, 3000, 1)}
+	a.parents.links = virtualLinks()
+	for link, want := range map[string]int{"storage": 9000, "br0": 9000, "bond0": 4000, "port0": 4000, "ens1f0": 0} {
+		if got := a.parentMTU(link); got != want {
+			t.Errorf("%s: %d, want %d", link, got, want)
+		}
+	}
+}
