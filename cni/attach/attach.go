@@ -103,6 +103,15 @@ func (a *Attacher) Attached(pciAddress string) (settings host.VFSettings, ok boo
 	return r.Settings, held && r.Phase == Attached
 }
 
+// Attachments are the pods that have attachments, in the order these were made.
+func (a *Attacher) Attachments() []string {
+	var pods []string
+	for _, r := range a.journal.all() {
+		pods = append(pods, r.holder())
+	}
+	return pods
+}
+
 // Holder returns the pod that has the VF, as namespace/name, "" when its name is
 // not known.
 func (a *Attacher) Holder(pciAddress string) (pod string, held bool) {

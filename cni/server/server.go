@@ -74,6 +74,9 @@ func (s *Server) Attached(pciAddress string) (settings host.VFSettings, ok bool)
 	return s.attacher.Attached(pciAddress)
 }
 
+// Attachments are the pods that have attachments.
+func (s *Server) Attachments() []string { return s.attacher.Attachments() }
+
 // Holder returns the pod that has the VF, as namespace/name, "" when its name is
 // not known. It may be called at any time.
 func (s *Server) Holder(pciAddress string) (pod string, held bool) {

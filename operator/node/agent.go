@@ -52,6 +52,9 @@ type Config struct {
 	// GUIDFile has the InfiniBand GUIDs that the administrator has set aside for
 	// VFs, see plan.ParseGUIDs; it need not exist.
 	GUIDFile string
+	// Uninstall takes what the rest of the agent has put on the node off it. It fails
+	// while that is needed.
+	Uninstall func() error
 	// Conditions are told in every status besides the agent's own: type, status,
 	// reason and message.
 	Conditions []metav1.Condition
@@ -99,6 +102,7 @@ type Agent struct {
 	rdmaMode string
 	rdmaBusy time.Time
 	parents  parents
+	left     bool // the agent's files are off the node
 	// Failures in a row to advertise, to read the NICs.
 	unsold, unread int
 }
@@ -192,6 +196,9 @@ func (a *Agent) Run(ctx context.Context) error {
 			}
 			if a.adopt(state) {
 				by(time.Now())
+			}
+			if p := (&pass{Agent: a}); a.left && state != nil && !p.leaving() {
+				return errWantedAgain
 			}
 		case changes, ok := <-events:
 			if !ok {

@@ -182,6 +182,8 @@ type rig struct {
 	agent  *Agent
 	stop   func()
 
+	uninstall       func() error
+	ended           chan error // how the agent ended by itself
 	line            *lifeline
 	state, upstream string
 }
@@ -195,7 +197,7 @@ func newRig(t *testing.T) *rig {
 // rigWith is a rig that is not started yet.
 func rigWith(t *testing.T) *rig {
 	r := &rig{
-		t: t, line: &lifeline{}, state: t.TempDir(), upstream: t.TempDir(),
+		t: t, ended: make(chan error, 1), line: &lifeline{}, state: t.TempDir(), upstream: t.TempDir(),
 		kernel: hostfake.New(hostfake.NIC(nic0, "ens1f0", 3, 8), hostfake.NIC(nic1, "ens2f0", 4, 8)),
 		server: &server{
 			watch: make(chan *v1.SriovNetworkNodeState, 1),
@@ -209,14 +211,17 @@ func rigWith(t *testing.T) *rig {
 
 // start makes a new agent, as after a restart.
 func (r *rig) start() {
-	r.agent = New(Config{Node: "vm1", StateDir: r.state, UpstreamDir: r.upstream, Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Attached: r.usage.Attached, Lifeline: r.line, Log: testr.New(r.t),
+	r.agent = New(Config{Node: "vm1", StateDir: r.state, UpstreamDir: r.upstream, Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Attached: r.usage.Attached, Lifeline: r.line, Uninstall: r.uninstall, Log: testr.New(r.t),
 		Conditions: []metav1.Condition{{Type: "Alias", Status: metav1.ConditionTrue, Reason: "Installed"}}})
 	r.agent.regain, r.agent.proof = 200*time.Millisecond, 10*time.Millisecond
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if err := r.agent.Run(ctx); err != nil {
+		err := r.agent.Run(ctx)
+		if ctx.Err() == nil {
+			r.ended <- err
+		} else if err != nil {
 			r.t.Error(err)
 		}
 	}()

@@ -181,7 +181,9 @@ func (p *pass) settle(ctx context.Context, r *report, blocked []plan.Blocked) {
 // mayGiveUp tells whether a PF that the spec does not name may be emptied. The
 // spec of a new object is empty until the operator has rendered it, which needs
 // our inventory: that asks for nothing yet.
-func (p *pass) mayGiveUp() bool { return p.state != nil && p.state.Generation > 1 }
+func (p *pass) mayGiveUp() bool {
+	return p.state != nil && p.state.Generation > 1 || p.leaving()
+}
 
 // block notes the changes that must wait, and those that cannot be.
 func (r *report) block(blocked []plan.Blocked) {
@@ -391,6 +393,7 @@ func (p *pass) publish(ctx context.Context) {
 		c.ObservedGeneration, c.LastTransitionTime = s.ObservedGeneration, now
 		meta.SetStatusCondition(&s.Conditions, c)
 	}
+	p.leave(&s)
 	p.tell(s)
 }
 

@@ -2,9 +2,7 @@ package node
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -169,15 +167,4 @@ func (r *records) fill(v *plan.PF) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	v.TakenOver = !r.byPF[v.PCIAddress].GivenUp && v.NumVFs > 0 && r.ofUpstream(v.PCIAddress)
-}
-
-// removeAll takes the records off the node.
-func (r *records) removeAll() error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.byPF = map[string]pfRecord{}
-	if err := os.RemoveAll(r.dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove the records of NICs: %w", err)
-	}
-	return nil
 }

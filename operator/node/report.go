@@ -34,6 +34,8 @@ const (
 	ReasonNoParent    = "NoParent"             // the spec names a MacVLAN parent that is not there, or cannot be one
 	ReasonUnreadable  = "NICUnreadable"        // a NIC could not be read
 	ReasonIdle        = "Idle"                 // no work to do
+	ReasonRemoved     = "Removed"              // nothing of ours is left on the node
+	ReasonLeaving     = "Leaving"              // something keeps the agent's files on the node
 	ReasonNoTrouble   = "NoTrouble"            // nothing is in the way
 )
 

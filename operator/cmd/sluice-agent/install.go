@@ -7,11 +7,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 const (
 	shimName  = "sluice-cni"
 	aliasName = "sriov" // the type that existing network definitions name
+	// beforeSuffix is added to the name of a plugin that the alias took the place of.
+	beforeSuffix = ".before-sluice"
 )
 
 // errForeignAlias is the state in which network definitions of type "sriov" run
@@ -64,12 +67,36 @@ func installAlias(dir string, replaceForeign bool) error {
 		return fmt.Errorf("%w as %s, so network definitions with \"type\": \"sriov\" use it and not Sluice: "+
 			"remove it, or start the agent with --replace-sriov-cni", errForeignAlias, alias)
 	default:
-		if err := os.Rename(alias, alias+".before-sluice"); err != nil {
+		if err := os.Rename(alias, alias+beforeSuffix); err != nil {
 			return fmt.Errorf("keep the foreign CNI plugin %s: %w", alias, err)
 		}
 	}
 	if err := replace(alias, func(tmp string) error { return os.Symlink(shimName, tmp) }); err != nil {
 		return fmt.Errorf("install the alias %s: %w", alias, err)
+	}
+	return nil
+}
+
+// uninstall undoes installShim and installAlias: the alias goes if it is ours, and
+// what it had replaced comes back. It fails while pods have attachments, which
+// nobody could end without the shim.
+func uninstall(dir string, attached []string) error {
+	if len(attached) > 0 {
+		return fmt.Errorf("waits for the pods that have interfaces of Sluice: %s; delete them", strings.Join(attached, ", "))
+	}
+	alias := filepath.Join(dir, aliasName)
+	if target, err := os.Readlink(alias); err == nil && target == shimName {
+		switch err := os.Rename(alias+beforeSuffix, alias); {
+		case errors.Is(err, fs.ErrNotExist):
+			if err := os.Remove(alias); err != nil {
+				return fmt.Errorf("remove the alias: %w", err)
+			}
+		case err != nil:
+			return fmt.Errorf("bring back the CNI plugin that was there before: %w", err)
+		}
+	}
+	if err := os.Remove(filepath.Join(dir, shimName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the CNI shim: %w", err)
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -128,6 +129,54 @@ func TestInstallAlias(t *testing.T) {
 				if got := read(t, alias+".before-sluice"); got != c.kept {
 					t.Errorf("kept %q", got)
 				}
+			}
+		})
+	}
+}
+
+// What is taken off the node is ours, and what we took the place of is back.
+func TestUninstall(t *testing.T) {
+	for name, foreign := range map[string]bool{"nothing before": false, "another plugin before": true} {
+		t.Run(name, func(t *testing.T) {
+			dir, shim := t.TempDir(), filepath.Join(t.TempDir(), "shim")
+			for path, content := range map[string]string{shim: "shim", filepath.Join(dir, "bridge"): "bridge"} {
+				if err := os.WriteFile(path, []byte(content), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if foreign {
+				if err := os.WriteFile(filepath.Join(dir, "sriov"), []byte("theirs"), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := errors.Join(installShim(shim, dir), installAlias(dir, true)); err != nil {
+				t.Fatal(err)
+			}
+			if err := uninstall(dir, []string{"pod ns/p"}); err == nil || !strings.Contains(err.Error(), "ns/p") {
+				t.Errorf("with a pod attached: %v", err)
+			}
+			for range 2 {
+				if err := uninstall(dir, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			entries, err := os.ReadDir(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := []string{"bridge"}
+			if foreign {
+				want = append(want, "sriov")
+				if b, err := os.ReadFile(filepath.Join(dir, "sriov")); err != nil || string(b) != "theirs" {
+					t.Errorf("the plugin that was there before: %q, %v", b, err)
+				}
+			}
+			var got []string
+			for _, e := range entries {
+				got = append(got, e.Name())
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("left: %v, want %v", got, want)
 			}
 		})
 	}

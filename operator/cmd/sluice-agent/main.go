@@ -173,7 +173,8 @@ func run(ctx context.Context, c *config) error {
 	agent = node.New(node.Config{
 		Node: c.node, StateDir: c.stateDir, UpstreamDir: c.upstreamDir, GUIDFile: filepath.Join(c.upstreamDir, "infiniband", "guids"),
 		Kernel: kernel, States: objects, Conditions: []metav1.Condition{aliasCondition(aliasErr)},
-		Advertiser: advertiser{plugin, recovered}, Usage: holders, Attached: cni.Attached, Lifeline: lifeline, Log: log.WithName("node"),
+		Advertiser: advertiser{plugin, recovered}, Usage: holders, Attached: cni.Attached, Lifeline: lifeline,
+		Uninstall: func() error { return uninstall(c.cniDir, cni.Attachments()) }, Log: log.WithName("node"),
 	})
 
 	metrics := prometheus.NewRegistry()
