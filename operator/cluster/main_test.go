@@ -75,7 +75,7 @@ func withCluster(run func() int) (code int, err error) {
 		return 0, fmt.Errorf("make a client: %w", err)
 	}
 	config := Config{Namespace: operatorNamespace, ResourcePrefix: "openshift.io", AgentImage: "example.com/sluice:test"}
-	if err = serveWebhook(&config); err != nil {
+	if webhookAddress, err = serveWebhook(&config); err != nil {
 		return 0, err
 	}
 	mgr, err := ctrl.NewManager(as("sluice-operator", nil), ctrl.Options{
@@ -95,22 +95,22 @@ func withCluster(run func() int) (code int, err error) {
 	return code, <-stopped
 }
 
-// serveWebhook lets the API server get at the webhook on this machine.
-func serveWebhook(config *Config) error {
+// serveWebhook lets the API server get at the webhook on this machine, at the address.
+func serveWebhook(config *Config) (address string, err error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		return fmt.Errorf("find a port for the webhook: %w", err)
+		return "", fmt.Errorf("find a port for the webhook: %w", err)
 	}
-	webhookAddress = listener.Addr().String()
+	address = listener.Addr().String()
 	if err = listener.Close(); err != nil {
-		return fmt.Errorf("find a port for the webhook: %w", err)
+		return "", fmt.Errorf("find a port for the webhook: %w", err)
 	}
 	if config.Webhook, err = admission.NewServer(listener.Addr().(*net.TCPAddr).Port, "/nonexistent"); err != nil {
-		return err
+		return "", err
 	}
 	config.Webhook.Settle = 2 * time.Second
-	config.WebhookSettings.URL = "https://" + webhookAddress
-	return nil
+	config.WebhookSettings.URL = "https://" + address
+	return address, nil
 }
 
 // findKubectl makes kubectl speak to the API server with all rights.

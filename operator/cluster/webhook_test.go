@@ -1,24 +1,33 @@
 package cluster
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	admissionv1 "k8s.io/api/admission/v1"
 	registrationv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/rest"
+	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	ctrlconfig "sigs.k8s.io/controller-runtime/pkg/config"
+	"sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/operator/cluster/admission"
@@ -153,6 +162,7 @@ func TestWebhook(t *testing.T) {
 		})
 	})
 
+	t.Run("is served by the replica that waits", testOtherReplica)
 	t.Run("gets another certificate", testRotation)
 }
 
@@ -274,6 +284,67 @@ func testVerdicts(t *testing.T) {
 			t.Errorf("the warnings are %q, want %q", said, want)
 		}
 	}
+}
+
+// testOtherReplica asks an operator that does not lead: the Service sends it requests too.
+func testOtherReplica(t *testing.T) {
+	config := Config{Namespace: operatorNamespace, ResourcePrefix: "openshift.io", AgentImage: "example.com/sluice:test"}
+	address, err := serveWebhook(&config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mgr, err := ctrl.NewManager(as("sluice-operator", nil), ctrl.Options{
+		Scheme: api.Scheme(), Cache: CacheOptions(config), Metrics: server.Options{BindAddress: "0"}, WebhookServer: config.Webhook,
+		LeaderElection: true, LeaderElectionID: "sluice-operator", LeaderElectionNamespace: operatorNamespace,
+		Controller: ctrlconfig.Controller{SkipNameValidation: new(true)},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err = Setup(mgr, config); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	stopped := make(chan error, 1)
+	go func() { stopped <- mgr.Start(ctx) }()
+	defer func() { cancel(); <-stopped }()
+
+	hook, err := getWebhook(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	trusted := x509.NewCertPool()
+	trusted.AppendCertsFromPEM(hook.Webhooks[0].ClientConfig.CABundle)
+	caller := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: trusted}}}
+	defer caller.CloseIdleConnections()
+	policy := object(t, "SriovNetworkNodePolicy", "other-replica", "nodeSelector: {test: wh}\nresourceName: wh-b\nnumVfs: 8\nnicSelector: {pfNames: [ens1f0]}")
+	raw, err := policy.MarshalJSON()
+	if err != nil {
+		t.Fatal(err)
+	}
+	review := admissionv1.AdmissionReview{TypeMeta: metav1.TypeMeta{APIVersion: "admission.k8s.io/v1", Kind: "AdmissionReview"}, Request: &admissionv1.AdmissionRequest{
+		UID: "1", Namespace: operatorNamespace, Name: policy.GetName(), Operation: admissionv1.Create,
+		Kind: metav1.GroupVersionKind(sriovv1.SchemeGroupVersion.WithKind("SriovNetworkNodePolicy")), Object: runtime.RawExtension{Raw: raw},
+	}}
+	body, err := json.Marshal(review)
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		answer, err := caller.Post("https://"+address+"/validate", "application/json", bytes.NewReader(body))
+		if err != nil {
+			return err
+		}
+		defer answer.Body.Close()
+		var got admissionv1.AdmissionReview
+		if err := json.NewDecoder(answer.Body).Decode(&got); err != nil {
+			return err
+		}
+		if got.Response == nil || got.Response.Allowed || !strings.Contains(got.Response.Result.Message, "numVfs 8 is above the 7 VFs") {
+			return fmt.Errorf("the answer is %+v", got.Response)
+		}
+		return nil
+	})
 }
 
 // testRotation takes the certificate away while somebody asks without pause: nothing that

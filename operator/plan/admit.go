@@ -32,7 +32,7 @@ type Node struct {
 // conflicts, in which one of two policies would lose although neither yields. Warnings are
 // what is allowed and helps nobody, or takes from others.
 func (c *Cluster) AdmitPolicy(policy *sriovv1.SriovNetworkNodePolicy) (field.ErrorList, []string) {
-	policies := replace(c.Policies, policy)
+	before, after := Compile(c.Policies), Compile(replace(c.Policies, policy))
 	a := admission{policy: policy.Name, spec: &policy.Spec}
 	for i := range c.Nodes {
 		node := &c.Nodes[i]
@@ -40,20 +40,20 @@ func (c *Cluster) AdmitPolicy(policy *sriovv1.SriovNetworkNodePolicy) (field.Err
 			continue
 		}
 		a.node(node.Name)
-		spec, after := Desired(policies, node.Labels, node.State.Status.Interfaces, node.State.Spec)
-		a.own(after)
-		if suffers(policy.Name, after) {
-			_, before := Desired(c.Policies, node.Labels, node.State.Status.Interfaces, node.State.Spec)
-			a.others(policy.Name, "SriovNetworkNodePolicy", before, after)
+		spec, findings := after.on(node).Desired(node.Labels, node.State.Status.Interfaces, node.State.Spec)
+		a.own(findings)
+		if suffers(policy.Name, findings) {
+			_, were := before.on(node).Desired(node.Labels, node.State.Status.Interfaces, node.State.Spec)
+			a.others(policy.Name, "SriovNetworkNodePolicy", were, findings)
 		}
-		a.slots(c, node, spec)
+		a.slots(c.Macvlans, before, node, spec)
 	}
 	return a.verdict()
 }
 
 // AdmitMacvlanPolicy does for MacvlanNodePolicies what AdmitPolicy does.
 func (c *Cluster) AdmitMacvlanPolicy(policy *sluicev1.MacvlanNodePolicy) (field.ErrorList, []string) {
-	policies := replace(c.Macvlans, policy)
+	vfs, policies := Compile(c.Policies), replace(c.Macvlans, policy)
 	a := admission{policy: policy.Name, spec: &policy.Spec}
 	for i := range c.Nodes {
 		node := &c.Nodes[i]
@@ -61,15 +61,36 @@ func (c *Cluster) AdmitMacvlanPolicy(policy *sluicev1.MacvlanNodePolicy) (field.
 			continue
 		}
 		a.node(node.Name)
-		spec, _ := Desired(c.Policies, node.Labels, node.State.Status.Interfaces, node.State.Spec)
-		_, after := DesiredMacvlan(policies, node.Labels, node.State.Status.Links, spec)
-		a.own(after)
-		if suffers(policy.Name, after) {
-			_, before := DesiredMacvlan(c.Macvlans, node.Labels, node.State.Status.Links, spec)
-			a.others(policy.Name, "MacvlanNodePolicy", before, after)
+		spec := vfs.Spec(node.Labels, node.State.Status.Interfaces, node.State.Spec)
+		_, findings := DesiredMacvlan(macvlansOn(policies, node), node.Labels, node.State.Status.Links, spec)
+		a.own(findings)
+		if suffers(policy.Name, findings) {
+			_, were := DesiredMacvlan(macvlansOn(c.Macvlans, node), node.Labels, node.State.Status.Links, spec)
+			a.others(policy.Name, "MacvlanNodePolicy", were, findings)
 		}
 	}
 	return a.verdict()
+}
+
+// on are the policies that select a node: that others do not is nothing to tell here.
+func (p *Policies) on(node *Node) *Policies {
+	some := &Policies{}
+	for _, c := range p.sorted {
+		if SelectsNode(c.SriovNetworkNodePolicy, node.Labels) {
+			some.sorted = append(some.sorted, c)
+		}
+	}
+	return some
+}
+
+func macvlansOn(policies []sluicev1.MacvlanNodePolicy, node *Node) []sluicev1.MacvlanNodePolicy {
+	var some []sluicev1.MacvlanNodePolicy
+	for i := range policies {
+		if SelectsMacvlanNode(&policies[i], node.Labels) {
+			some = append(some, policies[i])
+		}
+	}
+	return some
 }
 
 // AdmitPool does for SriovNetworkPoolConfigs what AdmitPolicy does for policies. A pool
@@ -190,18 +211,15 @@ func (a *admission) others(policy, kind string, before, after []Finding) {
 }
 
 // slots finds MacvlanNodePolicies that lose their slots because of the VFs of this policy.
-func (a *admission) slots(c *Cluster, node *Node, spec sriovv1.SriovNetworkNodeStateSpec) {
-	if len(c.Macvlans) == 0 {
-		return
-	}
+func (a *admission) slots(macvlans []sluicev1.MacvlanNodePolicy, before *Policies, node *Node, spec sriovv1.SriovNetworkNodeStateSpec) {
+	macvlans = macvlansOn(macvlans, node)
 	const none = "" // one of the same name is another policy too
-	_, after := DesiredMacvlan(c.Macvlans, node.Labels, node.State.Status.Links, spec)
-	if !suffers(none, after) {
+	_, findings := DesiredMacvlan(macvlans, node.Labels, node.State.Status.Links, spec)
+	if !suffers(none, findings) {
 		return
 	}
-	spec, _ = Desired(c.Policies, node.Labels, node.State.Status.Interfaces, node.State.Spec)
-	_, before := DesiredMacvlan(c.Macvlans, node.Labels, node.State.Status.Links, spec)
-	a.others(none, "MacvlanNodePolicy", before, after)
+	_, were := DesiredMacvlan(macvlans, node.Labels, node.State.Status.Links, before.Spec(node.Labels, node.State.Status.Interfaces, node.State.Spec))
+	a.others(none, "MacvlanNodePolicy", were, findings)
 }
 
 // verdict makes errors and warnings out of the remarks.

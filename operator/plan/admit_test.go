@@ -227,3 +227,30 @@ func TestAdmittedPoliciesDoNotConflict(t *testing.T) {
 		}
 	})
 }
+
+// A policy for every node of a large cluster must be judged well before the API server
+// gives up on the webhook, which is after 5 s.
+func BenchmarkAdmitPolicy(b *testing.B) {
+	c := &Cluster{}
+	for i := range 2000 {
+		var pfs []sriovv1.InterfaceExt
+		for j := range 4 {
+			pfs = append(pfs, sriovv1.InterfaceExt{Name: fmt.Sprintf("ens%df0", j), PciAddress: fmt.Sprintf("0000:0%d:00.0", j), Vendor: "8086", TotalVfs: 64, Mtu: 1500, LinkType: "ETH"})
+		}
+		n := node(fmt.Sprintf("node-%04d", i), pfs...)
+		n.Labels["rack"] = fmt.Sprint(i % 40)
+		c.Nodes = append(c.Nodes, n)
+	}
+	for i := range 200 {
+		c.Policies = append(c.Policies, policy(fmt.Sprintf("p%03d", i), pfNames(sriovv1.PfName(fmt.Sprintf("ens%df0#%d-%d", i%4, i/40*4, i/40*4+3))), numVfs(32),
+			func(p *sriovv1.SriovNetworkNodePolicy) {
+				p.Spec.NodeSelector = map[string]string{"rack": fmt.Sprint(i % 40)}
+			}))
+	}
+	candidate := policy("new", later(1), numVfs(32), pfNames("ens0f0#28-31"))
+	for b.Loop() {
+		if errs, warnings := c.AdmitPolicy(&candidate); len(errs) != 0 || len(warnings) != 0 {
+			b.Fatal(errs, warnings)
+		}
+	}
+}

@@ -13,7 +13,7 @@ import (
 
 // SelectsMacvlanNode tells whether a policy's nodeSelector selects a node with these labels.
 func SelectsMacvlanNode(policy *sluicev1.MacvlanNodePolicy, labels map[string]string) bool {
-	return whyNotNode(policy.Spec.NodeSelector, labels) == ""
+	return selectsNode(policy.Spec.NodeSelector, labels)
 }
 
 // DesiredMacvlan gives the MacVLAN parents of a node and what became of each policy on

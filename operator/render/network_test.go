@@ -3,6 +3,7 @@ package render
 import (
 	"encoding/json"
 	"fmt"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -190,7 +191,7 @@ func TestSriovNetworkRefuses(t *testing.T) {
 
 // Whatever is written into the free-text fields, the configuration is either refused or
 // has exactly the keys and values that the other fields give it.
-func TestSriovNetworkCannotBeInjected(t *testing.T) {
+func TestNetworksCannotBeInjected(t *testing.T) {
 	fragments := []string{`{`, `}`, `[`, `]`, `,`, `:`, `"`, `'`, `\`, `"type"`, `"a"`, `"vlan"`, `1`, `true`, "\n", " ", "é", "<"}
 	text := rapid.Custom(func(t *rapid.T) string {
 		if rapid.Bool().Draw(t, "valid") {
@@ -199,11 +200,27 @@ func TestSriovNetworkCannotBeInjected(t *testing.T) {
 		return strings.Join(rapid.SliceOfN(rapid.SampledFrom(fragments), 0, 12).Draw(t, "fragments"), "")
 	})
 	rapid.Check(t, func(t *rapid.T) {
-		spec := sriovv1.SriovNetworkSpec{
-			Vlan: 7, IPAM: text.Draw(t, "ipam"), Capabilities: text.Draw(t, "capabilities"),
-			MetaPluginsConfig: text.Draw(t, "metaPlugins"), LogFile: text.Draw(t, "logFile"),
-		}
-		nad, err := define(network(spec), "openshift.io")
+		ipam, capabilities, chained := text.Draw(t, "ipam"), text.Draw(t, "capabilities"), text.Draw(t, "metaPlugins")
+		free := text.Draw(t, "free")
+		network, want := rapid.SampledFrom([]func() (metav1.Object, map[string]any){
+			func() (metav1.Object, map[string]any) {
+				return &sriovv1.SriovNetwork{ObjectMeta: meta, Spec: sriovv1.SriovNetworkSpec{Vlan: 7, LogFile: free, IPAM: ipam, Capabilities: capabilities, MetaPluginsConfig: chained}},
+					map[string]any{"type": "sriov", "vlan": 7.0, "vlanQoS": 0.0, "logFile": free}
+			},
+			func() (metav1.Object, map[string]any) {
+				return &sriovv1.SriovIBNetwork{ObjectMeta: meta, Spec: sriovv1.SriovIBNetworkSpec{LinkState: free, IPAM: ipam, Capabilities: capabilities, MetaPluginsConfig: chained}},
+					map[string]any{"type": "ib-sriov", "link_state": free}
+			},
+			func() (metav1.Object, map[string]any) {
+				return &sriovv1.OVSNetwork{ObjectMeta: meta, Spec: sriovv1.OVSNetworkSpec{Bridge: free, InterfaceType: free, IPAM: ipam, Capabilities: capabilities, MetaPluginsConfig: chained}},
+					map[string]any{"type": "ovs", "bridge": free, "interface_type": free}
+			},
+			func() (metav1.Object, map[string]any) {
+				return &sluicev1.MacvlanNetwork{ObjectMeta: meta, Spec: sluicev1.MacvlanNetworkSpec{Master: "x" + free, IPAM: ipam, Capabilities: capabilities, MetaPlugins: chained}},
+					map[string]any{"type": "macvlan", "master": "x" + free}
+			},
+		}).Draw(t, "kind")()
+		nad, err := define(network, "openshift.io")
 		if err != nil {
 			return
 		}
@@ -218,11 +235,16 @@ func TestSriovNetworkCannotBeInjected(t *testing.T) {
 				t.Fatalf("the list has other keys: %s", nad.Spec.Config)
 			}
 		}
-		if main["type"] != "sriov" || main["vlan"] != 7.0 {
-			t.Fatalf("type or vlan is not ours: %s", nad.Spec.Config)
+		for _, key := range []string{"cniVersion", "name", "ipam", "capabilities"} {
+			delete(main, key)
 		}
-		if file, _ := main["logFile"].(string); file != spec.LogFile {
-			t.Fatalf("logFile is %q, want %q", file, spec.LogFile)
+		for key, value := range want {
+			if value == "" {
+				delete(want, key) // what is empty is left out
+			}
+		}
+		if !reflect.DeepEqual(main, want) {
+			t.Fatalf("the plugin's keys are %v, want %v", main, want)
 		}
 	})
 }
