@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -144,4 +145,13 @@ func TestMacvlanPolicyFromSpecToStatus(t *testing.T) {
 	}
 	wantParents(t, "mvs-1", "")
 	wantGroups(t, "mvs-1", "ens1f0 4 mvs-vfs=0-3")
+}
+
+// What people begin with is accepted as it stands.
+func TestSamplesAreAccepted(t *testing.T) {
+	needAPI(t)
+	out, err := kubectl(t.Context(), "apply", "--dry-run=server", "--validate=strict", "-k", filepath.Join("..", "..", "config", "samples"))
+	if err != nil || strings.Contains(string(out), "Warning") {
+		t.Errorf("%v\n%s", err, out)
+	}
 }
