@@ -30,6 +30,9 @@ var (
 	api            client.Client // may do everything
 	webhookAddress string
 	kubectl        func(ctx context.Context, args ...string) ([]byte, error)
+
+	operator ctrl.Manager // runs the controllers
+	wrote    writes       // what they asked the API server to change
 )
 
 const operatorNamespace = "sriov-network-operator"
@@ -78,7 +81,10 @@ func withCluster(run func() int) (code int, err error) {
 	if webhookAddress, err = serveWebhook(&config); err != nil {
 		return 0, err
 	}
-	mgr, err := ctrl.NewManager(as("sluice-operator", nil), ctrl.Options{
+	account := as("sluice-operator", nil)
+	account.QPS = -1 // as the operator has it
+	account.Wrap(wrote.count)
+	mgr, err := ctrl.NewManager(account, ctrl.Options{
 		Scheme: scheme, Cache: CacheOptions(config), Metrics: server.Options{BindAddress: "0"}, WebhookServer: config.Webhook,
 		LeaderElection: true, LeaderElectionID: "sluice-operator", LeaderElectionNamespace: operatorNamespace, LeaderElectionReleaseOnCancel: true,
 	})
@@ -88,6 +94,7 @@ func withCluster(run func() int) (code int, err error) {
 	if err = Setup(mgr, config); err != nil {
 		return 0, err
 	}
+	operator = mgr
 	stopped := make(chan error, 1)
 	go func() { stopped <- mgr.Start(ctx) }()
 	code = run()

@@ -108,16 +108,8 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 	if client.IgnoreNotFound(err) != nil {
 		return ctrl.Result{}, fmt.Errorf("read node %s: %w", request.Name, err)
 	}
-	if err != nil { // the node is gone
-		r.tally.set(request.Name, nil)
-		if missing {
-			return ctrl.Result{}, nil
-		}
-		uid := state.UID
-		if err = r.Delete(ctx, state.DeepCopy(), client.Preconditions{UID: &uid}); client.IgnoreNotFound(err) != nil {
-			return ctrl.Result{}, fmt.Errorf("delete the SriovNetworkNodeState of node %s, which is gone: %w", request.Name, err)
-		}
-		return ctrl.Result{}, nil
+	if err != nil {
+		return ctrl.Result{}, r.forget(ctx, request.Name, state, missing)
 	}
 	policies, err := r.policies(ctx)
 	if err != nil {
@@ -138,38 +130,13 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 	if err = r.List(ctx, pools, client.InNamespace(r.namespace), client.UnsafeDisableDeepCopy); err != nil {
 		return ctrl.Result{}, fmt.Errorf("list pools: %w", err)
 	}
-	spec, removing := sriovv1.SriovNetworkNodeStateSpec{}, isRestoring(config)
-	var findings, macvlanFindings []plan.Finding
-	spec.Bridges = state.Spec.Bridges // not ours
-	if !removing {
-		spec, findings = policies.compiled.Desired(node.Labels, state.Status.Interfaces, state.Spec)
-		spec.Macvlans, macvlanFindings = plan.DesiredMacvlan(policies.macvlans, node.Labels, state.Status.Links, spec)
-		spec.System.RdmaMode = plan.RdmaMode(plan.NewPools(pools.Items).Of(node.Labels), state.Spec.System.RdmaMode)
-	}
-	current := !missing && equality.Semantic.DeepEqual(spec, state.Spec) && (state.Annotations[sriovv1.AnnotationRemoval] != "") == removing
-	switch {
-	case removing:
-		r.tally.set(request.Name, policies.selecting(node, verdict{reason: reasonRestoring, message: "its NICs are given back, because SriovOperatorConfig default is being deleted", progress: true}))
-	case missing:
-		r.tally.set(request.Name, policies.selecting(node, verdict{reason: reasonNodesInProgress, message: "its SriovNetworkNodeState is being made", progress: true}))
-	default:
-		acted := current && state.Status.ObservedGeneration == state.Generation
-		r.tally.set(request.Name, policies.judged(
-			judge(findings, state, acted, "the node has no SR-IOV NIC", onPFs(state)),
-			judge(macvlanFindings, state, acted, "the node has no link that can be a parent", onLinks(macvlanFindings, state))))
-	}
-	if current && metav1.IsControlledBy(state, config) {
+	spec, verdicts := renderNode(policies, plan.NewPools(pools.Items), config, node, state, missing)
+	r.tally.set(request.Name, verdicts)
+	if !missing && upToDate(state, &spec, config) && metav1.IsControlledBy(state, config) {
 		renders.WithLabelValues("unchanged").Inc()
 		return ctrl.Result{}, nil
 	}
-	if state.Spec.System.RdmaMode != "" && spec.System.RdmaMode == "" {
-		// What another operator wrote stays when an apply leaves it out.
-		clearing := client.RawPatch(types.MergePatchType, []byte(`{"spec":{"system":{"rdmaMode":null}}}`))
-		if err = r.Patch(ctx, state.DeepCopy(), clearing, fieldOwner); client.IgnoreNotFound(err) != nil {
-			return ctrl.Result{}, fmt.Errorf("clear rdmaMode of SriovNetworkNodeState %s: %w", request.Name, err)
-		}
-	}
-	if err = r.apply(ctx, request.NamespacedName, config, &spec); err != nil {
+	if err = r.apply(ctx, state, request.NamespacedName, config, &spec); err != nil {
 		return ctrl.Result{}, err
 	}
 	renders.WithLabelValues("written").Inc()
@@ -178,6 +145,45 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 		return ctrl.Result{}, r.awaitAgent(ctx, request.NamespacedName)
 	}
 	return ctrl.Result{}, nil
+}
+
+// forget removes the state of a node that is gone.
+func (r *nodeState) forget(ctx context.Context, node string, state *sriovv1.SriovNetworkNodeState, missing bool) error {
+	r.tally.set(node, nil)
+	if missing {
+		return nil
+	}
+	uid := state.UID
+	if err := r.Delete(ctx, state.DeepCopy(), client.Preconditions{UID: &uid}); client.IgnoreNotFound(err) != nil {
+		return fmt.Errorf("delete the SriovNetworkNodeState of node %s, which is gone: %w", node, err)
+	}
+	return nil
+}
+
+// renderNode gives the spec that a node shall have, and what became of each policy there.
+func renderNode(policies *policies, pools *plan.Pools, config *sriovv1.SriovOperatorConfig, node *metav1.PartialObjectMetadata,
+	state *sriovv1.SriovNetworkNodeState, missing bool,
+) (sriovv1.SriovNetworkNodeStateSpec, map[policyKey]judged) {
+	if isRestoring(config) {
+		return sriovv1.SriovNetworkNodeStateSpec{Bridges: state.Spec.Bridges}, policies.selecting(node,
+			verdict{reason: reasonRestoring, message: "its NICs are given back, because SriovOperatorConfig default is being deleted", progress: true})
+	}
+	spec, findings := policies.compiled.Desired(node.Labels, state.Status.Interfaces, state.Spec)
+	var macvlanFindings []plan.Finding
+	spec.Macvlans, macvlanFindings = plan.DesiredMacvlan(policies.macvlans, node.Labels, state.Status.Links, spec)
+	spec.System.RdmaMode = plan.RdmaMode(pools.Of(node.Labels), state.Spec.System.RdmaMode)
+	if missing {
+		return spec, policies.selecting(node, verdict{reason: reasonNodesInProgress, message: "its SriovNetworkNodeState is being made", progress: true})
+	}
+	acted := upToDate(state, &spec, config) && state.Status.ObservedGeneration == state.Generation
+	return spec, policies.judged(
+		judge(findings, state, acted, "the node has no SR-IOV NIC", onPFs(state)),
+		judge(macvlanFindings, state, acted, "the node has no link that can be a parent", onLinks(macvlanFindings, state)))
+}
+
+// upToDate tells whether a state asks of its agent what it should.
+func upToDate(state *sriovv1.SriovNetworkNodeState, spec *sriovv1.SriovNetworkNodeStateSpec, config *sriovv1.SriovOperatorConfig) bool {
+	return (state.Annotations[sriovv1.AnnotationRemoval] != "") == isRestoring(config) && equality.Semantic.DeepEqual(*spec, state.Spec)
 }
 
 // hasAgent tells whether the node gets an agent. The configuration is nil while that is
@@ -290,8 +296,15 @@ func (p *policies) judged(vfs, macvlans map[string]verdict) map[policyKey]judged
 	return all
 }
 
-// apply writes the spec.
-func (r *nodeState) apply(ctx context.Context, key client.ObjectKey, config *sriovv1.SriovOperatorConfig, spec *sriovv1.SriovNetworkNodeStateSpec) error {
+// apply writes the spec over that of a state, which is empty where there is none yet.
+func (r *nodeState) apply(ctx context.Context, state *sriovv1.SriovNetworkNodeState, key client.ObjectKey, config *sriovv1.SriovOperatorConfig, spec *sriovv1.SriovNetworkNodeStateSpec) error {
+	if state.Spec.System.RdmaMode != "" && spec.System.RdmaMode == "" {
+		// What another operator wrote stays when an apply leaves it out.
+		clearing := client.RawPatch(types.MergePatchType, []byte(`{"spec":{"system":{"rdmaMode":null}}}`))
+		if err := r.Patch(ctx, state.DeepCopy(), clearing, fieldOwner); client.IgnoreNotFound(err) != nil {
+			return fmt.Errorf("clear rdmaMode of SriovNetworkNodeState %s: %w", key.Name, err)
+		}
+	}
 	// Lists are always given, if only as empty ones: what is left out of an apply stays
 	// when somebody else has written it too.
 	part, err := runtime.DefaultUnstructuredConverter.ToUnstructured(&struct {
