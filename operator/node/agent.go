@@ -39,7 +39,8 @@ type Config struct {
 	// StateDir is where what must survive a reboot is kept.
 	StateDir string
 	// UpstreamDir is where the SR-IOV network operator left its files, which say
-	// what VFs it made: /etc/sriov-operator.
+	// what VFs it made, and where the administrator may have put GUIDs for
+	// InfiniBand VFs: /etc/sriov-operator.
 	UpstreamDir string
 	Kernel      Kernel
 	States      States
@@ -49,9 +50,6 @@ type Config struct {
 	// Attached tells the settings that a VF was given at its PF for the pod it is
 	// attached to; it is not ok while it is attached to none, or not yet.
 	Attached func(pciAddress string) (settings host.VFSettings, ok bool)
-	// GUIDFile has the InfiniBand GUIDs that the administrator has set aside for
-	// VFs, see plan.ParseGUIDs; it need not exist.
-	GUIDFile string
 	// Uninstall takes what the rest of the agent has put on the node off it. It fails
 	// while that is needed.
 	Uninstall func() error
@@ -352,12 +350,13 @@ func (a *Agent) view(r *report) plan.PF {
 		v.Original.MTU = max(v.Original.MTU, a.parentMTU(pf.Name))
 	}
 	r.takenOver = v.TakenOver
+	guids := a.guids(pf)
 	for _, vf := range pf.VFs {
 		pod, held := a.Usage.Holder(vf.PCIAddress)
 		if held {
 			r.held[vf.PCIAddress], r.holders[vf.PCIAddress] = true, pod
 		}
-		guid, noGUID := a.guid(pf, vf.Index)
+		guid, noGUID := guids(vf.Index)
 		has := cmp.Or(vf.Admin.NodeGUID.String(), vf.GUID.String())
 		v.VFs = append(v.VFs, plan.VF{
 			Index: vf.Index, PCIAddress: vf.PCIAddress, Driver: vf.Driver, Name: vf.Name, HostName: a.hostName(vf, held), MTU: vf.MTU,

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -100,30 +101,33 @@ func (p *pass) resetSettings(ctx context.Context, pf host.PF, vf host.VF) error 
 	return err
 }
 
-// guid is the GUID of an InfiniBand VF, or why it has none: the one that the
-// administrator has set aside for it, or StableGUID.
-func (a *Agent) guid(pf host.PF, index int) (guid, why string) {
+// guids gives the GUIDs of an InfiniBand PF's VFs, or why one has none: those that
+// the administrator has set aside, see plan.ParseGUIDs, or stable ones.
+func (a *Agent) guids(pf host.PF) func(index int) (guid, why string) {
 	if pf.LinkType != host.InfiniBand {
-		return "", ""
+		return func(int) (string, string) { return "", "" }
 	}
-	file, err := os.ReadFile(a.GUIDFile)
-	if a.GUIDFile != "" && err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", err.Error()
-	}
+	path := filepath.Join(a.UpstreamDir, "infiniband", "guids")
+	var aside plan.GUIDs
+	file, err := os.ReadFile(path)
 	if err == nil {
-		var guids plan.GUIDs
-		if guids, err = plan.ParseGUIDs(file); err != nil {
-			return "", fmt.Sprintf("%v: mend %s on the node", err, a.GUIDFile)
-		}
-		set, err := guids.Of(pf.PCIAddress, pf.MAC, index)
-		if err != nil {
-			return "", fmt.Sprintf("%v to %s on the node", err, a.GUIDFile)
-		}
-		if set != nil {
-			return set.String(), ""
-		}
+		aside, err = plan.ParseGUIDs(file)
+	} else if errors.Is(err, fs.ErrNotExist) {
+		err = nil
 	}
-	return plan.StableGUID(a.Node, pf.PermMAC, pf.PCIAddress, index).String(), ""
+	if err != nil {
+		return func(int) (string, string) { return "", fmt.Sprintf("%v: mend %s on the node", err, path) }
+	}
+	return func(index int) (string, string) {
+		guid, err := aside.Of(pf.PCIAddress, pf.MAC, index)
+		switch {
+		case err != nil:
+			return "", fmt.Sprintf("%v to %s on the node", err, path)
+		case guid == nil:
+			guid = plan.StableGUID(a.Node, pf.PermMAC, pf.PCIAddress, index)
+		}
+		return guid.String(), ""
+	}
 }
 
 // system brings the node's own settings to what the spec asks. What keeps it from

@@ -15,6 +15,14 @@
 // A policy refused for a value that cannot be right (more VFs than the NIC has, say)
 // keeps what it had on the PF before: a typing error must not take VFs from pods.
 //
-// DesiredMacvlan does the same for MacVLAN parents, where a policy claims links, or
+// Policies are compiled once and then planned for any number of nodes: Policies.Spec
+// is Desired without the findings.
+//
+// Operations and SystemOperations turn what is into what is wanted, by the fewest steps,
+// each with its Cost. What would disturb a pod or the node, and what cannot be at all, is
+// Blocked and says why. They are planned again after each look, so that an agent that was
+// stopped anywhere goes on from there.
+//
+// DesiredMacvlan does what Desired does for MacVLAN parents, where a policy claims links, or
 // VLANs of links, and MacvlanOperations and UnusedVLANs for what is to be done to them.
 package plan

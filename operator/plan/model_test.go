@@ -130,6 +130,7 @@ func drawPF(t *rapid.T) PF {
 func drawWant(t *rapid.T) v1.Interface {
 	want := asked(rapid.IntRange(0, 6).Draw(t, "numVfs"))
 	want.EswitchMode = rapid.SampledFrom([]string{"", "legacy", "switchdev"}).Draw(t, "mode")
+	want.ExternallyManaged = rapid.IntRange(0, 5).Draw(t, "externally managed") == 0
 	for first := 0; first < want.NumVfs; {
 		last := rapid.IntRange(first, want.NumVfs-1).Draw(t, "last")
 		g := group(FormatVfRange(first, last))
@@ -154,10 +155,16 @@ func reached(want v1.Interface, pf PF) string {
 	if slices.ContainsFunc(pf.VFs, func(vf VF) bool { return vf.Held }) {
 		return "" // what is held up is checked by what is Blocked
 	}
+	if want.ExternallyManaged {
+		pf.NumVFs, pf.VFs, pf.Up, pf.Eswitch = want.NumVfs, pf.VFs[:want.NumVfs], true, want.EswitchMode
+		for i := range pf.VFs {
+			pf.VFs[i].AdminMAC, pf.VFs[i].Drift = pf.VFs[i].StableMAC, ""
+		}
+	}
 	if pf.NumVFs != want.NumVfs || want.NumVfs > 0 && (!pf.Up || pf.MTU < want.Mtu) {
 		return fmt.Sprintf("%d VFs, up %t, MTU %d", pf.NumVFs, pf.Up, pf.MTU)
 	}
-	if o := pf.Original; o != nil && o.RaisedMTU == pf.MTU && pf.MTU > max(o.MTU, want.Mtu) {
+	if o := pf.Original; o != nil && !want.ExternallyManaged && o.RaisedMTU == pf.MTU && pf.MTU > max(o.MTU, want.Mtu) {
 		return fmt.Sprintf("MTU %d was raised here and is not needed", pf.MTU)
 	}
 	if want.EswitchMode != "" && pf.Eswitch != "" && pf.Eswitch != want.EswitchMode {
@@ -194,8 +201,8 @@ func TestOperationsLeadThere(t *testing.T) {
 		for round := 0; ; round++ {
 			ops, blocked, err := Operations(want, pf)
 			if err != nil {
-				if want.EswitchMode == v1.EswitchModeSwitchdev && pf.Eswitch == "" {
-					return
+				if want.EswitchMode == v1.EswitchModeSwitchdev && pf.Eswitch == "" || want.ExternallyManaged {
+					return // refused as a whole, as the tables show
 				}
 				t.Fatal(err)
 			}
@@ -224,6 +231,9 @@ func TestOperationsLeadThere(t *testing.T) {
 				ops = ops[:rapid.IntRange(0, len(ops)).Draw(t, "stopped after")]
 			}
 			for _, op := range ops {
+				if want.ExternallyManaged && (op.VF < 0 || op.Kind == SetVFAdminMAC || op.Kind == SetVFMAC || op.Kind == SetVFGUID || op.Kind == ResetVFSettings) {
+					t.Fatalf("%s on an externally managed PF", op)
+				}
 				if op.Cost > VFReset || (op.Cost == Live) != (op.Reason == "") {
 					t.Fatalf("%+v is not to be done", op)
 				}

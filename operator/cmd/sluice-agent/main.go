@@ -20,7 +20,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"syscall"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -171,7 +170,7 @@ func run(ctx context.Context, c *config) error {
 	before, _ := os.Lstat(c.socket) // of an earlier agent, if any
 	recovered := make(chan struct{})
 	agent = node.New(node.Config{
-		Node: c.node, StateDir: c.stateDir, UpstreamDir: c.upstreamDir, GUIDFile: filepath.Join(c.upstreamDir, "infiniband", "guids"),
+		Node: c.node, StateDir: c.stateDir, UpstreamDir: c.upstreamDir,
 		Kernel: kernel, States: objects, Conditions: []metav1.Condition{aliasCondition(aliasErr)},
 		Advertiser: advertiser{plugin, recovered}, Usage: holders, Attached: cni.Attached, Lifeline: lifeline,
 		Uninstall: func() error { return uninstall(c.cniDir, cni.Attachments()) }, Log: log.WithName("node"),
