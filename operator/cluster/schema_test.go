@@ -71,6 +71,8 @@ func TestSchemaRefuses(t *testing.T) {
 			"eSwitchMode legacy cannot go with nicSelector.netFilter"},
 		{"netFilter on InfiniBand", policy, node + "numVfs: 1\nlinkType: ib\nnicSelector: {netFilter: 'openstack/NetworkID:1'}", "spec.linkType",
 			"linkType ib cannot go with nicSelector.netFilter"},
+		{"netFilter with a bridge", policy, node + "numVfs: 1\nbridge: {ovs: {}}\nnicSelector: {netFilter: 'openstack/NetworkID:1'}", "spec.bridge",
+			"bridge.ovs cannot go with nicSelector.netFilter"},
 		{"netFilter without a value", policy, node + "numVfs: 1\nnicSelector: {netFilter: 'openstack'}", "spec.nicSelector.netFilter",
 			`netFilter "openstack" is not of the form <platform>/NetworkID:<id>`},
 		{"bridge in legacy mode", policy, node + "numVfs: 1\nbridge: {ovs: {}}\nnicSelector: {vendor: '15b3'}", "spec.bridge",

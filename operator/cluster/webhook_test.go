@@ -9,7 +9,10 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -96,6 +99,11 @@ func TestWebhook(t *testing.T) {
 	makePolicy(t, "wh-a", "wh", 4, func(p *sriovv1.SriovNetworkNodePolicy) {
 		p.Spec.NicSelector.PfNames = []sriovv1.PfName{"ens1f0#0-1", "ens2f0#0-1"}
 	})
+	slots := object(t, "MacvlanNodePolicy", "wh-many", "nodeSelector: {test: nobody}\nresourceName: wh-many\nparentSelector: {pfNames: [bond9]}")
+	if err := api.Create(t.Context(), slots); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = api.Delete(t.Context(), slots) }()
 	pool := &sriovv1.SriovNetworkPoolConfig{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "wh-pool"}}
 	pool.Spec.NodeSelector = &metav1.LabelSelector{MatchLabels: map[string]string{"test": "wh"}}
 	if err := api.Create(t.Context(), pool); err != nil {
@@ -232,6 +240,8 @@ func testVerdicts(t *testing.T) {
 		{"SriovIBNetwork", "hook-tenant", "resourceName: wh-a\nnetworkNamespace: default", causes{"spec.networkNamespace": "only networks in namespace"}, nil},
 		{"OVSNetwork", "hook-tenant", "resourceName: wh-a\nipam: '{}}'", causes{"spec.ipam": "invalid JSON at line 1, column 3"}, nil},
 		{"MacvlanNetwork", "hook-tenant", "resourceName: wh-a", nil, []string{"spec.resourceName wh-a is the resource of a SriovNetworkNodePolicy, and a MacvlanNetwork draws from that of a MacvlanNodePolicy"}},
+		{"MacvlanNetwork", "hook-tenant", "resourceName: wh-many\nmode: passthru", nil, []string{"spec.mode passthru gives a link to one pod alone, and MacvlanNodePolicy wh-many offers 64 slots of each: set its slots to 1"}},
+		{"OVSNetwork", "", "resourceName: wh-a", nil, []string{"spec.resourceName wh-a: a VF has a port on a bridge only in switchdev mode: set eSwitchMode to switchdev in SriovNetworkNodePolicy wh-a"}},
 		{"MacvlanNetwork", "hook-tenant", "master: bond0\nmetaPlugins: '{}'", causes{"spec.metaPlugins": "plugin 1 has no type"}, nil},
 
 		{"SriovOperatorConfig", "hook-tenant", "{}", causes{"metadata": "only the SriovOperatorConfig default in namespace sriov-network-operator has an effect"}, nil},
@@ -433,4 +443,107 @@ func TestWebhookOfAnother(t *testing.T) {
 	if ready := meta.FindStatusCondition(getConfig(t).Status.Conditions, sriovv1.ConditionReady); ready == nil {
 		t.Error("the configuration's own conditions are gone")
 	}
+}
+
+// With a certificate that somebody mounted, the operator makes none, and asks for trust as
+// it is told to.
+func TestWebhookWithMountedCertificate(t *testing.T) {
+	needAPI(t)
+	const namespace = "hook-mounted"
+	makeNamespace(t, namespace)
+	switchWebhook(t, true) // for a certificate
+	secret := &corev1.Secret{}
+	if err := api.Get(t.Context(), client.ObjectKey{Namespace: operatorNamespace, Name: admission.SecretName}, secret); err != nil {
+		t.Fatal(err)
+	}
+	switchWebhook(t, false)
+	config := &sriovv1.SriovOperatorConfig{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "default"}, Spec: sriovv1.SriovOperatorConfigSpec{EnableOperatorWebhook: true}}
+	if err := api.Create(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name        string
+		files       []string
+		annotations map[string]string
+		reason      string
+	}{
+		{"with its CA", []string{"tls.crt", "tls.key", "ca.crt"}, nil, "Serving"},
+		{"whose CA is injected", []string{"tls.crt", "tls.key"}, map[string]string{"cert-manager.io/inject-ca-from": "ns/name"}, "Serving"},
+		{"by whoever also configures the webhook", []string{"tls.crt", "tls.key"}, nil, "ConfiguredElsewhere"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dir := t.TempDir()
+			for _, file := range c.files {
+				if err := os.WriteFile(filepath.Join(dir, file), secret.Data[file], 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			stop := mountedOperator(t, namespace, dir, c.annotations)
+			defer stop()
+			wantCondition(t, config, func() []metav1.Condition { return config.Status.Conditions }, sriovv1.ConditionWebhookReady, metav1.ConditionTrue, c.reason, "mounted")
+			hook, err := getWebhook(t)
+			if c.reason != "Serving" {
+				if !apierrors.IsNotFound(err) {
+					t.Errorf("there are two configurations: %v", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = api.Delete(context.WithoutCancel(t.Context()), hook) }()
+			defer stop() // first, or it would be made again
+			if len(c.annotations) > 0 {
+				if hook.Annotations["cert-manager.io/inject-ca-from"] != "ns/name" || hook.Webhooks[0].ClientConfig.CABundle != nil {
+					t.Errorf("it is %+v", hook)
+				}
+				change(t, hook, func(w *registrationv1.ValidatingWebhookConfiguration) {
+					w.Webhooks[0].ClientConfig.CABundle = secret.Data["ca.crt"]
+					w.Webhooks[0].Rules = nil
+				})
+			}
+			o := object(t, "SriovNetwork", "mounted", "resourceName: r\nipam: '{'")
+			o.SetNamespace(namespace)
+			eventually(t, func() error { return refusedWith(api.Create(t.Context(), o.DeepCopy(), client.DryRunAll), "spec.ipam") })
+			if err := api.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: admission.SecretName}, &corev1.Secret{}); !apierrors.IsNotFound(err) {
+				t.Errorf("a certificate was made all the same: %v", err)
+			}
+		})
+		// What is left of one is nothing to the next.
+		change(t, config, func(c *sriovv1.SriovOperatorConfig) {
+			c.Spec.LogLevel = (c.Spec.LogLevel + 1) % 3
+		})
+	}
+}
+
+// mountedOperator runs the webhook's part of an operator with a mounted certificate.
+func mountedOperator(t *testing.T, namespace, dir string, annotations map[string]string) (stop func()) {
+	t.Helper()
+	config := Config{Namespace: namespace}
+	if _, err := serveWebhook(&config); err != nil {
+		t.Fatal(err)
+	}
+	port, err := strconv.Atoi(config.WebhookSettings.URL[strings.LastIndex(config.WebhookSettings.URL, ":")+1:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	hook, err := admission.NewServer(port, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mgr, err := ctrl.NewManager(apiConfig, ctrl.Options{
+		Scheme: api.Scheme(), Cache: CacheOptions(config), Metrics: server.Options{BindAddress: "0"}, WebhookServer: hook,
+		Controller: ctrlconfig.Controller{SkipNameValidation: new(true)},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rules := admission.Rules{Namespace: namespace, ResourcePrefix: "openshift.io", Unsupported: unsupported}
+	if err := admission.Setup(mgr, hook, rules, admission.Settings{URL: config.WebhookSettings.URL, Annotations: annotations}); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	stopped := make(chan error, 1)
+	go func() { stopped <- mgr.Start(ctx) }()
+	return sync.OnceFunc(func() { cancel(); <-stopped })
 }

@@ -259,7 +259,8 @@ func (v *Validator) network(ctx context.Context, f *findings, object client.Obje
 	return v.resource(ctx, f, net, strings.TrimPrefix(resource, v.ResourcePrefix+"/"))
 }
 
-// resource warns when no policy, or one of the wrong kind, makes what a network draws from.
+// resource warns when no policy, or one of the wrong kind, makes what a network draws
+// from, or makes it so that the network cannot use it.
 func (v *Validator) resource(ctx context.Context, f *findings, net *render.Network, name string) error {
 	policies, macvlans := &sriovv1.SriovNetworkNodePolicyList{}, &sluicev1.MacvlanNodePolicyList{}
 	for _, list := range []client.ObjectList{policies, macvlans} {
@@ -267,18 +268,33 @@ func (v *Validator) resource(ctx context.Context, f *findings, net *render.Netwo
 			return fmt.Errorf("list %T: %w", list, err)
 		}
 	}
-	vfs := slices.ContainsFunc(policies.Items, func(p sriovv1.SriovNetworkNodePolicy) bool { return p.Spec.ResourceName == name })
-	slots := slices.ContainsFunc(macvlans.Items, func(p sluicev1.MacvlanNodePolicy) bool { return p.Spec.ResourceName == name })
-	need, other, is, isOther := "SriovNetworkNodePolicy", "MacvlanNodePolicy", vfs, slots
+	vfs := slices.DeleteFunc(slices.Clone(policies.Items), func(p sriovv1.SriovNetworkNodePolicy) bool { return p.Spec.ResourceName != name })
+	slots := slices.DeleteFunc(slices.Clone(macvlans.Items), func(p sluicev1.MacvlanNodePolicy) bool { return p.Spec.ResourceName != name })
+	need, other, is, isOther := "SriovNetworkNodePolicy", "MacvlanNodePolicy", len(vfs) > 0, len(slots) > 0
 	if net.Kind.Kind == "MacvlanNetwork" {
 		need, other, is, isOther = other, need, isOther, is
 	}
 	switch {
-	case is:
-	case isOther:
+	case !is && isOther:
 		f.warn("spec.resourceName %s is the resource of a %s, and a %s draws from that of a %s: name another resource", name, other, net.Kind.Kind, need)
-	default:
+		return nil
+	case !is:
 		f.warn("spec.resourceName %s: no %s makes this resource yet, and until then pods of this network stay Pending: make one, or name another resource", name, need)
+		return nil
+	}
+	switch o := net.Object.(type) {
+	case *sluicev1.MacvlanNetwork:
+		for _, p := range slots {
+			if o.Spec.Mode == "passthru" && p.Spec.Slots > 1 {
+				f.warn("spec.mode passthru gives a link to one pod alone, and MacvlanNodePolicy %s offers %d slots of each: set its slots to 1, or mode to bridge, private or vepa", p.Name, p.Spec.Slots)
+			}
+		}
+	case *sriovv1.OVSNetwork:
+		for _, p := range vfs {
+			if p.Spec.EswitchMode != sriovv1.EswitchModeSwitchdev {
+				f.warn("spec.resourceName %s: a VF has a port on a bridge only in switchdev mode: set eSwitchMode to switchdev in SriovNetworkNodePolicy %s", name, p.Name)
+			}
+		}
 	}
 	return nil
 }
