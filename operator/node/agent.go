@@ -53,6 +53,11 @@ type Config struct {
 	// Uninstall takes what the rest of the agent has put on the node off it. It fails
 	// while that is needed.
 	Uninstall func() error
+	// Reboot boots the node anew; BootID tells this boot from others.
+	Reboot func(context.Context) error
+	BootID string
+	// ModprobeDir has the settings of the kernel's modules: /etc/modprobe.d.
+	ModprobeDir string
 	// Conditions are told in every status besides the agent's own: type, status,
 	// reason and message.
 	Conditions []metav1.Condition
@@ -100,6 +105,7 @@ type Agent struct {
 	rdmaMode string
 	rdmaBusy time.Time
 	parents  parents
+	boot     rebooting
 	left     bool // the agent's files are off the node
 	// Failures in a row to advertise, to read the NICs.
 	unsold, unread int
@@ -318,9 +324,13 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 	if ctx.Err() != nil {
 		return resync
 	}
+	bootNow := p.considerReboot()
 	p.publish(ctx)
 	if p.removeVLANs(ctx) {
 		p.publish(ctx)
+	}
+	if bootNow {
+		p.reboot(ctx)
 	}
 	return p.next()
 }

@@ -183,6 +183,9 @@ type rig struct {
 	stop   func()
 
 	uninstall       func() error
+	reboot          func(context.Context) error
+	modprobe        string
+	bootID          string
 	ended           chan error // how the agent ended by itself
 	line            *lifeline
 	state, upstream string
@@ -197,7 +200,7 @@ func newRig(t *testing.T) *rig {
 // rigWith is a rig that is not started yet.
 func rigWith(t *testing.T) *rig {
 	r := &rig{
-		t: t, ended: make(chan error, 1), line: &lifeline{}, state: t.TempDir(), upstream: t.TempDir(),
+		t: t, modprobe: t.TempDir(), bootID: "boot-1", ended: make(chan error, 1), line: &lifeline{}, state: t.TempDir(), upstream: t.TempDir(),
 		kernel: hostfake.New(hostfake.NIC(nic0, "ens1f0", 3, 8), hostfake.NIC(nic1, "ens2f0", 4, 8)),
 		server: &server{
 			watch: make(chan *v1.SriovNetworkNodeState, 1),
@@ -211,7 +214,7 @@ func rigWith(t *testing.T) *rig {
 
 // start makes a new agent, as after a restart.
 func (r *rig) start() {
-	r.agent = New(Config{Node: "vm1", StateDir: r.state, UpstreamDir: r.upstream, Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Attached: r.usage.Attached, Lifeline: r.line, Uninstall: r.uninstall, Log: testr.New(r.t),
+	r.agent = New(Config{Node: "vm1", StateDir: r.state, UpstreamDir: r.upstream, Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Attached: r.usage.Attached, Lifeline: r.line, Uninstall: r.uninstall, ModprobeDir: r.modprobe, BootID: r.bootID, Reboot: r.reboot, Log: testr.New(r.t),
 		Conditions: []metav1.Condition{{Type: "Alias", Status: metav1.ConditionTrue, Reason: "Installed"}}})
 	r.agent.regain, r.agent.proof = 200*time.Millisecond, 10*time.Millisecond
 	ctx, cancel := context.WithCancel(context.Background())

@@ -3,6 +3,7 @@ package node
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -72,6 +73,9 @@ func (p *pass) takeOff() error {
 		if err := p.Uninstall(); err != nil {
 			return err
 		}
+	}
+	if err := os.Remove(filepath.Join(p.ModprobeDir, modprobeFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the agent's files: %w", err)
 	}
 	// The folder itself may be a mount.
 	entries, err := os.ReadDir(p.StateDir)

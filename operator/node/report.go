@@ -22,6 +22,8 @@ const (
 	ReasonInvalidSpec = "InvalidSpec"          // the spec asks for what cannot be
 	ReasonInUse       = "InUse"                // a change waits for pods that hold VFs it would destroy
 	ReasonReboot      = "NeedsReboot"          // a change waits for the node to be booted anew
+	ReasonNoHelp      = "RebootDidNotHelp"     // a change still waits for the reboot that there was
+	ReasonNotBooted   = "RebootFailed"         // the node could not be made to reboot
 	ReasonNoReboot    = "NoReboot"             // nothing needs a reboot
 	ReasonUnsupported = "Unsupported"          // the spec asks for what the NIC, its driver or the machine has not
 	ReasonRefused     = "KernelRefused"        // the kernel or the driver said no

@@ -59,6 +59,7 @@ type config struct {
 
 	stateDir, upstreamDir, socket, shim, cniDir string
 	devicePlugins, podResources, deviceInfo     string
+	systemBus, modprobeDir                      string
 	sysfs, listen                               string
 	replaceSriovCNI                             bool
 }
@@ -88,6 +89,8 @@ func parse(args []string, env func(string) string) (*config, error) {
 	f.StringVar(&c.devicePlugins, "device-plugin-dir", "/var/lib/kubelet/device-plugins", "the kubelet's device-plugin directory")
 	f.StringVar(&c.podResources, "pod-resources-socket", "/var/lib/kubelet/pod-resources/kubelet.sock", "the kubelet's pod-resources socket")
 	f.StringVar(&c.deviceInfo, "device-info-dir", "/var/run/k8s.cni.cncf.io/devinfo/dp", "directory for device-info files")
+	f.StringVar(&c.systemBus, "system-bus-socket", "/run/dbus/system_bus_socket", "the node's D-Bus, to reboot it when its pool allows that")
+	f.StringVar(&c.modprobeDir, "modprobe-dir", "/etc/modprobe.d", "directory of the kernel modules' settings, for what a reboot is to bring about")
 	f.StringVar(&c.sysfs, "sysfs", "/sys", "where sysfs is mounted")
 	f.StringVar(&c.listen, "listen", ":8082", "address for /healthz, /readyz and /metrics")
 	if err := f.Parse(args); err != nil {
@@ -133,6 +136,10 @@ func run(ctx context.Context, c *config) error {
 		return err
 	}
 	defer stopEvents()
+	bootID, err := host.BootID()
+	if err != nil {
+		return err
+	}
 	lifeline, err := node.NewAPIServer(apiServer, c.nodeIP)
 	if err != nil {
 		return err
@@ -173,6 +180,7 @@ func run(ctx context.Context, c *config) error {
 		Node: c.node, StateDir: c.stateDir, UpstreamDir: c.upstreamDir,
 		Kernel: kernel, States: objects, Conditions: []metav1.Condition{aliasCondition(aliasErr)},
 		Advertiser: advertiser{plugin, recovered}, Usage: holders, Attached: cni.Attached, Lifeline: lifeline,
+		Reboot: func(ctx context.Context) error { return host.Reboot(ctx, c.systemBus) }, BootID: bootID, ModprobeDir: c.modprobeDir,
 		Uninstall: func() error { return uninstall(c.cniDir, cni.Attachments()) }, Log: log.WithName("node"),
 	})
 

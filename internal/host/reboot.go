@@ -1,0 +1,42 @@
+package host
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/godbus/dbus/v5"
+)
+
+// BootID is another one after each boot (boot_id in drivers/char/random.c).
+func BootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("read the boot ID: %w", err)
+	}
+	return strings.TrimSpace(string(b)), nil
+}
+
+// Reboot asks systemd-logind, at the D-Bus socket, to shut the node down in order
+// and boot it anew (org.freedesktop.login1.Manager.Reboot, not asking anybody). It
+// returns when logind has agreed; the caller will be ended.
+func Reboot(ctx context.Context, socket string) error {
+	bus, err := dbus.Dial("unix:path="+socket, dbus.WithContext(ctx))
+	if err != nil {
+		return fmt.Errorf("connect to systemd at %s: %w; the node must be rebooted by hand where systemd is not there or not reachable", socket, err)
+	}
+	defer bus.Close()
+	if err = bus.Auth(nil); err == nil {
+		err = bus.Hello()
+	}
+	if err != nil {
+		return fmt.Errorf("speak to systemd at %s: %w", socket, err)
+	}
+	const interactive = false
+	call := bus.Object("org.freedesktop.login1", "/org/freedesktop/login1").CallWithContext(ctx, "org.freedesktop.login1.Manager.Reboot", 0, interactive)
+	if call.Err != nil {
+		return fmt.Errorf("ask systemd-logind to reboot: %w", call.Err)
+	}
+	return nil
+}
