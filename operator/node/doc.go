@@ -5,13 +5,19 @@
 // Agent is a single worker, woken by changes of the spec, by kernel events and
 // by holders that let go; it looks on its own only each few minutes. PFs are
 // worked on side by side, and one that fails is tried again later without
-// holding up the others. No record is kept: what is to do follows from what the
-// kernel shows, so an agent killed at any moment goes on where it was.
+// holding up the others. What is to do follows from what the kernel shows, so an
+// agent killed at any moment goes on where it was. Records are kept only of what
+// the kernel cannot show: what a PF was before its first change, which goal cut the
+// node off, what the node was rebooted for.
+//
+// An event names a device, and only its NIC is looked at, at once but within a
+// budget of time (look.go). What would cut the way to the API server is refused,
+// and what may is checked and taken back (guard.go).
 //
 // Pools of VFs go to an Advertiser. A VF is withdrawn before it is touched and
 // advertised when it is ready; one that a pod holds is never touched. While a
 // pod keeps a change from happening, its VFs are not given to new pods.
 //
 // The package declares what it needs of the rest of the agent as interfaces:
-// Kernel, States, Advertiser and Usage.
+// Kernel, States, Advertiser, Usage and Lifeline.
 package node
