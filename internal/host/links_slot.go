@@ -31,7 +31,8 @@ func SlotID(parent string, n int) string {
 // ParseSlotID tells the parent and the number of a slot. It takes what SlotID writes
 // and nothing else.
 func ParseSlotID(id string) (parent string, n int, err error) {
-	name, number, _ := cutLast(id, "-")
+	at := max(strings.LastIndexByte(id, '-'), 0)
+	name, number := id[:at], strings.TrimPrefix(id[at:], "-")
 	if n, err = strconv.Atoi(number); err == nil && hexName.MatchString(name) {
 		var b []byte
 		if b, err = hex.DecodeString(name[1:]); err == nil {
@@ -46,10 +47,3 @@ func ParseSlotID(id string) (parent string, n int, err error) {
 
 // ifNameSize is IFNAMSIZ: a link's name and its closing zero.
 const ifNameSize = 16
-
-func cutLast(s, sep string) (before, after string, found bool) {
-	if i := strings.LastIndex(s, sep); i >= 0 {
-		return s[:i], s[i+len(sep):], true
-	}
-	return s, "", false
-}

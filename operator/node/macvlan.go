@@ -115,14 +115,14 @@ func (p *pass) readHeld() {
 	if held, err := p.Usage.Held(); err == nil {
 		p.parents.held = held
 	}
-	for _, r := range p.parents.reports {
-		r.held = nil
-		for id := range p.parents.held {
-			if parent, n, err := host.ParseSlotID(id); err == nil && parent == r.name() {
-				r.held = append(r.held, n)
-			}
+	slots := map[string][]int{} // held, by parent
+	for id := range p.parents.held {
+		if parent, n, err := host.ParseSlotID(id); err == nil {
+			slots[parent] = append(slots[parent], n)
 		}
-		slices.Sort(r.held)
+	}
+	for _, r := range p.parents.reports {
+		r.held = slices.Sorted(slices.Values(slots[r.name()]))
 	}
 }
 
