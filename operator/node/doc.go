@@ -14,7 +14,10 @@
 // budget of time (look.go). What would cut the way to the API server is refused,
 // and what may is checked and taken back (guard.go).
 //
-// Pools of VFs go to an Advertiser. A VF is withdrawn before it is touched and
+// MacVLAN parents are made and kept the same way, see macvlan.go: that disturbs no
+// pod, so nothing waits there but the removal of what is still in use.
+//
+// Pools of VFs and slots go to an Advertiser. A VF is withdrawn before it is touched and
 // advertised when it is ready; one that a pod holds is never touched. While a
 // pod keeps a change from happening, its VFs are not given to new pods.
 //

@@ -75,10 +75,7 @@ func (p *pass) lookAtParents(ctx context.Context) {
 	p.parents.reports = nil
 	for _, want := range p.state.Spec.Macvlans {
 		r := &parentReport{want: want, numa: -1}
-		if again := p.parents.retries[want]; again != nil && time.Now().Before(again.at) {
-			r.parent, _, _ = plan.MacvlanOperations(want, statusLinks(p.parents.links, nil))
-			r.trouble = again.trouble
-		} else {
+		if !p.waits(r) {
 			p.bringParent(ctx, r)
 			p.parentFailed(r)
 		}
@@ -91,6 +88,21 @@ func (p *pass) lookAtParents(ctx context.Context) {
 		return !slices.Contains(p.state.Spec.Macvlans, want)
 	})
 	p.readHeld()
+}
+
+// waits tells whether the parent failed, has still something to be done, and is not yet
+// due to be tried again.
+func (p *pass) waits(r *parentReport) bool {
+	again := p.parents.retries[r.want]
+	if again == nil || !time.Now().Before(again.at) {
+		return false
+	}
+	parent, ops, err := plan.MacvlanOperations(r.want, statusLinks(p.parents.links, nil))
+	if err != nil || len(ops) == 0 {
+		return false
+	}
+	r.parent, r.trouble = parent, again.trouble
+	return true
 }
 
 func (p *pass) readLinks(ctx context.Context) {

@@ -275,6 +275,23 @@ func TestMacvlanTellsErrno(t *testing.T) {
 			}
 		})
 	}
+	t.Run("put right by somebody else", func(t *testing.T) {
+		t.Parallel()
+		r := newMacvlanRig(t)
+		r.ready()
+		r.kernel.Fail(hostfake.SetMTU, unix.EBUSY, unix.EBUSY, unix.EBUSY, unix.EBUSY, unix.EBUSY)
+		r.server.macvlans(parent("a", "br0", 0, 9000, 1))
+		r.degraded(ReasonRefused, "(EBUSY)")
+		r.kernel.SetLinks(func(links []host.ParentLink) []host.ParentLink {
+			links[1].MTU = 9000
+			return links
+		})
+		start := time.Now()
+		r.ready()
+		if waited := time.Since(start); waited > firstRetry/2 {
+			t.Errorf("noticed after %s", waited)
+		}
+	})
 	t.Run("RemoveVLAN", func(t *testing.T) {
 		t.Parallel()
 		r := newMacvlanRig(t)
@@ -293,6 +310,7 @@ func TestMacvlanTellsErrno(t *testing.T) {
 		r := newMacvlanRig(t)
 		r.server.macvlans(parent("a", "br0", 100, 0, 1))
 		r.ready()
+		time.Sleep(200 * time.Millisecond) // its own events are over
 		r.kernel.Fail(hostfake.Links, unix.ENOBUFS)
 		r.kernel.Tell(host.Changes{Parents: true})
 		r.degraded(ReasonUnreadable, "list on links: no buffer space available (ENOBUFS)")
