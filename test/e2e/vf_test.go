@@ -111,23 +111,6 @@ func TestPolicyToTraffic(t *testing.T) {
 		out = kubectl(t, "", "-n", namespace, "describe", "sriovnetworknodestate", "vm1")
 		mentions(t, out, "ens1f0", "Observed Generation", "Ready", "Vf ID")
 	})
-	t.Run("held VFs are not destroyed", func(t *testing.T) {
-		kubectl(t, policy("left", "left", "ens1f0", 2), "apply", "-f", "-")
-		defer func() {
-			kubectl(t, policy("left", "left", "ens1f0", 4), "apply", "-f", "-")
-			waitAllocatable(t, left, "4", nodes...)
-		}()
-		eventually(t, time.Minute, func() error {
-			out := kubectl(t, "", "-n", namespace, "get", "sriovnetworknodestate", "vm1", "-o", "yaml")
-			if !strings.Contains(out, "default/client") && !strings.Contains(out, "default/near") {
-				return errors.New("the node state names no pod that holds a VF:\n" + out)
-			}
-			return nil
-		})
-		if out := kubectl(t, "", "exec", "client", "--", "ping", "-c", "2", "-i", "0.2", "192.168.100.2"); !strings.Contains(out, " 0% packet loss") {
-			t.Error(out)
-		}
-	})
 }
 
 // What a pod had is gone from the VF when it comes back.

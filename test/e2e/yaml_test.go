@@ -60,17 +60,18 @@ kind: Pod
 metadata:
   name: %s
   namespace: default
+  labels: {app: %[1]s}
   annotations:
-    k8s.v1.cni.cncf.io/networks: '%s'
+    k8s.v1.cni.cncf.io/networks: '%[2]s'
 spec:
-  nodeSelector: %s
+  nodeSelector: %[3]s
   terminationGracePeriodSeconds: 1
   containers:
     - name: app
       image: sluice.dev/tools:dev
       command: [sleep, infinity]
       resources:
-        requests: {%s}
+        requests: {%[4]s}
         limits: {%[4]s}
 ---`, name, networks, selector, strings.TrimSuffix(ask.String(), ", "))
 }
