@@ -168,14 +168,9 @@ spec: {minAvailable: 2, selector: {matchExpressions: [{key: app, operator: In, v
 	}
 
 	t.Run("disableDrain", func(t *testing.T) {
-		if kind != "uml" {
-			t.Skip("it has nothing to do with NIC or kernel; the kind uml runs it")
-		}
-		disable := func(on bool) {
-			kubectl(t, "", "-n", namespace, "patch", "sriovoperatorconfig", "default", "--type=merge", "-p", fmt.Sprintf(`{"spec":{"disableDrain":%t}}`, on))
-		}
-		disable(true)
-		defer disable(false)
+		onlyUML(t, "eviction does not ask what the NIC is")
+		configure(t, `{"disableDrain": true}`)
+		defer configure(t, `{"disableDrain": false}`)
 		kubectl(t, l1, "apply", "-f", "-")
 		waitReady(t, "l1")
 		kubectl(t, policy("left", "left", "ens1f0", 4), "apply", "-f", "-")
@@ -184,7 +179,7 @@ spec: {minAvailable: 2, selector: {matchExpressions: [{key: app, operator: In, v
 		if got := uid(t, "l1"); !strings.HasSuffix(got, "Running") {
 			t.Errorf("pod l1 was disturbed: %s", got)
 		}
-		disable(false)
+		configure(t, `{"disableDrain": false}`)
 		stateTells(t, "vm1", evicting, "Idle")
 		waitAllocatable(t, left, "4", "vm1")
 		if out, err := cluster.Kubectl(t.Context(), "get", "pod", "l1"); err == nil && !strings.Contains(out, "Terminating") {

@@ -77,6 +77,15 @@ func install(ctx context.Context) error {
 	return nil
 }
 
+// onlyUML leaves a test to the clusters of UML guests, which are faster, when QEMU's,
+// with another kernel, driver and NIC, would show nothing more.
+func onlyUML(t *testing.T, why string) {
+	t.Helper()
+	if kind != "uml" {
+		t.Skip(why + ": the kind uml runs it")
+	}
+}
+
 // diagnosis collects what one looks at first when a test failed.
 func diagnosis(ctx context.Context) string {
 	var b strings.Builder

@@ -198,6 +198,7 @@ func TestChurn(t *testing.T) {
 
 // kubelet forgets its plugins when it restarts; the agent comes back to it.
 func TestKubeletRestart(t *testing.T) {
+	onlyUML(t, "kubelet is the same on both")
 	usePools(t)
 	// The node starts a kubelet that ends again, as systemd would.
 	inNode(t, "vm1", `pid=$(pidof kubelet); kill $pid; while [ -d /proc/$pid ]; do sleep 0.1; done`)
@@ -222,34 +223,31 @@ func TestKubeletRestart(t *testing.T) {
 func TestAgentKilled(t *testing.T) {
 	usePools(t)
 	// Which step the agent is at when it is killed is left to chance here; the CNI
-	// server's own tests kill it at each.
-	for i := range map[string]int{"uml": 2, "qemu": 1}[kind] {
-		var yaml strings.Builder
-		var names []string
-		for j := range 3 {
-			name := fmt.Sprintf("killed%d", j)
-			yaml.WriteString(pod(name, "vm1", "["+on("left-net", fmt.Sprintf("192.168.100.%d/24", 30+j))+"]", left))
-			names = append(names, name)
-		}
-		kubectl(t, yaml.String(), "apply", "-f", "-")
-		time.Sleep(time.Duration(700*(i+1)) * time.Millisecond)
-		inNode(t, "vm1", "kill -9 $(pidof sluice-agent)")
-		waitReady(t, names...)
-		kubectl(t, "", append([]string{"delete", "pod", "--wait=false"}, names...)...)
-		time.Sleep(time.Duration(400*(i+1)) * time.Millisecond)
-		inNode(t, "vm1", "kill -9 $(pidof sluice-agent) || true")
-		kubectl(t, "", append([]string{"wait", "--for=delete", "--timeout=3m", "pod"}, names...)...)
-		eventually(t, 2*time.Minute, func() error { return baseline(t, "vm1", "ens1f0", 4) })
-		waitAllocatable(t, left, "4", "vm1")
+	// server's own tests kill it at each. Each further kill would wait for kubelet's
+	// ever longer back-off.
+	var yaml strings.Builder
+	var names []string
+	for i := range 3 {
+		name := fmt.Sprintf("killed%d", i)
+		yaml.WriteString(pod(name, "vm1", "["+on("left-net", fmt.Sprintf("192.168.100.%d/24", 30+i))+"]", left))
+		names = append(names, name)
 	}
+	kubectl(t, yaml.String(), "apply", "-f", "-")
+	time.Sleep(time.Second)
+	inNode(t, "vm1", "kill -9 $(pidof sluice-agent)")
+	waitReady(t, names...)
+	kubectl(t, "", append([]string{"delete", "pod", "--wait=false"}, names...)...)
+	time.Sleep(500 * time.Millisecond)
+	inNode(t, "vm1", "kill -9 $(pidof sluice-agent) || true")
+	kubectl(t, "", append([]string{"wait", "--for=delete", "--timeout=3m", "pod"}, names...)...)
+	eventually(t, 2*time.Minute, func() error { return baseline(t, "vm1", "ens1f0", 4) })
+	waitAllocatable(t, left, "4", "vm1")
 }
 
 // An error of the kernel is told, and gone when the kernel is well again. How soon
 // is a matter of the agent's own tests, in operator/node.
 func TestKernelErrorIsShown(t *testing.T) {
-	if kind != "uml" {
-		t.Skip("only the emulated NIC of the UML guests injects errors; that kind runs this test")
-	}
+	onlyUML(t, "only the emulated NIC of its guests injects errors")
 	usePools(t)
 	inNode(t, "vm2", "echo 12 1 > /sys/kernel/debug/sluicenic/0000:02:00.0/fail_sriov_enable")
 	kubectl(t, policy("right", "right", "ens2f0", 3), "apply", "-f", "-")

@@ -1,0 +1,73 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+)
+
+// configure changes the SriovOperatorConfig.
+func configure(t *testing.T, spec string) {
+	t.Helper()
+	kubectl(t, "", "-n", namespace, "patch", "sriovoperatorconfig", "default", "--type=merge", "-p", `{"spec":`+spec+`}`)
+}
+
+// With the webhook on, what is wrong only beside other objects is refused when it is
+// written. Deleting the configuration with onRemoval Restore then takes back all that
+// there was, webhook included; a new configuration makes all work again, with the
+// policies and networks that stayed.
+func TestWebhookAndRemoval(t *testing.T) {
+	onlyUML(t, "a PF's restoring is tested in guests of both kinds")
+	usePools(t)
+	configure(t, `{"enableOperatorWebhook": true, "onRemoval": "Restore"}`)
+	eventually(t, time.Minute, func() error {
+		if out := kubectl(t, "", "-n", namespace, "get", "sriovoperatorconfig", "default", "-o", `jsonpath={.status.conditions[?(@.type=="WebhookReady")]}`); !strings.Contains(out, `"status":"True"`) {
+			return errors.New(out)
+		}
+		return nil
+	})
+	refused(t, policy("greedy", "greedy", "ens2f0", 100, "priority: 10"), "numVfs", "100", "16")
+	refused(t, policy("thief", "thief", "ens1f0#2-3", 4), "left", "ens1f0")
+	refused(t, network("text", "left", `ipam: '{"type": '`), "ipam", "JSON")
+
+	began := time.Now()
+	kubectl(t, "", "-n", namespace, "delete", "sriovoperatorconfig", "default", "--wait", "--timeout=2m")
+	t.Logf("the configuration is gone after %.1f s", time.Since(began).Seconds())
+	eventually(t, time.Minute, func() error {
+		out, err := cluster.Kubectl(t.Context(), "-n", namespace, "get", "daemonsets,pods", "-l", "app.kubernetes.io/component=agent", "-o", "name")
+		if err != nil || strings.TrimSpace(out) != "" {
+			return fmt.Errorf("there still is %s, %w", out, err)
+		}
+		return nil
+	})
+	for _, n := range nodes {
+		out := inNode(t, n, "cat /sys/class/net/ens*f0/device/sriov_numvfs; ls /opt/cni/bin | grep -e sluice -e sriov || true")
+		if strings.TrimSpace(out) != "0\n0" {
+			t.Errorf("%s still has VFs or a CNI plugin:\n%s", n, out)
+		}
+		for _, resource := range []string{left, right} {
+			if got := allocatable(t, n, resource); got != "" && got != "0" {
+				t.Errorf("%s still has %s=%s allocatable", n, resource, got)
+			}
+		}
+	}
+	if out := kubectl(t, "", "get", "validatingwebhookconfigurations,mutatingwebhookconfigurations", "-o", "name"); strings.TrimSpace(out) != "" {
+		t.Errorf("a webhook is left: %s", out)
+	}
+	kinds := "sriovnetworknodepolicies,sriovnetworknodestates,sriovnetworks,sriovibnetworks,ovsnetworks,sriovnetworkpoolconfigs,sriovoperatorconfigs,macvlannodepolicies,macvlannetworks,net-attach-def"
+	if out := kubectl(t, "", "get", "-A", kinds, "-o", "jsonpath={.items[*].metadata.finalizers}"); strings.TrimSpace(out) != "" {
+		t.Errorf("finalizers are left: %s", out)
+	}
+
+	kubectl(t, fmt.Sprintf("apiVersion: sriovnetwork.openshift.io/v1\nkind: SriovOperatorConfig\nmetadata: {name: default, namespace: %s}\nspec: {}\n", namespace), "apply", "-f", "-")
+	usePools(t)
+	for _, n := range nodes {
+		eventually(t, time.Minute, func() error {
+			return errors.Join(baseline(t, n, "ens1f0", 4), baseline(t, n, "ens2f0", 2))
+		})
+	}
+}
