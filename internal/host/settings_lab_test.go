@@ -4,6 +4,7 @@ package host
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -91,6 +92,49 @@ func TestLabUnbindDriver(t *testing.T) {
 	}
 }
 
+// A VF goes to vfio-pci and back, and comes back with what its PF holds for it. The
+// guest has no IOMMU: without one the kernel refuses, and for the way there and back it
+// is told to do without, which the agent never does.
+func TestLabVfioAndBack(t *testing.T) {
+	h := open(t)
+	pf := twoVFs(t, h)
+	vf := pf.VFs[0]
+	_ = exec.Command("modprobe", "vfio-pci").Run() // a module on some guests, built in on others
+	noIOMMU := "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+	back := func() {
+		t.Helper()
+		if err := h.BindDriver(t.Context(), vf.PCIAddress, DefaultDriver); err != nil {
+			t.Fatal(err)
+		}
+		within(t, h, pf.PCIAddress, func(pf PF) error {
+			if now := pf.VFs[0]; now.Driver != vf.Driver || now.Name == "" || now.MAC.String() != vf.Admin.MAC.String() || now.Admin.MAC.String() != vf.Admin.MAC.String() {
+				return fmt.Errorf("came back as %+v, was %+v", now, vf)
+			}
+			return nil
+		})
+	}
+	var k *KernelError
+	err := h.BindDriver(t.Context(), vf.PCIAddress, "vfio-pci")
+	if !errors.Is(err, unix.EINVAL) || !errors.As(err, &k) || !strings.Contains(k.Hint, "IOMMU") {
+		t.Errorf("without an IOMMU: %v", err)
+	}
+	back()
+	if _, err := os.Stat(noIOMMU); err != nil && pf.Driver == "igb" {
+		return // Debian's kernel is built without it
+	}
+	if err := writeSysfs(noIOMMU, "Y"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = writeSysfs(noIOMMU, "N") })
+	if err := h.BindDriver(t.Context(), vf.PCIAddress, "vfio-pci"); err != nil {
+		t.Fatal(err)
+	}
+	if now := again(t, h, pf.PCIAddress); now.VFs[0].Driver != "vfio-pci" || now.VFs[0].Name != "" || now.VFs[1].Driver != vf.Driver {
+		t.Errorf("%+v", now.VFs)
+	}
+	back()
+}
+
 // What this NIC cannot do, it is told to, and nothing changes.
 func TestLabUnsupported(t *testing.T) {
 	h := open(t)
@@ -123,6 +167,7 @@ func TestLabRDMAMode(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Logf("mode %q", mode)
 	if mode == "" {
 		if _, err := os.Stat("/sys/module/ib_core"); err == nil {
 			t.Error("the kernel has RDMA and its mode is not told")

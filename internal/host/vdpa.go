@@ -72,7 +72,7 @@ func (h *Host) SetVDPA(ctx context.Context, vfAddress, kind string) error {
 		return &KernelError{Op: "remove the vDPA device", Object: vfAddress, Err: err, Hint: hintFor(err, vdpaHints)}
 	}
 	fail := func(err error) error {
-		return &KernelError{Op: "make a vDPA device for " + kind, Object: vfAddress, Err: pathless(err), Hint: hintFor(err, vdpaHints)}
+		return &KernelError{Op: "make a vDPA device for vdpaType " + kind, Object: vfAddress, Err: pathless(err), Hint: hintFor(err, vdpaHints)}
 	}
 	driver := vdpaDrivers[kind]
 	if driver == "" {
