@@ -32,7 +32,8 @@ type nodeState struct {
 	namespace string
 	tally     *tally
 
-	prepared atomic.Pointer[policies] // the last ones, for all nodes
+	prepared atomic.Pointer[policies]
+	edition  atomic.Int64
 }
 
 func (r *nodeState) setup(mgr ctrl.Manager) error {
@@ -71,6 +72,7 @@ func (r *nodeState) ofAll(ctx context.Context, _ client.Object) []reconcile.Requ
 }
 
 func (r *nodeState) ofPolicy(ctx context.Context, object client.Object) []reconcile.Request {
+	r.edition.Add(1) // the cache has it already
 	nodes, err := listNodes(ctx, r)
 	if err != nil {
 		ctrl.LoggerFrom(ctx).Error(err, "Lost an event of a policy", "policy", object.GetName())
@@ -209,14 +211,18 @@ func (r *nodeState) hasAgent(ctx context.Context, node *metav1.PartialObjectMeta
 
 // policies are all that are in effect, of the cache, made ready for planning.
 type policies struct {
-	vfs         []sriovv1.SriovNetworkNodePolicy
-	macvlans    []sluicev1.MacvlanNodePolicy
-	compiled    *plan.Policies
-	generations map[types.UID]int64
+	vfs      []sriovv1.SriovNetworkNodePolicy
+	macvlans []sluicev1.MacvlanNodePolicy
+	compiled *plan.Policies
+	edition  int64 // how many events of policies there had been
 }
 
-// policies reads the policies, and prepares them only when they are others than before.
+// policies reads the policies, and prepares them for all nodes, once after each event.
 func (r *nodeState) policies(ctx context.Context) (*policies, error) {
+	edition := r.edition.Load() // before they are read: what comes later is of the next
+	if last := r.prepared.Load(); last != nil && last.edition == edition {
+		return last, nil
+	}
 	vfs, macvlans := &sriovv1.SriovNetworkNodePolicyList{}, &sluicev1.MacvlanNodePolicyList{}
 	if err := r.List(ctx, vfs, client.InNamespace(r.namespace), client.UnsafeDisableDeepCopy); err != nil {
 		return nil, fmt.Errorf("list policies: %w", err)
@@ -227,38 +233,11 @@ func (r *nodeState) policies(ctx context.Context) (*policies, error) {
 	p := &policies{
 		vfs:      slices.DeleteFunc(vfs.Items, func(p sriovv1.SriovNetworkNodePolicy) bool { return p.DeletionTimestamp != nil }),
 		macvlans: slices.DeleteFunc(macvlans.Items, func(p sluicev1.MacvlanNodePolicy) bool { return p.DeletionTimestamp != nil }),
-	}
-	if last := r.prepared.Load(); last != nil && last.same(p) {
-		return last, nil
-	}
-	p.generations = make(map[types.UID]int64, len(p.vfs)+len(p.macvlans))
-	for i := range p.vfs {
-		p.generations[p.vfs[i].UID] = p.vfs[i].Generation
-	}
-	for i := range p.macvlans {
-		p.generations[p.macvlans[i].UID] = p.macvlans[i].Generation
+		edition:  edition,
 	}
 	p.compiled = plan.Compile(p.vfs)
 	r.prepared.Store(p)
 	return p, nil
-}
-
-// same tells whether other ones, in whatever order, are the same policies.
-func (p *policies) same(other *policies) bool {
-	if len(p.vfs) != len(other.vfs) || len(p.macvlans) != len(other.macvlans) {
-		return false
-	}
-	for i := range other.vfs {
-		if generation, ok := p.generations[other.vfs[i].UID]; !ok || generation != other.vfs[i].Generation {
-			return false
-		}
-	}
-	for i := range other.macvlans {
-		if generation, ok := p.generations[other.macvlans[i].UID]; !ok || generation != other.macvlans[i].Generation {
-			return false
-		}
-	}
-	return true
 }
 
 // selecting gives the same verdict to all policies that select the node.
