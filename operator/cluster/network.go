@@ -61,8 +61,14 @@ type networkKey struct {
 //
 // It never touches one that another made, and deletes only what carries the UID of the
 // network: a name that a user may write into an annotation is not a proof of ownership.
+//
+// In the network's own namespace the garbage collector deletes it with the network. In
+// another, where no owner reference reaches, it is known by its annotations as an orphan
+// when the network is gone: a finalizer would do the same, and would hold networks, and
+// their namespaces, for ever where no operator is left.
 type network struct {
 	client.Client
+	live   client.Reader // not cached: before an orphan is deleted
 	config Config
 	events events.EventRecorder
 
@@ -162,7 +168,11 @@ func (r *network) watchNADs(ctx context.Context) error {
 	// Whoever made it: when one that was in a network's way goes, the network's turn comes.
 	err = r.controller.Watch(source.TypedKind(r.cache, &nadv1.NetworkAttachmentDefinition{}, handler.TypedEnqueueRequestsFromMapFunc(
 		func(ctx context.Context, nad *nadv1.NetworkAttachmentDefinition) []networkKey {
-			return r.inNamespace(ctx, nad.Namespace, nad.Name)
+			keys := r.inNamespace(ctx, nad.Namespace, nad.Name)
+			if maker, ok := r.elsewhere(nad); ok {
+				keys = append(keys, maker)
+			}
+			return keys
 		})))
 	if err != nil {
 		return fmt.Errorf("watch NetworkAttachmentDefinitions: %w", err)
@@ -182,14 +192,19 @@ func (r *network) Reconcile(ctx context.Context, key networkKey) (ctrl.Result, e
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	if err = r.Get(ctx, key.ObjectKey, object); err != nil {
-		return ctrl.Result{}, client.IgnoreNotFound(err)
+	err = r.Get(ctx, key.ObjectKey, object)
+	if client.IgnoreNotFound(err) != nil {
+		return ctrl.Result{}, fmt.Errorf("read %s %s: %w", key.kind.Kind, key.ObjectKey, err)
 	}
+	gone := err != nil
 	noKind := false
 	if err = r.watchNADs(ctx); meta.IsNoMatchError(err) {
 		noKind = true
 	} else if err != nil {
 		return ctrl.Result{}, err
+	}
+	if gone {
+		return ctrl.Result{}, r.deleteOrphans(ctx, key, noKind)
 	}
 	if object.GetDeletionTimestamp() != nil {
 		return ctrl.Result{}, r.remove(ctx, object, noKind)
@@ -228,13 +243,10 @@ func (r *network) ensure(ctx context.Context, object client.Object) error {
 	} else if err != nil {
 		return fmt.Errorf("read namespace %s: %w", net.Target, err)
 	}
-	local := net.Target == net.GetNamespace()
-	if local {
+	if net.Target == net.GetNamespace() {
 		if err := controllerutil.SetControllerReference(object, want, r.Scheme()); err != nil {
 			return fmt.Errorf("own NetworkAttachmentDefinition %s/%s: %w", want.Namespace, want.Name, err)
 		}
-	} else if err := r.setFinalizer(ctx, object, true); err != nil {
-		return err
 	}
 	if err := r.write(ctx, net, want); err != nil {
 		return err
@@ -242,10 +254,7 @@ func (r *network) ensure(ctx context.Context, object client.Object) error {
 	if err := r.deleteMade(ctx, net, net.Target); err != nil {
 		return err
 	}
-	if local {
-		return r.setFinalizer(ctx, object, false)
-	}
-	return nil
+	return r.dropFinalizer(ctx, object)
 }
 
 // write creates or mends the NetworkAttachmentDefinition.
@@ -307,7 +316,61 @@ func (r *network) remove(ctx context.Context, object client.Object, noKind bool)
 			return err
 		}
 	}
-	return r.setFinalizer(ctx, object, false)
+	return r.dropFinalizer(ctx, object)
+}
+
+// elsewhere tells by which network a NetworkAttachmentDefinition was made in another
+// namespace than its own, as only one in the operator's namespace can have done. What
+// the annotations say is the word of whoever may write that object, and concerns no other.
+func (r *network) elsewhere(nad *nadv1.NetworkAttachmentDefinition) (networkKey, bool) {
+	maker := networkKey{ObjectKey: client.ObjectKey{Namespace: r.config.Namespace, Name: nad.Name}}
+	if nad.Namespace == r.config.Namespace || nad.Annotations[sriovv1.AnnotationOwnerUID] == "" {
+		return networkKey{}, false
+	}
+	for _, maker.kind = range networkKinds {
+		if nad.Annotations[sriovv1.AnnotationOwnerRef] == maker.ownerRef() {
+			return maker, true
+		}
+	}
+	return networkKey{}, false
+}
+
+// ownerRef is what the owner-ref annotation of what the network makes says.
+func (k networkKey) ownerRef() string {
+	return k.kind.GroupKind().String() + "/" + k.Namespace + "/" + k.Name
+}
+
+// deleteOrphans deletes what a network that is gone had made in other namespaces.
+func (r *network) deleteOrphans(ctx context.Context, key networkKey, noKind bool) error {
+	if noKind || key.Namespace != r.config.Namespace {
+		return nil
+	}
+	made := &nadv1.NetworkAttachmentDefinitionList{}
+	if err := r.List(ctx, made, client.MatchingFields{byOwnerRef: key.ownerRef()}); err != nil {
+		return fmt.Errorf("list NetworkAttachmentDefinitions: %w", err)
+	}
+	for i := range made.Items {
+		nad := &made.Items[i]
+		if maker, ok := r.elsewhere(nad); !ok || maker != key {
+			continue
+		}
+		// The cache may not have a network yet that has just been made.
+		if err := r.live.Get(ctx, key.ObjectKey, metadataOf(key.kind)); !apierrors.IsNotFound(err) {
+			return err
+		}
+		if err := r.delete(ctx, nad); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *network) delete(ctx context.Context, nad *nadv1.NetworkAttachmentDefinition) error {
+	uid, version := nad.UID, nad.ResourceVersion
+	if err := r.Delete(ctx, nad, client.Preconditions{UID: &uid, ResourceVersion: &version}); client.IgnoreNotFound(err) != nil {
+		return fmt.Errorf("delete NetworkAttachmentDefinition %s/%s: %w", nad.Namespace, nad.Name, err)
+	}
+	return nil
 }
 
 // deleteMade deletes the NetworkAttachmentDefinitions that the network made in all
@@ -322,36 +385,34 @@ func (r *network) deleteMade(ctx context.Context, net *render.Network, except st
 		if nad.Namespace == except || !r.made(net, nad) {
 			continue
 		}
-		uid, version := nad.UID, nad.ResourceVersion
-		if err := r.Delete(ctx, nad, client.Preconditions{UID: &uid, ResourceVersion: &version}); client.IgnoreNotFound(err) != nil {
-			return fmt.Errorf("delete NetworkAttachmentDefinition %s/%s: %w", nad.Namespace, nad.Name, err)
+		if err := r.delete(ctx, nad); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// made tells whether this very network made the NetworkAttachmentDefinition. The SR-IOV
-// network operator wrote no UID; what it made is known by the owner it wrote, and could
-// be in another namespace only for networks in the operator's own.
+// made tells whether this very network made the NetworkAttachmentDefinition, or one of
+// the same name that is gone and can have left it. The SR-IOV network operator wrote no
+// UID; what it made is known by the owner it wrote, and could be in another namespace
+// only for networks in the operator's own.
 func (r *network) made(net *render.Network, nad *nadv1.NetworkAttachmentDefinition) bool {
+	if nad.Name != net.GetName() || nad.Annotations[sriovv1.AnnotationOwnerRef] != net.OwnerRef() {
+		return false
+	}
 	uid := nad.Annotations[sriovv1.AnnotationOwnerUID]
-	return nad.Name == net.GetName() && nad.Annotations[sriovv1.AnnotationOwnerRef] == net.OwnerRef() &&
-		(uid == string(net.GetUID()) || uid == "" && slices.Contains([]string{nad.Namespace, r.config.Namespace}, net.GetNamespace()))
+	_, elsewhere := r.elsewhere(nad)
+	return uid == string(net.GetUID()) || elsewhere || uid == "" && slices.Contains([]string{nad.Namespace, r.config.Namespace}, net.GetNamespace())
 }
 
-// setFinalizer puts our finalizer on the network, or takes it off.
-func (r *network) setFinalizer(ctx context.Context, object client.Object, on bool) error {
-	if controllerutil.ContainsFinalizer(object, sriovv1.FinalizerNetAttDef) == on {
+// dropFinalizer takes off the finalizer that the SR-IOV network operator put on.
+func (r *network) dropFinalizer(ctx context.Context, object client.Object) error {
+	before := client.MergeFromWithOptions(object.DeepCopyObject().(client.Object), client.MergeFromWithOptimisticLock{})
+	if !controllerutil.RemoveFinalizer(object, sriovv1.FinalizerNetAttDef) {
 		return nil
 	}
-	before := client.MergeFromWithOptions(object.DeepCopyObject().(client.Object), client.MergeFromWithOptimisticLock{})
-	if on {
-		controllerutil.AddFinalizer(object, sriovv1.FinalizerNetAttDef)
-	} else {
-		controllerutil.RemoveFinalizer(object, sriovv1.FinalizerNetAttDef)
-	}
 	if err := r.Patch(ctx, object, before, fieldOwner); client.IgnoreNotFound(err) != nil {
-		return fmt.Errorf("set the finalizer of network %s: %w", client.ObjectKeyFromObject(object), err)
+		return fmt.Errorf("take the finalizer off network %s: %w", client.ObjectKeyFromObject(object), err)
 	}
 	return nil
 }

@@ -233,9 +233,10 @@ func testNetwork(t *testing.T, k kindOfNetwork) {
 		name := k.plugin + "-home"
 		n := k.create(t, operatorNamespace, name, "apps", nil)
 		wantNetwork(t, n, sriovv1.ReasonNetworkReady, "")
-		if len(n.GetFinalizers()) != 1 {
-			t.Errorf("the finalizers are %v", n.GetFinalizers())
+		if len(n.GetFinalizers()) != 0 {
+			t.Errorf("nothing must hold a network, and the finalizers are %v", n.GetFinalizers())
 		}
+		change(t, n, func(n client.Object) { n.SetFinalizers([]string{sriovv1.FinalizerNetAttDef}) }) // of another operator
 		change(t, n, func(n client.Object) { k.edit(n, "", "") })
 		wantNetwork(t, n, sriovv1.ReasonNetworkReady, operatorNamespace+"/"+name)
 		wantNADGone(t, "apps", name)
@@ -245,6 +246,37 @@ func testNetwork(t *testing.T, k kindOfNetwork) {
 			}
 			return nil
 		})
+	})
+
+	// What a network made while no operator saw it go is found by its annotations.
+	t.Run("orphans", func(t *testing.T) {
+		group := "sriovnetwork.openshift.io"
+		if k.name == "MacvlanNetwork" {
+			group = "sluice.dev"
+		}
+		orphan := func(name string, annotations map[string]string) *nadv1.NetworkAttachmentDefinition {
+			nad := &nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{Namespace: "apps", Name: k.plugin + "-" + name, Annotations: annotations}}
+			if err := api.Create(t.Context(), nad); err != nil {
+				t.Fatal(err)
+			}
+			return nad
+		}
+		owner := k.name + "." + group + "/" + operatorNamespace + "/" + k.plugin + "-"
+		gone := orphan("ghost", map[string]string{sriovv1.AnnotationOwnerRef: owner + "ghost", sriovv1.AnnotationOwnerUID: "u"})
+		var kept []*nadv1.NetworkAttachmentDefinition
+		for name, annotations := range map[string]map[string]string{
+			"no-uid":   {sriovv1.AnnotationOwnerRef: owner + "no-uid"},
+			"renamed":  {sriovv1.AnnotationOwnerRef: owner + "other-name", sriovv1.AnnotationOwnerUID: "u"},
+			"tenantry": {sriovv1.AnnotationOwnerRef: k.name + "." + group + "/tenant/" + k.plugin + "-tenantry", sriovv1.AnnotationOwnerUID: "u"},
+		} {
+			kept = append(kept, orphan(name, annotations))
+		}
+		wantGone(t, gone)
+		for _, nad := range kept {
+			if _, err := getNAD(t, nad.Namespace, nad.Name); err != nil {
+				t.Errorf("%s: %v", nad.Name, err)
+			}
+		}
 	})
 
 	t.Run("a namespace that comes later", func(t *testing.T) {

@@ -97,7 +97,7 @@ func Setup(mgr ctrl.Manager, config Config) error {
 	if err := (&policyStatus{Client: mgr.GetClient(), namespace: config.Namespace, events: recorder, tally: verdicts}).setup(mgr); err != nil {
 		return fmt.Errorf("set up the policy status controller: %w", err)
 	}
-	if err := (&network{Client: mgr.GetClient(), config: config, events: recorder}).setup(mgr); err != nil {
+	if err := (&network{Client: mgr.GetClient(), live: mgr.GetAPIReader(), config: config, events: recorder}).setup(mgr); err != nil {
 		return fmt.Errorf("set up the network controller: %w", err)
 	}
 	if config.Webhook != nil {

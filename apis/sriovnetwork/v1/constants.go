@@ -81,8 +81,8 @@ const (
 	// AnnotationResourceName names the device plugin resource that a
 	// NetworkAttachmentDefinition draws from, as <prefix>/<resourceName>.
 	AnnotationResourceName = "k8s.v1.cni.cncf.io/resourceName"
-	// FinalizerNetAttDef holds a network until its NetworkAttachmentDefinition in another
-	// namespace is gone, which no owner reference can do.
+	// FinalizerNetAttDef is on networks that the SR-IOV network operator made a
+	// NetworkAttachmentDefinition for in another namespace. It is taken off.
 	FinalizerNetAttDef = "netattdef.finalizers.sriovnetwork.openshift.io"
 	// FinalizerOperatorConfig holds a SriovOperatorConfig with onRemoval Restore until the
 	// nodes have given back their NICs.
