@@ -285,7 +285,9 @@ func (h *Host) userOf(a *netlink.LinkAttrs, list []netlink.Link) (string, error)
 		return "", fmt.Errorf("list its addresses: %w", err)
 	}
 	for _, ip := range ips {
-		if ip.Scope == unix.RT_SCOPE_UNIVERSE {
+		// What a router's advertisement brought nobody asked for (addrconf_prefix_rcv).
+		advertised := ip.Flags&unix.IFA_F_PERMANENT == 0 && ip.Flags&(unix.IFA_F_MANAGETEMPADDR|unix.IFA_F_TEMPORARY) != 0 && ip.IP.To4() == nil
+		if ip.Scope == unix.RT_SCOPE_UNIVERSE && !advertised {
 			return "it has address " + ip.IPNet.String(), nil
 		}
 	}

@@ -171,6 +171,24 @@ func TestLabVLANInUse(t *testing.T) {
 	}
 }
 
+// An address that the kernel made for a router's advertisement is nobody's use.
+func TestLabVLANWithAdvertisedAddress(t *testing.T) {
+	h := open(t)
+	pf := labPF(t, h)
+	if err := h.AddVLAN(t.Context(), pf.Link(), "ours9", 9); err != nil {
+		t.Fatal(err)
+	}
+	ip(t, "addr", "add", "2001:db8::5/64", "dev", "ours9", "mngtmpaddr", "valid_lft", "1000", "preferred_lft", "500")
+	ip(t, "addr", "add", "192.0.2.1/24", "dev", "ours9", "valid_lft", "1000", "preferred_lft", "500") // as DHCP does
+	if err := h.RemoveVLAN(t.Context(), labLink(t, h, "ours9").Link()); !errors.Is(err, ErrLinkInUse) || !strings.Contains(err.Error(), "192.0.2.1") {
+		t.Errorf("an address by DHCP: %v", err)
+	}
+	ip(t, "addr", "del", "192.0.2.1/24", "dev", "ours9")
+	if err := h.RemoveVLAN(t.Context(), labLink(t, h, "ours9").Link()); err != nil {
+		t.Error(err)
+	}
+}
+
 // The kernel tells of links of each kind, once, and not of what pods do to a bridge.
 func TestLabEventsOfLinks(t *testing.T) {
 	h := open(t)

@@ -25,6 +25,7 @@ func TestDevicePools(t *testing.T) {
 	got := devicePools([]node.Pool{
 		{Resource: "a", ExcludeTopology: true, DeviceType: "vfio-pci", Devices: []node.Device{d}},
 		{Resource: "b", RDMA: true, VhostNet: true},
+		{Resource: "c", Devices: []node.Device{{Slot: "bond0-1", Parent: "bond0", NUMANode: -1, Healthy: true}}},
 	})
 	want := []deviceplugin.Pool{
 		{Resource: "a", ExcludeTopology: true, DeviceType: deviceplugin.DeviceTypeVFIO, Devices: []deviceplugin.Device{{
@@ -32,6 +33,7 @@ func TestDevicePools(t *testing.T) {
 			IOMMUGroup: "7", LinkType: host.Ethernet, Healthy: true, Reason: "r",
 		}}},
 		{Resource: "b", RDMA: true, VhostNet: true, Devices: []deviceplugin.Device{}},
+		{Resource: "c", Devices: []deviceplugin.Device{{Slot: "bond0-1", Parent: "bond0", NUMANode: -1, Healthy: true}}},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
@@ -117,5 +119,21 @@ func TestParse(t *testing.T) {
 		if _, err := parse(bad.args, func(k string) string { return bad.env[k] }); err == nil || !strings.Contains(err.Error(), bad.want) {
 			t.Errorf("%v: %v, want %s", bad.args, err, bad.want)
 		}
+	}
+}
+
+// A slot is as usable as its parent, here on this machine's own links.
+func TestASlotNeedsItsParent(t *testing.T) {
+	links, err := host.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer links.Close()
+	check := exists(nil, links)
+	if err := check(host.SlotID("lo", 3)); err != nil {
+		t.Errorf("lo: %v", err)
+	}
+	if err := check(host.SlotID("absent9", 3)); err == nil || !strings.Contains(err.Error(), "find link absent9") {
+		t.Errorf("a link that is not there: %v", err)
 	}
 }
