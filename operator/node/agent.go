@@ -1,7 +1,6 @@
 package node
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -367,11 +366,10 @@ func (a *Agent) view(r *report) plan.PF {
 			r.held[vf.PCIAddress], r.holders[vf.PCIAddress] = true, pod
 		}
 		guid, noGUID := guids(vf.Index)
-		has := cmp.Or(vf.Admin.NodeGUID.String(), vf.GUID.String())
 		v.VFs = append(v.VFs, plan.VF{
 			Index: vf.Index, PCIAddress: vf.PCIAddress, Driver: vf.Driver, Name: vf.Name, HostName: a.hostName(vf, held), MTU: vf.MTU,
 			MAC: vf.MAC.String(), AdminMAC: vf.Admin.MAC.String(), StableMAC: a.stableMAC(pf, vf.Index).String(),
-			GUID: has, StableGUID: guid, NoGUID: noGUID, Drift: vf.Admin.Text(a.drift(pf, vf)),
+			GUID: guidOf(vf), StableGUID: guid, NoGUID: noGUID, Drift: vf.Admin.Text(a.drift(pf, vf)),
 			VDPA: vf.VDPA, IOMMU: vf.IOMMUGroup != "", RDMA: vf.RDMADevice != "", Held: held, Holder: pod,
 		})
 	}

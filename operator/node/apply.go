@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -128,6 +129,12 @@ func (a *Agent) guids(pf host.PF) func(index int) (guid, why string) {
 		}
 		return guid.String(), ""
 	}
+}
+
+// guidOf is the VF's node GUID: what its PF assigns, or when the PF says that it
+// assigns none, what the VF's own device has.
+func guidOf(vf host.VF) string {
+	return cmp.Or(macText(vf.Admin.NodeGUID), macText(vf.GUID))
 }
 
 // system brings the node's own settings to what the spec asks. What keeps it from

@@ -45,9 +45,12 @@ func TestRDMAModeWaitsForReboot(t *testing.T) {
 	r.server.mu.Unlock()
 	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
 	r.ready()
-	if s := r.server.status(); len(s.Pending) > 0 {
-		t.Errorf("pending %+v", s.Pending)
-	}
+	r.eventually(func() error {
+		if s := r.server.status(); len(s.Pending) > 0 {
+			return fmt.Errorf("pending %+v", s.Pending)
+		}
+		return nil
+	})
 }
 
 // What a driver cannot set is tried once, and keeps no VF from pods.
@@ -66,9 +69,32 @@ func TestSettingsThatADriverCannotSet(t *testing.T) {
 			return nil
 		})
 	}
+	r.eventually(func() error {
+		if got := r.plugin.healthy("left"); len(got) != 2 {
+			return fmt.Errorf("left offers %v", got)
+		}
+		return nil
+	})
 	r.ready()
-	if got := r.plugin.healthy("left"); len(got) != 2 || r.kernel.Tried(hostfake.ResetVFSettings) != 1 {
-		t.Errorf("left offers %v", got)
+	if got := r.kernel.Tried(hostfake.ResetVFSettings); got != 1 {
+		t.Errorf("tried %d times", got)
+	}
+}
+
+func TestGUIDOf(t *testing.T) {
+	one, two, none := []byte{2, 0, 0, 0, 0, 0, 0, 1}, []byte{2, 0, 0, 0, 0, 0, 0, 2}, make([]byte, 8)
+	for _, c := range []struct {
+		assigned, own []byte
+		want          string
+	}{
+		{one, two, "02:00:00:00:00:00:00:01"},
+		{none, two, "02:00:00:00:00:00:00:02"}, // the firmware's choice
+		{nil, two, "02:00:00:00:00:00:00:02"},
+		{none, nil, ""},
+	} {
+		if got := guidOf(host.VF{GUID: c.own, Admin: host.VFSettings{NodeGUID: c.assigned}}); got != c.want {
+			t.Errorf("%v, %v: %q", c.assigned, c.own, got)
+		}
 	}
 }
 
@@ -134,8 +160,11 @@ func TestSwitchdev(t *testing.T) {
 	r.usage.set(held, "")
 	r.agent.HolderChanged()
 	r.ready()
-	s := r.server.status().Interfaces[0]
-	if s.EswitchMode != "switchdev" || s.VFs[0].RepresentorName != "ens1f0_0" || len(r.plugin.healthy("left")) != 2 {
-		t.Errorf("%+v", s)
-	}
+	r.eventually(func() error {
+		s := r.server.status().Interfaces[0]
+		if s.EswitchMode != "switchdev" || s.VFs[0].RepresentorName != "ens1f0_0" || len(r.plugin.healthy("left")) != 2 {
+			return fmt.Errorf("%+v", s)
+		}
+		return nil
+	})
 }

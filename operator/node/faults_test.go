@@ -206,11 +206,12 @@ func (f fault) told(t *testing.T, s v1.SriovNetworkNodeStateStatus) {
 // offered checks, after the failure, that no VF is offered that is neither as it
 // was nor as asked.
 func (f fault) offered(r *rig) {
+	offered := r.plugin.healthy("left") // before the status: the retry is not far
 	s := r.server.status()
 	if got := r.plugin.healthy("right"); len(got) != 2 {
 		r.t.Errorf("of the other NIC are offered %v", got)
 	}
-	for _, address := range r.plugin.healthy("left") {
+	for _, address := range offered {
 		i := slices.IndexFunc(s.Interfaces[0].VFs, func(vf v1.VirtualFunction) bool { return vf.PciAddress == address })
 		if i < 0 || s.Interfaces[0].VFs[i].Message != "" || s.Interfaces[0].VFs[i].Driver == "" {
 			r.t.Errorf("%s is offered: %+v", address, s.Interfaces[0])

@@ -298,7 +298,7 @@ func (r *report) interfaceStatus() v1.InterfaceExt {
 		v := v1.VirtualFunction{
 			Name: vf.Name, Mac: macText(vf.MAC), Assigned: r.holders[vf.PCIAddress], Driver: vf.Driver, PciAddress: vf.PCIAddress,
 			Vendor: vf.Vendor, DeviceID: vf.DeviceID, Vlan: vf.Admin.VLAN, Mtu: vf.MTU, VfID: vf.Index,
-			VdpaType: vf.VDPA, RepresentorName: vf.Representor, GUID: cmp.Or(vf.Admin.NodeGUID.String(), vf.GUID.String()),
+			VdpaType: vf.VDPA, RepresentorName: vf.Representor, GUID: guidOf(vf),
 		}
 		if v.Mac == "" {
 			v.Mac = macText(vf.Admin.MAC) // in a pod, or bound to user space
