@@ -26,7 +26,7 @@ func Reboot(ctx context.Context, socket string) error {
 	if err != nil {
 		return fmt.Errorf("connect to systemd at %s: %w; the node must be rebooted by hand where systemd is not there or not reachable", socket, err)
 	}
-	defer bus.Close()
+	defer func() { _ = bus.Close() }() // what it could tell the calls have told
 	if err = bus.Auth(nil); err == nil {
 		err = bus.Hello()
 	}

@@ -132,7 +132,7 @@ type retry struct {
 // New returns an agent; Run makes it work.
 func New(c Config) *Agent {
 	return &Agent{
-		Config: c, teller: &teller{states: c.States, log: c.Log, newest: make(chan told, 1)}, regain: regain, proof: proof, poke: make(chan struct{}, 1), looked: make(chan struct{}), offered: map[string]bool{},
+		Config: c, teller: &teller{states: c.States, log: c.Log, newest: make(chan told, 1)}, regain: regain, proof: proof, around: budget{share: lightShare}, poke: make(chan struct{}, 1), looked: make(chan struct{}), offered: map[string]bool{},
 		unsettable: map[string]host.VFAttrs{}, baselines: map[string]baseline{}, names: map[string]*hostName{}, retries: map[string]*retry{}, nics: map[string]*nic{},
 		parents: parents{changed: true, retries: map[v1.MacvlanParent]*parentRetry{}},
 	}
@@ -293,7 +293,7 @@ func (a *Agent) remember(s v1.SriovNetworkNodeStateStatus) {
 
 // reconcile looks, does what is to do, tells, and returns when to look again.
 func (a *Agent) reconcile(ctx context.Context) time.Duration {
-	p := &pass{Agent: a, fresh: map[string]bool{}}
+	p := &pass{Agent: a, looked: map[string]bool{}, fresh: map[string]bool{}}
 	p.look(ctx)
 	if ctx.Err() != nil {
 		return resync

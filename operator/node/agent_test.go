@@ -599,7 +599,7 @@ func TestStormOfEventsIsBounded(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	reads := r.kernel.Reads()
-	if n := reads[hostfake.ReadVFSettings]; n == 0 || n > 160 || reads[hostfake.Inventory] > 0 {
+	if n := reads[hostfake.ReadVFSettings]; n == 0 || n > 80 || reads[hostfake.Inventory] > 0 {
 		t.Errorf("read %v in a second of events", reads)
 	}
 	// The other NIC is seen at once.

@@ -103,6 +103,9 @@ func (p *pass) forced() bool {
 // guard takes out of the plan what would cut the way to the API server, and says
 // so. A PF that must not be changed itself is left altogether.
 func (p *pass) guard(r *report, ops []plan.Operation) []plan.Operation {
+	if len(ops) == 0 {
+		return nil
+	}
 	if was, ok := p.records.get(r.have.PCIAddress); ok && was.Lost != nil && sameWant(*was.Lost, *r.want) {
 		r.trouble = trouble{ReasonLost, was.lost()}
 		return nil

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -10,35 +11,38 @@ import (
 )
 
 const (
-	// Looking at a NIC asks its driver, and reading the settings of its VFs may
-	// hold the kernel's RTNL lock for milliseconds per VF, while each pod that comes
-	// or goes causes events. A look is made at once as long as looking takes no more
-	// than this part of the time, and no more than the burst at once; beyond that it
-	// waits for its turn.
+	// Reading the settings of a NIC's VFs may hold the kernel's RTNL lock for
+	// milliseconds per VF, while each pod that comes or goes causes events. It is
+	// done at once as long as it takes no more than this part of the time, and no more
+	// than the burst at once; beyond that it waits for its turn.
 	lookShare = 20
 	lookBurst = 200 * time.Millisecond
+	// Other looks cost only the processor.
+	lightShare = 4
 	// leastLook bounds how often a NIC that answers fast is looked at.
-	leastLook = time.Millisecond
+	leastLook = 4 * time.Millisecond
 )
 
 // budget is the time that may be spent on looking.
 type budget struct {
+	share  int // one part in so many; lookShare when it is 0
 	credit time.Duration
 	at     time.Time // when credit was that
 }
 
 // wait returns 0 when a look may be made now, and otherwise how long to wait.
 func (b *budget) wait(now time.Time) time.Duration {
+	share := time.Duration(cmp.Or(b.share, lookShare))
 	if b.at.IsZero() {
 		b.credit = lookBurst
 	} else {
-		b.credit = min(lookBurst, b.credit+now.Sub(b.at)/lookShare)
+		b.credit = min(lookBurst, b.credit+now.Sub(b.at)/share)
 	}
 	b.at = now
 	if b.credit > 0 {
 		return 0
 	}
-	return max(leastLook, -b.credit*lookShare)
+	return max(leastLook, -b.credit*share)
 }
 
 // spend takes down a look that took so long.
@@ -51,7 +55,8 @@ type nic struct {
 	suspect bool              // the settings of its VFs may be others than those last read
 	stale   bool              // it could not be read when last looked at
 	drift   map[string]string // see differing, when the settings were last read
-	budget  budget
+	looks   budget            // for reading it
+	budget  budget            // for reading the settings
 }
 
 // has tells whether the device or netdev is the PF's, or one of its VFs'.
@@ -110,13 +115,13 @@ func (p *pass) look(ctx context.Context) {
 		if !n.changed {
 			continue
 		}
-		if wait := n.budget.wait(time.Now()); wait > 0 {
+		if wait := n.looks.wait(time.Now()); wait > 0 {
 			p.within(wait)
 			continue
 		}
 		start := time.Now()
 		pf, there, err := p.Kernel.ReadPF(ctx, address)
-		n.budget.spend(time.Since(start))
+		n.looks.spend(time.Since(start))
 		switch {
 		case err != nil:
 			n.stale, p.unreadable = true, errors.Join(p.unreadable, err)
@@ -124,6 +129,7 @@ func (p *pass) look(ctx context.Context) {
 			delete(p.nics, address)
 		default:
 			n.take(pf)
+			p.looked[address] = true
 		}
 	}
 }
@@ -140,11 +146,12 @@ func (p *pass) lookAround(ctx context.Context, audit bool) {
 	for _, pf := range pfs {
 		there[pf.PCIAddress] = true
 		if p.nics[pf.PCIAddress] == nil {
-			p.nics[pf.PCIAddress] = &nic{suspect: true}
+			p.nics[pf.PCIAddress] = &nic{suspect: true, looks: budget{share: lightShare}}
 		}
 		n := p.nics[pf.PCIAddress]
 		n.suspect = n.suspect || audit
 		n.take(pf)
+		p.looked[pf.PCIAddress] = true
 	}
 	for address, n := range p.nics {
 		switch {
@@ -194,5 +201,22 @@ func (p *pass) readSettings(ctx context.Context, r *report) error {
 	}
 	n.pf, n.suspect = r.have, false
 	p.fresh[r.have.PCIAddress] = true
+	return nil
+}
+
+// readNow reads what was not read in this pass of the PF and its VFs' settings.
+func (p *pass) readNow(ctx context.Context, r *report) error {
+	n := p.nics[r.have.PCIAddress]
+	now, err := r.have, error(nil)
+	if p.looked[r.have.PCIAddress] {
+		err = p.Kernel.ReadVFSettings(ctx, &now)
+	} else {
+		now, err = p.observe(ctx, r.have.PCIAddress)
+	}
+	if err != nil {
+		return err
+	}
+	r.have = now
+	n.pf, n.changed, n.suspect = now, false, false
 	return nil
 }

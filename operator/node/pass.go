@@ -21,7 +21,8 @@ import (
 type pass struct {
 	*Agent
 	unreadable error
-	fresh      map[string]bool // PFs whose VF settings were read in this pass
+	looked     map[string]bool // PFs that were read in this pass
+	fresh      map[string]bool // PFs whose VF settings were, too
 	soon       time.Duration   // the next pass is due by then; 0 when nothing waits for one
 	mu         sync.Mutex      // guards the reports while PFs are worked on
 	reports    []*report
@@ -61,98 +62,87 @@ func (p *pass) assign() {
 
 // examine reads the rest of the PF and tells whether there is work to do on it.
 func (p *pass) examine(ctx context.Context, r *report) bool {
-	if r.have.PCIAddress == "" {
+	switch {
+	case r.have.PCIAddress == "":
 		return false
-	}
-	if r.stale {
+	case r.stale:
 		p.view(r)
-		return false
-	}
-	address := r.have.PCIAddress
-	unreadable := func(err error) bool {
-		p.view(r)
-		r.trouble = trouble{ReasonUnreadable, err.Error()}
-		p.failed(r)
 		return false
 	}
 	err := p.readSettings(ctx, r)
 	if err == nil {
 		err = p.tampered(ctx, r)
 	}
-	if err != nil {
-		return unreadable(err)
-	}
 	seen := p.view(r)
+	if err != nil {
+		return p.inTheWay(r, ReasonUnreadable, err)
+	}
 	ours := plan.Ours(seen) || seen.Original != nil
 	if r.want == nil && p.mayGiveUp() && ours {
 		// No policy asks for a PF that we changed: it goes back to what it was.
-		r.want = &v1.Interface{PciAddress: address}
+		r.want = &v1.Interface{PciAddress: r.have.PCIAddress}
 	}
 	if r.want == nil {
 		if ours {
 			p.learn(r)
 		}
+		delete(p.retries, r.have.PCIAddress)
+		return false
+	}
+	if err := p.records.want(r.have, *r.want, plan.Ours(seen) && !seen.TakenOver); err != nil {
+		return p.inTheWay(r, ReasonNoState, err)
+	}
+	return p.propose(ctx, r, seen)
+}
+
+// inTheWay is the end of a look at a PF that must be tried again.
+func (p *pass) inTheWay(r *report, reason string, err error) bool {
+	r.trouble = trouble{reason, err.Error()}
+	p.failed(r)
+	return false
+}
+
+// propose plans, and tells whether there is work to do now.
+func (p *pass) propose(ctx context.Context, r *report, seen plan.PF) bool {
+	address := r.have.PCIAddress
+	again := p.retries[address]
+	early := again != nil && sameWant(again.want, *r.want) && time.Now().Before(again.at)
+	ops, blocked, err := plan.Operations(*r.want, seen)
+	if len(ops) > 0 && !early && !p.fresh[address] {
+		// Only what is so at this moment is acted upon.
+		if readErr := p.readNow(ctx, r); readErr != nil {
+			return p.inTheWay(r, ReasonUnreadable, readErr)
+		}
+		ops, blocked, err = plan.Operations(*r.want, p.view(r))
+	}
+	p.learn(r)
+	if err != nil {
+		r.trouble = trouble{ReasonInvalidSpec, err.Error()}
 		delete(p.retries, address)
 		return false
 	}
-	unrecorded := func(err error) bool {
-		r.trouble = trouble{ReasonNoState, err.Error()}
-		p.failed(r)
-		return false
-	}
-	if !r.want.ExternallyManaged {
-		if err := p.records.begin(r.have, plan.Ours(seen) && !seen.TakenOver); err != nil {
-			return unrecorded(err)
-		}
-	}
-	if was, _ := p.records.get(address); was.Lost != nil && !sameWant(*was.Lost, *r.want) {
-		if err := p.records.change(address, func(one *pfRecord) { one.Lost, one.LostBy = nil, "" }); err != nil {
-			return unrecorded(err)
-		}
-	}
-	ops, blocked, err := plan.Operations(*r.want, seen)
-	if again := p.retries[address]; len(ops) > 0 && again != nil && sameWant(again.want, *r.want) && time.Now().Before(again.at) {
+	if early && (len(ops) > 0 || !r.asked) {
 		// Its own failure caused events; that is no reason to hurry.
-		p.learn(r)
 		r.block(blocked)
 		r.trouble, r.vfTrouble = again.report.trouble, again.report.vfTrouble
 		return false
 	}
-	if len(ops) > 0 && !p.fresh[address] {
-		// Only what is so at this moment is acted upon.
-		now, readErr := p.observe(ctx, address)
-		if readErr != nil {
-			return unreadable(readErr)
-		}
-		n := p.nics[address]
-		r.have = now
-		n.pf, n.changed, n.suspect = now, false, false
-		ops, blocked, err = plan.Operations(*r.want, p.view(r))
+	if ops = p.guard(r, ops); len(ops) > 0 {
+		r.touch(ops)
+		return true
 	}
-	p.learn(r)
-	if ops = p.guard(r, ops); len(ops) == 0 && r.failed() {
+	guarded := r.failed()
+	if guarded {
 		r.block(blocked)
-		return false
+	} else {
+		p.settle(ctx, r, blocked)
 	}
-	switch {
-	case err != nil:
-		r.trouble = trouble{ReasonInvalidSpec, err.Error()}
+	if !guarded && !r.asked && r.failed() {
+		p.failed(r)
+	} else {
 		delete(p.retries, address)
-		return false
-	case len(ops) == 0:
-		if again := p.retries[address]; again != nil && !r.asked && sameWant(again.want, *r.want) && time.Now().Before(again.at) {
-			r.trouble = again.report.trouble
-			return false
-		}
-		if p.settle(ctx, r, blocked); r.failed() && !r.asked {
-			p.failed(r)
-			return false
-		}
-		delete(p.retries, address)
-		return false
 	}
-	r.touch(ops)
-	return true
+	return false
 }
 
 // settle ends the work on a PF of which nothing is left to do. One that no

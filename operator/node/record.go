@@ -120,6 +120,20 @@ func (r *records) begin(pf host.PF, ours bool) error {
 	})
 }
 
+// want records the PF before it is first made what want says. A goal that cut the
+// node off is remembered as long as it is the goal.
+func (r *records) want(pf host.PF, want v1.Interface, ours bool) error {
+	if !want.ExternallyManaged {
+		if err := r.begin(pf, ours); err != nil {
+			return err
+		}
+	}
+	if was, _ := r.get(pf.PCIAddress); was.Lost == nil || sameWant(*was.Lost, want) {
+		return nil
+	}
+	return r.change(pf.PCIAddress, func(one *pfRecord) { one.Lost, one.LostBy = nil, "" })
+}
+
 // end forgets the PF.
 func (r *records) end(address string) error {
 	if r.ofUpstream(address) {
