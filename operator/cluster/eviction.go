@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -40,11 +39,6 @@ const (
 	reasonWaitingForPool = "WaitingForPool" // other nodes of the pool come first
 	reasonDisabled       = "Disabled"       // disableDrain
 )
-
-// annotationCordoned is on the state of a node that we made unschedulable, so that
-// whoever finishes its reboot makes it schedulable again, and nobody does it for a node
-// that people had cordoned.
-const annotationCordoned = "sluice.dev/cordoned"
 
 const (
 	// evictionsAtOnce bounds the nodes whose pods are evicted side by side.
@@ -587,48 +581,4 @@ func (r *eviction) annotate(ctx context.Context, n *evictee, want map[string]str
 	state.Annotations = annotations
 	n.state = &state
 	return nil
-}
-
-// cordon keeps new pods off a node that is about to reboot. That we did it is written
-// down first, so that it is undone whatever happens.
-func (r *eviction) cordon(ctx context.Context, n *evictee) error {
-	node := &corev1.Node{}
-	if err := r.live.Get(ctx, client.ObjectKey{Name: n.state.Name}, node); err != nil {
-		return fmt.Errorf("read node %s: %w", n.state.Name, err)
-	}
-	if node.Spec.Unschedulable {
-		return nil
-	}
-	if err := r.annotate(ctx, n, map[string]string{annotationCordoned: "true"}); err != nil {
-		return err
-	}
-	return r.setUnschedulable(ctx, node, true)
-}
-
-func (r *eviction) uncordon(ctx context.Context, n *evictee) error {
-	if n.state.Annotations[annotationCordoned] == "" {
-		return nil
-	}
-	node := &corev1.Node{}
-	if err := r.live.Get(ctx, client.ObjectKey{Name: n.state.Name}, node); err != nil {
-		return client.IgnoreNotFound(err)
-	}
-	if !node.Spec.Unschedulable {
-		return nil
-	}
-	return r.setUnschedulable(ctx, node, false)
-}
-
-func (r *eviction) setUnschedulable(ctx context.Context, node *corev1.Node, on bool) error {
-	before := client.MergeFrom(node.DeepCopy())
-	node.Spec.Unschedulable = on
-	if err := r.Patch(ctx, node, before, fieldOwner); err != nil {
-		return fmt.Errorf("make node %s unschedulable %t: %w", node.Name, on, err)
-	}
-	return nil
-}
-
-// allowReboot gives the agent the word it waits for: the generation whose goal needs it.
-func (r *eviction) allowReboot(ctx context.Context, n *evictee) error {
-	return r.annotate(ctx, n, map[string]string{sriovv1.AnnotationRebootAllowed: strconv.FormatInt(n.state.Status.ObservedGeneration, 10)})
 }
