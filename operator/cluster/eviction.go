@@ -101,7 +101,7 @@ func mattersToEviction(e event.UpdateEvent) bool {
 	working := func(s *sriovv1.SriovNetworkNodeState) bool {
 		return meta.IsStatusConditionTrue(s.Status.Conditions, sriovv1.ConditionProgressing)
 	}
-	return before.UID != after.UID || working(before) != working(after) ||
+	return before.UID != after.UID || working(before) != working(after) || rebootedInVain(before) != rebootedInVain(after) ||
 		!equality.Semantic.DeepEqual(before.Status.Pending, after.Status.Pending) || !maps.Equal(before.Annotations, after.Annotations)
 }
 
@@ -129,7 +129,7 @@ func newEvictee(state *sriovv1.SriovNetworkNodeState, pools []*sriovv1.SriovNetw
 		switch {
 		case change.Cost == sriovv1.CostEvict:
 			n.evict = append(n.evict, change)
-		case change.Cost == sriovv1.CostReboot && len(pools) == 1 && pools[0].Spec.RebootPolicy == sriovv1.RebootWhenRequired:
+		case change.Cost == sriovv1.CostReboot && !rebootedInVain(state) && len(pools) == 1 && pools[0].Spec.RebootPolicy == sriovv1.RebootWhenRequired:
 			n.boot = append(n.boot, change)
 		}
 	}

@@ -386,6 +386,30 @@ func TestReboot(t *testing.T) {
 	}
 }
 
+// A node that was rebooted in vain is not kept empty for another reboot that never comes.
+func TestRebootInVain(t *testing.T) {
+	needAPI(t)
+	makePool(t, "rv", "rv", func(s *sriovv1.SriovNetworkPoolConfigSpec) { s.RebootPolicy = sriovv1.RebootWhenRequired })
+	makeNode(t, "rv-1", map[string]string{"test": "rv"})
+	pending := func(reason string) {
+		t.Helper()
+		agentReports(t, "rv-1", func(s *sriovv1.SriovNetworkNodeState) {
+			s.Status.Pending = []sriovv1.PendingChange{{Operation: "SetRdmaMode exclusive", Cost: sriovv1.CostReboot}}
+			c := condition(sriovv1.ConditionDegraded, metav1.ConditionTrue)
+			c.Reason = reason
+			meta.SetStatusCondition(&s.Status.Conditions, c)
+		})
+	}
+	pending("NeedsReboot")
+	wantEvicting(t, "rv-1", metav1.ConditionTrue, "Evicting", "the node may reboot", "Reboot_Required DrainComplete")
+	pending(reasonNoHelp)
+	wantEvicting(t, "rv-1", metav1.ConditionFalse, "Idle", "", "Idle Idle")
+	node := &corev1.Node{}
+	if err := api.Get(t.Context(), client.ObjectKey{Name: "rv-1"}, node); err != nil || node.Spec.Unschedulable {
+		t.Errorf("the node stays unschedulable: %v", err)
+	}
+}
+
 func TestContend(t *testing.T) {
 	pool := func(name string, n int32) *sriovv1.SriovNetworkPoolConfig {
 		p := &sriovv1.SriovNetworkPoolConfig{ObjectMeta: metav1.ObjectMeta{Name: name}}

@@ -6,6 +6,7 @@ import (
 	"strconv"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
@@ -15,6 +16,15 @@ import (
 // whoever finishes its reboot makes it schedulable again, and nobody does it for a node
 // that people had cordoned.
 const annotationCordoned = "sluice.dev/cordoned"
+
+// reasonNoHelp is the reason of a node state's Degraded condition when the change for which
+// the node was rebooted did not come with that. The agent does not reboot for it again.
+const reasonNoHelp = "RebootDidNotHelp"
+
+func rebootedInVain(state *sriovv1.SriovNetworkNodeState) bool {
+	degraded := meta.FindStatusCondition(state.Status.Conditions, sriovv1.ConditionDegraded)
+	return degraded != nil && degraded.Reason == reasonNoHelp
+}
 
 // cordon keeps new pods off a node that is about to reboot. That we did it is written
 // down first, so that it is undone whatever happens.
