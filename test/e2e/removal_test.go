@@ -19,7 +19,8 @@ func configure(t *testing.T, spec string) {
 // With the webhook on, what is wrong only beside other objects is refused when it is
 // written. Deleting the configuration with onRemoval Restore then takes back all that
 // there was, webhook included; a new configuration makes all work again, with the
-// policies and networks that stayed.
+// policies and networks that stayed. Deleting the installation as it runs leaves nothing
+// either, but the NICs, which the next one takes over as they are.
 func TestWebhookAndRemoval(t *testing.T) {
 	onlyUML(t, "a PF's restoring is tested in guests of both kinds")
 	usePools(t)
@@ -58,9 +59,7 @@ func TestWebhookAndRemoval(t *testing.T) {
 	if out := kubectl(t, "", "get", "validatingwebhookconfigurations,mutatingwebhookconfigurations", "-o", "name"); strings.TrimSpace(out) != "" {
 		t.Errorf("a webhook is left: %s", out)
 	}
-	// Networks keep theirs as long as there is an operator to delete, with them, what they
-	// made in other namespaces.
-	kinds := "sriovnetworknodepolicies,sriovnetworknodestates,sriovnetworkpoolconfigs,sriovoperatorconfigs,macvlannodepolicies,net-attach-def"
+	kinds := "sriovnetworknodepolicies,sriovnetworknodestates,sriovnetworks,sriovibnetworks,ovsnetworks,sriovnetworkpoolconfigs,sriovoperatorconfigs,macvlannodepolicies,macvlannetworks,net-attach-def"
 	if out := kubectl(t, "", "get", "-A", kinds, "-o", "jsonpath={.items[*].metadata.finalizers}"); strings.TrimSpace(out) != "" {
 		t.Errorf("finalizers are left: %s", out)
 	}
@@ -71,5 +70,20 @@ func TestWebhookAndRemoval(t *testing.T) {
 		eventually(t, time.Minute, func() error {
 			return errors.Join(baseline(t, n, "ens1f0", 4), baseline(t, n, "ens2f0", 2))
 		})
+	}
+
+	// With all that the installation brought, without a word before: nothing waits for an
+	// operator that is gone.
+	before := inNode(t, "vm1", "grep . /sys/class/net/ens*f0v*/ifindex")
+	kubectl(t, "", "delete", "-k", "config/default", "--timeout=1m")
+	if out := kubectl(t, "", "get", "crd", "-o", "name"); strings.Contains(out, "sriovnetwork.openshift.io") || strings.Contains(out, "sluice.dev") {
+		t.Errorf("kinds are left: %s", out)
+	}
+	if err := install(t.Context()); err != nil {
+		t.Fatalf("%v\n%s", err, diagnosis(t.Context()))
+	}
+	usePools(t)
+	if after := inNode(t, "vm1", "grep . /sys/class/net/ens*f0v*/ifindex"); after != before {
+		t.Errorf("VFs that were as wanted were made anew: before\n%s\nafter\n%s", before, after)
 	}
 }
