@@ -142,9 +142,23 @@ spec: {minAvailable: 2, selector: {matchExpressions: [{key: app, operator: In, v
 			t.Errorf("%s would lose pods of the other PF: %s", node, got)
 		}
 	}
-	// Nodes in no pool are disturbed one at a time.
-	stateTells(t, "vm1", evicting, "Blocked", "default/l1", "both")
-	stateTells(t, "vm2", evicting, "WaitingForPool", "vm1")
+	// Nodes in no pool are disturbed one at a time, that first which asked first.
+	eventually(t, 30*time.Second, func() error {
+		one, two := nodeState(t, "vm1", evicting), nodeState(t, "vm2", evicting)
+		name := "l1"
+		if strings.Contains(two, "Blocked") {
+			one, two, name = two, one, "l2"
+		}
+		for _, want := range []string{"Blocked", "default/" + name, "budget both"} {
+			if !strings.Contains(one, want) {
+				return fmt.Errorf("no %q in %s", want, one)
+			}
+		}
+		if !strings.Contains(two, "WaitingForPool") {
+			return fmt.Errorf("both at a time: %s and %s", one, two)
+		}
+		return nil
+	})
 	if all := uid(t, "l1") + uid(t, "l2"); strings.Count(all, "Running") != 2 {
 		t.Errorf("the budget did not hold: %s", all)
 	}
