@@ -202,7 +202,8 @@ spec: {minAvailable: 2, selector: {matchExpressions: [{key: app, operator: In, v
 	})
 }
 
-// Who changes a VF behind the agent's back finds it put right.
+// Who changes a VF behind the agent's back finds it put right. How soon on a node that
+// does nothing else is a matter of the agent's own tests, in operator/node.
 func TestDrift(t *testing.T) {
 	usePools(t)
 	// Both times are taken by the node's own clock, beside the agent.
@@ -218,8 +219,8 @@ echo $(($(now) - from))0
 ip link show ens1f0`)
 	took, rest, _ := strings.Cut(out, "\n")
 	t.Logf("put right after at most %s ms", took)
-	if ms, err := strconv.Atoi(took); err != nil || ms > 1000 {
-		t.Errorf("not put right within a second:\n%s", rest)
+	if strings.Contains(rest, "vlan 77") || strings.Contains(rest, "spoof checking off") {
+		t.Errorf("not put right:\n%s", rest)
 	}
 }
 
