@@ -313,6 +313,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 		return !slices.ContainsFunc(p.reports, func(r *report) bool { return r.have.PCIAddress == address })
 	})
 	a.lookOne.Do(func() { close(a.looked) })
+	p.lookAtLinks(ctx, len(work) > 0)
 	p.lookAtParents(ctx)
 	if len(work) > 0 {
 		p.publish(ctx)

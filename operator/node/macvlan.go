@@ -58,19 +58,27 @@ func (r *parentReport) name() string {
 
 func (r *parentReport) ready() bool { return r.parent != "" && r.trouble.message == "" }
 
-// lookAtParents reads the links and brings the MacVLAN parents that the spec asks for
-// into being: all that takes is Live, and soon done.
+// lookAtLinks reads the links if they may have changed. VFs do not wait for that: with
+// work to do on them it comes after the work, but for the first time.
+func (p *pass) lookAtLinks(ctx context.Context, work bool) {
+	start := time.Now()
+	switch first := p.parents.read.IsZero(); {
+	case p.state == nil, work && !first, !p.parents.changed && start.Sub(p.parents.read) < resync:
+		return
+	}
+	if wait := p.parents.budget.wait(start); wait > 0 {
+		p.within(wait)
+		return
+	}
+	p.readLinks(ctx)
+	p.parents.budget.spend(time.Since(start))
+}
+
+// lookAtParents brings the MacVLAN parents that the spec asks for into being: all that
+// takes is Live, and soon done.
 func (p *pass) lookAtParents(ctx context.Context) {
 	if p.state == nil {
 		return
-	}
-	if start := time.Now(); p.parents.changed || start.Sub(p.parents.read) >= resync {
-		if wait := p.parents.budget.wait(start); wait > 0 {
-			p.within(wait)
-		} else {
-			p.readLinks(ctx)
-			p.parents.budget.spend(time.Since(start))
-		}
 	}
 	p.parents.reports = nil
 	for _, want := range p.state.Spec.Macvlans {
