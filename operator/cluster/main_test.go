@@ -87,6 +87,8 @@ func withCluster(run func() int) (code int, err error) {
 	mgr, err := ctrl.NewManager(account, ctrl.Options{
 		Scheme: scheme, Cache: CacheOptions(config), Metrics: server.Options{BindAddress: "0"}, WebhookServer: config.Webhook,
 		LeaderElection: true, LeaderElectionID: "sluice-operator", LeaderElectionNamespace: operatorNamespace, LeaderElectionReleaseOnCancel: true,
+		// On a busy machine an answer may take long, and there is nobody else to lead.
+		LeaseDuration: new(2 * time.Minute), RenewDeadline: new(100 * time.Second),
 	})
 	if err != nil {
 		return 0, fmt.Errorf("make the manager: %w", err)
