@@ -224,8 +224,7 @@ ip link show ens1f0`)
 	}
 }
 
-// Slots on a NIC, on a VLAN of it and on a bridge: pods on different nodes talk over a
-// MacVLAN interface of the parent that their slot is on.
+// Slots on a NIC and on a VLAN of it, which is made, are there for pods to ask for.
 func TestMacvlanSlots(t *testing.T) {
 	macvlan := func(name, parent string, slots int, extra ...string) string {
 		return fmt.Sprintf(`
