@@ -50,11 +50,14 @@ func TestWebhookAndRemoval(t *testing.T) {
 		if strings.TrimSpace(out) != "0\n0" {
 			t.Errorf("%s still has VFs or a CNI plugin:\n%s", n, out)
 		}
-		for _, resource := range []string{left, right} {
-			if got := allocatable(t, n, resource); got != "" && got != "0" {
-				t.Errorf("%s still has %s=%s allocatable", n, resource, got)
+		eventually(t, time.Minute, func() error { // the kubelet writes its node's status each 10 s
+			for _, resource := range []string{left, right} {
+				if got := allocatable(t, n, resource); got != "" && got != "0" {
+					return fmt.Errorf("%s still has %s=%s allocatable", n, resource, got)
+				}
 			}
-		}
+			return nil
+		})
 	}
 	if out := kubectl(t, "", "get", "validatingwebhookconfigurations,mutatingwebhookconfigurations", "-o", "name"); strings.TrimSpace(out) != "" {
 		t.Errorf("a webhook is left: %s", out)
