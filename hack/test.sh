@@ -46,7 +46,7 @@ unit() {
 # Every fuzz target there is, with so many inputs beyond its seeds. A count, because
 # Go 1.26 now and then takes the end of a time limit for a failure.
 fuzz() {
-  export FUZZ=${FUZZ:-10000x} FUZZ_OUT=$PWD/out/fuzz FUZZ_CACHE
+  export FUZZ=${FUZZ:-5000x} FUZZ_OUT=$PWD/out/fuzz FUZZ_CACHE
   FUZZ_CACHE=$(go env GOCACHE)/fuzz/sluice
   say "fuzz targets, $FUZZ inputs each"
   local dir program

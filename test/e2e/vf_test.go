@@ -140,7 +140,7 @@ func TestReturnedVFsAreAtBaseline(t *testing.T) {
 // in two pods, and in the end all are at baseline.
 func TestChurn(t *testing.T) {
 	usePools(t)
-	rounds, err := strconv.Atoi(cmp.Or(os.Getenv("SLUICE_CHURN"), map[string]string{"uml": "3", "qemu": "1"}[kind]))
+	rounds, err := strconv.Atoi(cmp.Or(os.Getenv("SLUICE_CHURN"), map[string]string{"uml": "2", "qemu": "1"}[kind]))
 	if err != nil {
 		t.Fatalf("SLUICE_CHURN=%q: %v", os.Getenv("SLUICE_CHURN"), err)
 	}
