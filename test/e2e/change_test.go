@@ -105,6 +105,7 @@ const (
 // of VFs changes loses its own pods, one node after the other, and pods on the other PF
 // notice nothing. A budget that forbids it is told, by name, and holds.
 func TestChangesTouchOnlyWhatTheyMust(t *testing.T) {
+	onlyUML(t, "what is planned and whom it evicts does not depend on the NIC")
 	usePools(t)
 	neverCordoned(t)
 	kubectl(t, policy("left", "left", "ens1f0#0-2", 4)+policy("right", "right", "ens2f0", 2), "apply", "-f", "-")
@@ -182,7 +183,6 @@ spec: {minAvailable: 2, selector: {matchExpressions: [{key: app, operator: In, v
 	}
 
 	t.Run("disableDrain", func(t *testing.T) {
-		onlyUML(t, "eviction does not ask what the NIC is")
 		configure(t, `{"disableDrain": true}`)
 		defer configure(t, `{"disableDrain": false}`)
 		kubectl(t, l1, "apply", "-f", "-")
