@@ -67,13 +67,15 @@ func BenchmarkLabVFs(b *testing.B) {
 	}
 	klog.LogToStderr(false) // written as the program writes it, but not shown
 	klog.SetOutput(io.Discard)
+	state, holders := b.TempDir(), &usage{pods: map[string]string{}}
 	// start runs an agent until stop: while the shell works, none is in its way.
 	start := func() (stop func()) {
 		s.mu.Lock()
 		s.send()
 		s.mu.Unlock()
 		agent := New(Config{
-			Node: "guest", Kernel: h, States: s, Advertiser: &plugin{}, Usage: &usage{pods: map[string]string{}}, Log: klog.Background(),
+			Node: "guest", StateDir: state, Kernel: h, States: s, Advertiser: &plugin{}, Usage: holders, Attached: holders.Attached,
+			Lifeline: &lifeline{}, Log: klog.Background(),
 		})
 		ctx, cancel := context.WithCancel(b.Context())
 		done := make(chan error)
