@@ -21,8 +21,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-network/sluice/cni/attach"
-	"github.com/sluice-network/sluice/internal/durable"
 	"github.com/sluice-network/sluice/cni/wire"
+	"github.com/sluice-network/sluice/internal/durable"
 	"github.com/sluice-network/sluice/internal/host"
 )
 

@@ -21,8 +21,8 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/sluice-network/sluice/internal/durable"
 	"github.com/sluice-network/sluice/cni/wire"
+	"github.com/sluice-network/sluice/internal/durable"
 )
 
 // Codes of the CNI specification.
