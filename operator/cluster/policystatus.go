@@ -85,6 +85,14 @@ func (t *tally) mark(k policyKey) {
 	}
 }
 
+// keep leaves a policy to be looked at with whatever comes next: its failure is tried
+// again by who failed, ever later, and must not be hurried.
+func (t *tally) keep(k policyKey) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.dirty[k] = true
+}
+
 // takeDirty returns what became dirty since it was last called, sorted.
 func (t *tally) takeDirty() []policyKey {
 	t.mu.Lock()
@@ -191,17 +199,20 @@ func (r *policyStatus) Reconcile(ctx context.Context, _ ctrl.Request) (ctrl.Resu
 	nodes, err := listNodes(ctx, r)
 	if err != nil {
 		for _, k := range dirty {
-			r.tally.mark(k)
+			r.tally.keep(k)
 		}
 		return ctrl.Result{}, err
 	}
 	var failed []error
 	for _, k := range dirty {
 		complete, err := r.write(ctx, k, nodes)
-		if err != nil || !complete {
+		switch {
+		case err != nil:
+			r.tally.keep(k)
+			failed = append(failed, err)
+		case !complete:
 			r.tally.mark(k)
 		}
-		failed = append(failed, err)
 	}
 	return ctrl.Result{}, errors.Join(failed...)
 }

@@ -1,11 +1,15 @@
 package cluster
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/operator/plan"
@@ -189,5 +193,43 @@ func TestTally(t *testing.T) {
 	tl.set("b", nil)
 	if _, complete := tl.of(k, 1, []string{"b"}); complete || len(tl.takeDirty()) != 1 {
 		t.Error("a node that is gone is remembered")
+	}
+}
+
+// unreadable is an API server that refuses to list nodes, or to show policies.
+type unreadable struct {
+	client.Client
+	nodes bool
+}
+
+func (u unreadable) List(context.Context, client.ObjectList, ...client.ListOption) error {
+	if u.nodes {
+		return errors.New("no list today")
+	}
+	return nil
+}
+
+func (u unreadable) Get(context.Context, client.ObjectKey, client.Object, ...client.GetOption) error {
+	return errors.New("nothing to see today")
+}
+
+// A status that cannot be written is tried again by the queue, which backs off, and by
+// nobody else.
+func TestFailedStatusIsNotHurried(t *testing.T) {
+	for name, c := range map[string]client.Client{"nodes": unreadable{nodes: true}, "policy": unreadable{}} {
+		woken := 0
+		r := &policyStatus{Client: c, tally: newTally()}
+		r.tally.wake = func() { woken++ }
+		k := policyKey{kindPolicy, "p"}
+		r.tally.mark(k)
+		if _, err := r.Reconcile(t.Context(), ctrl.Request{}); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+		if woken != 1 {
+			t.Errorf("%s: woken %d times by one change", name, woken)
+		}
+		if got := r.tally.takeDirty(); len(got) != 1 || got[0] != k {
+			t.Errorf("%s: %v is to be tried again", name, got)
+		}
 	}
 }
