@@ -87,7 +87,7 @@ func (r *nodeState) ofPolicy(ctx context.Context, object client.Object) []reconc
 	}
 	var requests []reconcile.Request
 	for i := range nodes {
-		if selects(selector, nodes[i].Labels) {
+		if plan.SelectsNode(selector, nodes[i].Labels) {
 			requests = append(requests, r.ofNode(ctx, &nodes[i])...)
 		}
 	}
@@ -206,7 +206,7 @@ func (r *nodeState) hasAgent(ctx context.Context, node *metav1.PartialObjectMeta
 	if err != nil {
 		return nil, false, fmt.Errorf("read DaemonSet %s: %w", agentName, err)
 	}
-	return config, selects(agents.Spec.Template.Spec.NodeSelector, node.Labels), nil
+	return config, plan.SelectsNode(agents.Spec.Template.Spec.NodeSelector, node.Labels), nil
 }
 
 // policies are all that are in effect, of the cache, made ready for planning.
@@ -247,12 +247,12 @@ func (p *policies) selecting(node *metav1.PartialObjectMetadata, v verdict) map[
 		return all
 	}
 	for i := range p.vfs {
-		if o := &p.vfs[i]; selects(o.Spec.NodeSelector, node.Labels) {
+		if o := &p.vfs[i]; plan.SelectsNode(o.Spec.NodeSelector, node.Labels) {
 			all[policyKey{kindPolicy, o.Name}] = judged{v, o.Generation}
 		}
 	}
 	for i := range p.macvlans {
-		if o := &p.macvlans[i]; selects(o.Spec.NodeSelector, node.Labels) {
+		if o := &p.macvlans[i]; plan.SelectsNode(o.Spec.NodeSelector, node.Labels) {
 			all[policyKey{kindMacvlanPolicy, o.Name}] = judged{v, o.Generation}
 		}
 	}

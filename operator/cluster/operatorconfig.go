@@ -27,6 +27,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/operator/plan"
 )
 
 // Reasons of the conditions of a SriovOperatorConfig.
@@ -127,7 +128,7 @@ func (r *operatorConfig) Reconcile(ctx context.Context, request ctrl.Request) (c
 func count(nodes []metav1.PartialObjectMetadata, selector map[string]string) int {
 	n := 0
 	for i := range nodes {
-		if selects(selector, nodes[i].Labels) {
+		if plan.SelectsNode(selector, nodes[i].Labels) {
 			n++
 		}
 	}

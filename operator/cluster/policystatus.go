@@ -226,7 +226,7 @@ func (r *policyStatus) write(ctx context.Context, k policyKey, nodes []metav1.Pa
 	}
 	var selected []string
 	for i := range nodes {
-		if runsLinux(&nodes[i]) && selects(view.selector, nodes[i].Labels) {
+		if runsLinux(&nodes[i]) && plan.SelectsNode(view.selector, nodes[i].Labels) {
 			selected = append(selected, nodes[i].Name)
 		}
 	}

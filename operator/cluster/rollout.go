@@ -91,16 +91,6 @@ func agentSelector(config *sriovv1.SriovOperatorConfig, nodes []metav1.PartialOb
 	return selector
 }
 
-// selects tells whether labels have all that the selector wants.
-func selects(selector, nodeLabels map[string]string) bool {
-	for key, want := range selector {
-		if have, ok := nodeLabels[key]; !ok || have != want {
-			return false
-		}
-	}
-	return true
-}
-
 // gates are the feature gates that the SR-IOV network operator has, with what Sluice does
 // instead of heeding them.
 var gates = map[string]struct {

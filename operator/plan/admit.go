@@ -36,7 +36,7 @@ func (c *Cluster) AdmitPolicy(policy *sriovv1.SriovNetworkNodePolicy) (field.Err
 	a := admission{policy: policy.Name, spec: &policy.Spec}
 	for i := range c.Nodes {
 		node := &c.Nodes[i]
-		if !SelectsNode(policy, node.Labels) {
+		if !SelectsNode(policy.Spec.NodeSelector, node.Labels) {
 			continue
 		}
 		a.node(node.Name)
@@ -57,7 +57,7 @@ func (c *Cluster) AdmitMacvlanPolicy(policy *sluicev1.MacvlanNodePolicy) (field.
 	a := admission{policy: policy.Name, spec: &policy.Spec}
 	for i := range c.Nodes {
 		node := &c.Nodes[i]
-		if !SelectsMacvlanNode(policy, node.Labels) {
+		if !SelectsNode(policy.Spec.NodeSelector, node.Labels) {
 			continue
 		}
 		a.node(node.Name)
@@ -76,7 +76,7 @@ func (c *Cluster) AdmitMacvlanPolicy(policy *sluicev1.MacvlanNodePolicy) (field.
 func (p *Policies) on(node *Node) *Policies {
 	some := &Policies{}
 	for _, c := range p.sorted {
-		if SelectsNode(c.SriovNetworkNodePolicy, node.Labels) {
+		if SelectsNode(c.Spec.NodeSelector, node.Labels) {
 			some.sorted = append(some.sorted, c)
 		}
 	}
@@ -86,7 +86,7 @@ func (p *Policies) on(node *Node) *Policies {
 func macvlansOn(policies []sluicev1.MacvlanNodePolicy, node *Node) []sluicev1.MacvlanNodePolicy {
 	var some []sluicev1.MacvlanNodePolicy
 	for i := range policies {
-		if SelectsMacvlanNode(&policies[i], node.Labels) {
+		if SelectsNode(policies[i].Spec.NodeSelector, node.Labels) {
 			some = append(some, policies[i])
 		}
 	}

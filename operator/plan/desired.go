@@ -192,7 +192,7 @@ func (n *nodePlan) find(policy *compiled, p *pfPlan, reason Reason, message func
 
 // add lets a policy claim its VFs. Stronger policies have been added before.
 func (n *nodePlan) add(policy *compiled, nodeLabels map[string]string) {
-	if !selectsNode(policy.Spec.NodeSelector, nodeLabels) {
+	if !SelectsNode(policy.Spec.NodeSelector, nodeLabels) {
 		n.find(policy, nil, NodeNotSelected, func() string { return whyNotNode(policy.Spec.NodeSelector, nodeLabels) })
 		return
 	}

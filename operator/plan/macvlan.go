@@ -11,11 +11,6 @@ import (
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 )
 
-// SelectsMacvlanNode tells whether a policy's nodeSelector selects a node with these labels.
-func SelectsMacvlanNode(policy *sluicev1.MacvlanNodePolicy, labels map[string]string) bool {
-	return selectsNode(policy.Spec.NodeSelector, labels)
-}
-
 // DesiredMacvlan gives the MacVLAN parents of a node and what became of each policy on
 // it, as Desired does for VFs.
 //

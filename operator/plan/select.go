@@ -9,12 +9,9 @@ import (
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 )
 
-// SelectsNode tells whether a policy's nodeSelector selects a node with these labels.
-func SelectsNode(policy *sriovv1.SriovNetworkNodePolicy, labels map[string]string) bool {
-	return selectsNode(policy.Spec.NodeSelector, labels)
-}
-
-func selectsNode(nodeSelector, labels map[string]string) bool {
+// SelectsNode tells whether a nodeSelector selects a node with these labels: they must
+// have all that it wants.
+func SelectsNode(nodeSelector, labels map[string]string) bool {
 	for key, want := range nodeSelector {
 		if have, ok := labels[key]; !ok || have != want {
 			return false
