@@ -58,6 +58,8 @@ type claim struct {
 	iface  sriovv1.Interface // what the PF shall be; VfGroups is left empty
 }
 
+func (c *claim) rank() rank { return rankOf(c.policy, c.policy.Spec.Priority) }
+
 // Policies are policies made ready for planning many nodes. They are not changed, and
 // must not be changed by others either.
 type Policies struct {
@@ -71,6 +73,8 @@ type compiled struct {
 	reason  Reason // when it is wrong on every node
 	why     string
 }
+
+func (c *compiled) rank() rank { return rankOf(c, c.Spec.Priority) }
 
 // pfChoice is an entry of pfNames.
 type pfChoice struct {
@@ -93,12 +97,7 @@ func Compile(policies []sriovv1.SriovNetworkNodePolicy) *Policies {
 		}
 		p.sorted[i] = c
 	}
-	slices.SortFunc(p.sorted, func(a, b compiled) int {
-		return cmp.Or(
-			cmp.Compare(priority(a.SriovNetworkNodePolicy), priority(b.SriovNetworkNodePolicy)),
-			a.CreationTimestamp.Compare(b.CreationTimestamp.Time),
-			cmp.Compare(a.Name, b.Name))
-	})
+	slices.SortFunc(p.sorted, func(a, b compiled) int { return a.rank().compare(b.rank()) })
 	return p
 }
 
@@ -128,13 +127,6 @@ func Desired(policies []sriovv1.SriovNetworkNodePolicy, nodeLabels map[string]st
 	inventory []sriovv1.InterfaceExt, prior sriovv1.SriovNetworkNodeStateSpec,
 ) (sriovv1.SriovNetworkNodeStateSpec, []Finding) {
 	return Compile(policies).Desired(nodeLabels, inventory, prior)
-}
-
-func priority(p *sriovv1.SriovNetworkNodePolicy) int {
-	if p.Spec.Priority == nil {
-		return sriovv1.DefaultPriority
-	}
-	return *p.Spec.Priority
 }
 
 // nodePlan gathers the claims in effect, strongest first.
@@ -427,24 +419,18 @@ func (p *pfPlan) keep(policy *sriovv1.SriovNetworkNodePolicy) bool {
 
 // clash says why the weaker of two claims on the PF cannot stand beside the stronger.
 func (p *pfPlan) clash(strong, weak *claim) (Reason, string) {
-	reason := Overridden
-	if priority(strong.policy) == priority(weak.policy) {
-		reason = Conflict
-	}
-	// words says why the stronger is, and what else would help than other VFs.
-	words := func() (wins, mend string) {
-		if reason == Overridden {
-			return fmt.Sprintf("policy %s has priority %d, the stronger, against %d", strong.policy.Name, priority(strong.policy), priority(weak.policy)), "or a lower priority number"
-		}
-		return fmt.Sprintf("policies %s and %s have the same priority %d and %s was there first", strong.policy.Name, weak.policy.Name, priority(weak.policy), strong.policy.Name), "or another priority"
-	}
+	high, low := strong.rank(), weak.rank()
+	reason := high.reason(low)
 	both := overlap(strong.vfs, weak.vfs)
 	same := strong.group
 	same.PolicyName = weak.group.PolicyName
 	if len(both) > 0 && (reason == Overridden || same != weak.group) {
-		wins, mend := words()
+		mend := "or a lower priority number"
+		if reason == Conflict {
+			mend = "or another priority"
+		}
 		return reason, fmt.Sprintf("VFs %s of PF %s stay with policy %s (%s): %s; give one of them other VFs in pfNames, %s",
-			formatVFs(both), p, strong.policy.Name, differences(&strong.group, &weak.group), wins, mend)
+			formatVFs(both), p, strong.policy.Name, differences(&strong.group, &weak.group), high.wins(low), mend)
 	}
 	for _, setting := range []struct{ field, strong, weak string }{
 		{"eSwitchMode", strong.iface.EswitchMode, weak.iface.EswitchMode},
@@ -452,9 +438,8 @@ func (p *pfPlan) clash(strong, weak *claim) (Reason, string) {
 		{"externallyManaged", strconv.FormatBool(strong.iface.ExternallyManaged), strconv.FormatBool(weak.iface.ExternallyManaged)},
 	} {
 		if setting.strong != "" && setting.weak != "" && setting.strong != setting.weak {
-			wins, _ := words()
 			return reason, fmt.Sprintf("%s of PF %s is %s by policy %s and cannot also be %s: %s; make them equal, or select another PF",
-				setting.field, p, setting.strong, strong.policy.Name, setting.weak, wins)
+				setting.field, p, setting.strong, strong.policy.Name, setting.weak, high.wins(low))
 		}
 	}
 	return "", ""

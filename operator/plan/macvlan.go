@@ -52,21 +52,11 @@ func byMacvlanStrength(policies []sluicev1.MacvlanNodePolicy) []*sluicev1.Macvla
 	for i := range policies {
 		sorted = append(sorted, &policies[i])
 	}
-	slices.SortFunc(sorted, func(a, b *sluicev1.MacvlanNodePolicy) int {
-		return cmp.Or(
-			cmp.Compare(macvlanPriority(a), macvlanPriority(b)),
-			a.CreationTimestamp.Compare(b.CreationTimestamp.Time),
-			cmp.Compare(a.Name, b.Name))
-	})
+	slices.SortFunc(sorted, func(a, b *sluicev1.MacvlanNodePolicy) int { return macvlanRank(a).compare(macvlanRank(b)) })
 	return sorted
 }
 
-func macvlanPriority(p *sluicev1.MacvlanNodePolicy) int {
-	if p.Spec.Priority == nil {
-		return sriovv1.DefaultPriority
-	}
-	return *p.Spec.Priority
-}
+func macvlanRank(p *sluicev1.MacvlanNodePolicy) rank { return rankOf(p, p.Spec.Priority) }
 
 // macvlanPlan gathers the parents in effect, those of the strongest policy first.
 type macvlanPlan struct {
@@ -181,27 +171,19 @@ func (n *macvlanPlan) refuseResource(policy *sluicev1.MacvlanNodePolicy, resourc
 	}
 	for i := range n.claims {
 		c := &n.claims[i]
-		reason, wins := stronger(c.policy, policy)
+		high, low := macvlanRank(c.policy), macvlanRank(policy)
 		switch {
 		case c.policy == policy || !strings.EqualFold(c.parent.ResourceName, resource):
 		case c.parent.ResourceName != resource:
 			// Applications find both by one environment variable.
-			return reason, fmt.Sprintf("resourceName %s differs from %s of policy %s in case only: %s; change one of them", resource, c.parent.ResourceName, c.policy.Name, wins)
+			return high.reason(low), fmt.Sprintf("resourceName %s differs from %s of policy %s in case only: %s; change one of them", resource, c.parent.ResourceName, c.policy.Name, high.wins(low))
 		case c.parent.ExcludeTopology != excludeTopology:
 			// Kubelet asks a resource, not a device, whether it has NUMA nodes.
-			return reason, fmt.Sprintf("excludeTopology is %t here and %t in policy %s, which has the same resourceName %s: %s; make them equal or change one resourceName",
-				excludeTopology, c.parent.ExcludeTopology, c.policy.Name, resource, wins)
+			return high.reason(low), fmt.Sprintf("excludeTopology is %t here and %t in policy %s, which has the same resourceName %s: %s; make them equal or change one resourceName",
+				excludeTopology, c.parent.ExcludeTopology, c.policy.Name, resource, high.wins(low))
 		}
 	}
 	return "", ""
-}
-
-// stronger says why the first of two policies prevails.
-func stronger(strong, weak *sluicev1.MacvlanNodePolicy) (Reason, string) {
-	if macvlanPriority(strong) == macvlanPriority(weak) {
-		return Conflict, fmt.Sprintf("policies %s and %s have the same priority %d and %s was there first", strong.Name, weak.Name, macvlanPriority(weak), strong.Name)
-	}
-	return Overridden, fmt.Sprintf("policy %s has priority %d, the stronger, against %d", strong.Name, macvlanPriority(strong), macvlanPriority(weak))
 }
 
 // claim adds the policy's claim on a link that it selects, or the finding that says why not.
@@ -251,9 +233,9 @@ func (n *macvlanPlan) clash(c *parentClaim) (other *parentClaim, reason Reason, 
 		if all == nil {
 			return o, "", ""
 		}
-		reason, wins := stronger(o.policy, c.policy)
-		return nil, reason, fmt.Sprintf("%s stays with policy %s (%s): %s; make them equal, or give one of them another link or vlan, or a lower priority number",
-			c.key, o.policy.Name, strings.Join(all, ", "), wins)
+		high, low := macvlanRank(o.policy), macvlanRank(c.policy)
+		return nil, high.reason(low), fmt.Sprintf("%s stays with policy %s (%s): %s; make them equal, or give one of them another link or vlan, or a lower priority number",
+			c.key, o.policy.Name, strings.Join(all, ", "), high.wins(low))
 	}
 	return nil, "", ""
 }
