@@ -100,7 +100,7 @@ func TestAgentWritesOnlyItsOwnNodesState(t *testing.T) {
 	}
 	status := sriovv1.SriovNetworkNodeStateStatus{SyncStatus: sriovv1.SyncStatusSucceeded}
 	write := func(c client.Client, node string) error {
-		patch, err := applyStatus("SriovNetworkNodeState", client.ObjectKey{Namespace: operatorNamespace, Name: node}, &status)
+		patch, err := applyStatus(sriovv1.SchemeGroupVersion.WithKind("SriovNetworkNodeState"), client.ObjectKey{Namespace: operatorNamespace, Name: node}, &status)
 		if err != nil {
 			return err
 		}

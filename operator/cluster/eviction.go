@@ -538,15 +538,11 @@ func (r *eviction) tell(ctx context.Context, n *evictee, said metav1.Condition, 
 	if equality.Semantic.DeepEqual(all, before) {
 		return err
 	}
-	key := client.ObjectKeyFromObject(n.state)
-	desired, convert := applyStatus("SriovNetworkNodeState", key, &struct {
+	apply := writeStatus(ctx, r, sriovv1.SchemeGroupVersion.WithKind("SriovNetworkNodeState"), client.ObjectKeyFromObject(n.state), &struct {
 		Conditions []metav1.Condition `json:"conditions"`
 	}{own})
-	if convert != nil {
-		return errors.Join(err, convert)
-	}
-	if apply := r.Status().Apply(ctx, desired, fieldOwner, client.ForceOwnership); client.IgnoreNotFound(apply) != nil {
-		return errors.Join(err, fmt.Errorf("apply the condition %s of SriovNetworkNodeState %s: %w", sriovv1.ConditionEvicting, key, apply))
+	if client.IgnoreNotFound(apply) != nil {
+		return errors.Join(err, apply)
 	}
 	if was == nil || was.Reason != said.Reason {
 		kind := corev1.EventTypeNormal

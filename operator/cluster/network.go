@@ -337,7 +337,7 @@ func (r *network) elsewhere(nad *nadv1.NetworkAttachmentDefinition) (networkKey,
 
 // ownerRef is what the owner-ref annotation of what the network makes says.
 func (k networkKey) ownerRef() string {
-	return k.kind.GroupKind().String() + "/" + k.Namespace + "/" + k.Name
+	return render.OwnerRef(k.kind.GroupKind(), k.Namespace, k.Name)
 }
 
 // deleteOrphans deletes what a network that is gone had made in other namespaces.
@@ -427,7 +427,7 @@ func (r *network) report(ctx context.Context, object client.Object, refused *ref
 	degraded := ready
 	degraded.Type, degraded.Status = sriovv1.ConditionDegraded, metav1.ConditionFalse
 	if refused != nil {
-		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, refused.reason, shorten(refused.message, 32768)
+		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, refused.reason, shorten(refused.message, maxMessage)
 		degraded.Status, degraded.Reason, degraded.Message = metav1.ConditionTrue, ready.Reason, ready.Message
 	}
 	status := net.Status.DeepCopy()
@@ -441,12 +441,8 @@ func (r *network) report(ctx context.Context, object client.Object, refused *ref
 	if err != nil {
 		return err
 	}
-	desired, err := applyStatusOf(kind, client.ObjectKeyFromObject(object), status)
-	if err != nil {
-		return err
-	}
-	if err := r.Status().Apply(ctx, desired, fieldOwner, client.ForceOwnership); err != nil {
-		return client.IgnoreNotFound(fmt.Errorf("apply the status of %s: %w", net, err))
+	if err := writeStatus(ctx, r, kind, client.ObjectKeyFromObject(object), status); err != nil {
+		return client.IgnoreNotFound(err)
 	}
 	reportTransition(r.events, object, net.Status.Conditions, status.Conditions)
 	return nil

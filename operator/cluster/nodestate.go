@@ -310,7 +310,7 @@ func (r *nodeState) apply(ctx context.Context, state *sriovv1.SriovNetworkNodeSt
 
 // awaitAgent says in a new state what to look at should nothing else ever be said there.
 func (r *nodeState) awaitAgent(ctx context.Context, key client.ObjectKey) error {
-	status, err := applyStatus("SriovNetworkNodeState", key, &struct {
+	status, err := applyStatus(sriovv1.SchemeGroupVersion.WithKind("SriovNetworkNodeState"), key, &struct {
 		Conditions []metav1.Condition `json:"conditions"`
 	}{[]metav1.Condition{{
 		Type: sriovv1.ConditionReady, Status: metav1.ConditionUnknown, Reason: "AgentPending", LastTransitionTime: metav1.Now(),

@@ -287,15 +287,11 @@ func (r *operatorConfig) report(ctx context.Context, config *sriovv1.SriovOperat
 		status.MatchedNodeCount == o.matched && status.ReadyNodeCount == o.running {
 		return nil
 	}
-	key := client.ObjectKeyFromObject(config)
-	desired, err := applyStatus("SriovOperatorConfig", key, &sriovv1.SriovOperatorConfigStatus{
+	err := writeStatus(ctx, r, sriovv1.SchemeGroupVersion.WithKind("SriovOperatorConfig"), client.ObjectKeyFromObject(config), &sriovv1.SriovOperatorConfigStatus{
 		Conditions: own, ObservedGeneration: config.Generation, MatchedNodeCount: o.matched, ReadyNodeCount: o.running,
 	})
 	if err != nil {
-		return err
-	}
-	if err := r.Status().Apply(ctx, desired, fieldOwner, client.ForceOwnership); err != nil {
-		return client.IgnoreNotFound(fmt.Errorf("apply the status of SriovOperatorConfig %s: %w", key, err))
+		return client.IgnoreNotFound(err)
 	}
 	reportTransition(r.events, config, status.Conditions, all)
 	return nil

@@ -241,12 +241,8 @@ func (r *policyStatus) write(ctx context.Context, k policyKey, nodes []metav1.Pa
 		return true, nil
 	}
 	status.Conditions = own
-	desired, err := applyStatusOf(kindOfPolicy(k.kind), client.ObjectKeyFromObject(view.object), &status)
-	if err != nil {
-		return true, err
-	}
-	if err := r.Status().Apply(ctx, desired, fieldOwner, client.ForceOwnership); err != nil {
-		return true, client.IgnoreNotFound(fmt.Errorf("apply the status of %s %s: %w", k.kind, k.name, err))
+	if err := writeStatus(ctx, r, kindOfPolicy(k.kind), client.ObjectKeyFromObject(view.object), &status); err != nil {
+		return true, client.IgnoreNotFound(err)
 	}
 	reportTransition(r.events, view.object, view.conditions, all)
 	return true, nil

@@ -169,13 +169,8 @@ func (r *pool) report(ctx context.Context, p *sriovv1.SriovNetworkPoolConfig, in
 		status.MatchedNodeCount == p.Status.MatchedNodeCount && status.DisturbedNodeCount == p.Status.DisturbedNodeCount {
 		return nil
 	}
-	key := client.ObjectKeyFromObject(p)
-	desired, err := applyStatus("SriovNetworkPoolConfig", key, &status)
-	if err != nil {
-		return err
-	}
-	if err := r.Status().Apply(ctx, desired, fieldOwner, client.ForceOwnership); err != nil {
-		return client.IgnoreNotFound(fmt.Errorf("apply the status of SriovNetworkPoolConfig %s: %w", key, err))
+	if err := writeStatus(ctx, r, sriovv1.SchemeGroupVersion.WithKind("SriovNetworkPoolConfig"), client.ObjectKeyFromObject(p), &status); err != nil {
+		return client.IgnoreNotFound(err)
 	}
 	reportTransition(r.events, p, p.Status.Conditions, all)
 	return nil

@@ -109,13 +109,20 @@ func Setup(mgr ctrl.Manager, config Config) error {
 	return nil
 }
 
-// applyStatus is the status of an object of the group sriovnetwork.openshift.io as an
-// apply configuration.
-func applyStatus(kind string, key client.ObjectKey, status any) (runtime.ApplyConfiguration, error) {
-	return applyStatusOf(sriovv1.SchemeGroupVersion.WithKind(kind), key, status)
+// writeStatus applies what the operator says in an object's status, whoever else says it.
+func writeStatus(ctx context.Context, c client.Client, kind schema.GroupVersionKind, key client.ObjectKey, status any) error {
+	desired, err := applyStatus(kind, key, status)
+	if err != nil {
+		return err
+	}
+	if err := c.Status().Apply(ctx, desired, fieldOwner, client.ForceOwnership); err != nil {
+		return fmt.Errorf("apply the status of %s %s: %w", kind.Kind, key, err)
+	}
+	return nil
 }
 
-func applyStatusOf(kind schema.GroupVersionKind, key client.ObjectKey, status any) (runtime.ApplyConfiguration, error) {
+// applyStatus is the status of an object as an apply configuration.
+func applyStatus(kind schema.GroupVersionKind, key client.ObjectKey, status any) (runtime.ApplyConfiguration, error) {
 	part, err := runtime.DefaultUnstructuredConverter.ToUnstructured(status)
 	if err != nil {
 		return nil, fmt.Errorf("convert the status of %s %s: %w", kind.Kind, key, err)

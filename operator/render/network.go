@@ -72,8 +72,11 @@ func (n *Network) String() string {
 
 // OwnerRef names the network as the owner-ref annotation of its
 // NetworkAttachmentDefinition does.
-func (n *Network) OwnerRef() string {
-	return n.Kind.String() + "/" + n.GetNamespace() + "/" + n.GetName()
+func (n *Network) OwnerRef() string { return OwnerRef(n.Kind, n.GetNamespace(), n.GetName()) }
+
+// OwnerRef does so for a network of which only the name is known.
+func OwnerRef(kind schema.GroupKind, namespace, name string) string {
+	return kind.String() + "/" + namespace + "/" + name
 }
 
 // Definition makes the network's NetworkAttachmentDefinition, or says what is wrong with
