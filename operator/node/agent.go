@@ -337,14 +337,20 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 
 // observe reads one PF anew, with its VFs' settings.
 func (a *Agent) observe(ctx context.Context, address string) (host.PF, error) {
-	pf, there, err := a.Kernel.ReadPF(ctx, address)
-	if err == nil && !there {
-		err = fmt.Errorf("NIC %s is no longer there", address)
-	}
+	pf, err := a.readPF(ctx, address)
 	if err != nil {
 		return host.PF{}, err
 	}
 	return pf, a.Kernel.ReadVFSettings(ctx, &pf)
+}
+
+// readPF reads one PF that should be there.
+func (a *Agent) readPF(ctx context.Context, address string) (host.PF, error) {
+	pf, there, err := a.Kernel.ReadPF(ctx, address)
+	if err == nil && !there {
+		err = fmt.Errorf("NIC %s is no longer there", address)
+	}
+	return pf, err
 }
 
 // view is the PF as planning sees it, with the pods that hold its VFs now.

@@ -205,10 +205,7 @@ func (p *pass) held(ctx context.Context) error {
 
 // takeBack makes the PF what it was.
 func (p *pass) takeBack(ctx context.Context, was host.PF) error {
-	is, there, err := p.Kernel.ReadPF(ctx, was.PCIAddress)
-	if err == nil && !there {
-		err = fmt.Errorf("NIC %s is no longer there", was.PCIAddress)
-	}
+	is, err := p.readPF(ctx, was.PCIAddress)
 	if err != nil {
 		return err
 	}

@@ -62,8 +62,8 @@ func (r *parentReport) ready() bool { return r.parent != "" && r.trouble.message
 // work to do on them it comes after the work, but for the first time.
 func (p *pass) lookAtLinks(ctx context.Context, work bool) {
 	start := time.Now()
-	switch first := p.parents.read.IsZero(); {
-	case p.state == nil, work && !first, !p.parents.changed && start.Sub(p.parents.read) < resync:
+	first, due := p.parents.read.IsZero(), p.parents.changed || start.Sub(p.parents.read) >= resync
+	if p.state == nil || work && !first || !due {
 		return
 	}
 	if wait := p.parents.budget.wait(start); wait > 0 {

@@ -22,7 +22,7 @@ func configure(t *testing.T, spec string) {
 // policies and networks that stayed. Deleting the installation as it runs leaves nothing
 // that waits for it, and the next one works.
 func TestWebhookAndRemoval(t *testing.T) {
-	onlyUML(t, "a PF's restoring is tested in guests of both kinds")
+	onlyUML(t, "how PFs give up their VFs is tested in guests of both kinds")
 	usePools(t)
 	configure(t, `{"enableOperatorWebhook": true, "onRemoval": "Restore"}`)
 	eventually(t, time.Minute, func() error {
