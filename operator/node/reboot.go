@@ -163,11 +163,7 @@ func (p *pass) prepareBoot(op plan.Operation) error {
 	if op.Kind != plan.SetRDMAMode {
 		return fmt.Errorf("%s is not known to come true by a reboot", op)
 	}
-	mode := 1 // ib_devices_shared_netns in drivers/infiniband/core/device.c
-	if op.Value == "exclusive" {
-		mode = 0
-	}
-	text := fmt.Sprintf("# Written by Sluice: rdmaMode %s of this node's SriovNetworkPoolConfig.\noptions ib_core netns_mode=%d\n", op.Value, mode)
+	text := fmt.Sprintf("# Written by Sluice: rdmaMode %s of this node's SriovNetworkPoolConfig.\noptions ib_core netns_mode=%d\n", op.Value, plan.NetnsMode(op.Value))
 	if err := durable.WriteFile(filepath.Join(p.ModprobeDir, modprobeFile), []byte(text)); err != nil {
 		return fmt.Errorf("prepare the reboot for %s: %w", op, err)
 	}

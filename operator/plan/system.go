@@ -12,6 +12,15 @@ type System struct {
 	RDMABusy bool   // the kernel would not change it a moment ago: there are other network namespaces
 }
 
+// NetnsMode is the value of ib_core's parameter netns_mode with which the kernel boots
+// into an RDMA mode (ib_devices_shared_netns in drivers/infiniband/core/device.c).
+func NetnsMode(rdmaMode string) int {
+	if rdmaMode == v1.RdmaModeExclusive {
+		return 0
+	}
+	return 1
+}
+
 // SystemOperations plans what turns the node's own settings into those of want.
 func SystemOperations(want v1.System, have System) ([]Operation, []Blocked) {
 	if want.RdmaMode == "" || want.RdmaMode == have.RDMAMode {
@@ -22,8 +31,7 @@ func SystemOperations(want v1.System, have System) ([]Operation, []Blocked) {
 	case have.RDMAMode == "":
 		op.Cost, op.Reason = Refused, fmt.Sprintf("rdmaMode %s is asked for and the kernel has no RDMA: load module ib_core on the node, or take the node out of the pool", want.RdmaMode)
 	case have.RDMABusy:
-		mode := map[string]int{v1.RdmaModeExclusive: 0, v1.RdmaModeShared: 1}[want.RdmaMode]
-		op.Cost, op.Reason = Reboot, fmt.Sprintf("the kernel changes rdmaMode only while no pod has a network namespace: boot with ib_core.netns_mode=%d", mode)
+		op.Cost, op.Reason = Reboot, fmt.Sprintf("the kernel changes rdmaMode only while no pod has a network namespace: boot with ib_core.netns_mode=%d", NetnsMode(want.RdmaMode))
 	default:
 		return []Operation{op}, nil
 	}
