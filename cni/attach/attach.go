@@ -1,7 +1,6 @@
 package attach
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -61,9 +60,9 @@ type Options struct {
 	Log       logr.Logger
 
 	// Allocated returns the pod, as namespace/name, that the kubelet has given
-	// the VF to, not ok when it has given it to none. Nil leaves the VF to
+	// the device to, not ok when it has given it to none. Nil leaves a device to
 	// whoever names it: there is no kubelet.
-	Allocated func(ctx context.Context, pciAddress string) (pod string, ok bool, err error)
+	Allocated func(ctx context.Context, deviceID string) (pod string, ok bool, err error)
 
 	// OnStep, unless nil, is called before each step of making and undoing an
 	// attachment, with the step's name. Tests end the process in it.
@@ -71,7 +70,7 @@ type Options struct {
 }
 
 // Attacher makes and undoes attachments. It is safe for concurrent use: calls
-// for one attachment or one VF follow one another, others run side by side.
+// for one attachment or one device follow one another, others run side by side.
 type Attacher struct {
 	Options
 	journal *journal
@@ -91,7 +90,7 @@ func New(o Options) (*Attacher, error) {
 		return nil, err
 	}
 	for _, path := range aside {
-		o.Log.Error(nil, "A file of the journal is no record and was set aside; its VF keeps its settings until the node is configured anew", "file", path)
+		o.Log.Error(nil, "A file of the journal is no record and was set aside; if it was of a VF, that keeps its settings until the node is configured anew", "file", path)
 	}
 	return &Attacher{Options: o, journal: j}, nil
 }
@@ -112,10 +111,10 @@ func (a *Attacher) Attachments() []string {
 	return pods
 }
 
-// Holder returns the pod that has the VF, as namespace/name, "" when its name is
+// Holder returns the pod that has the device, as namespace/name, "" when its name is
 // not known.
-func (a *Attacher) Holder(pciAddress string) (pod string, held bool) {
-	r, held := a.journal.owner(pciAddress)
+func (a *Attacher) Holder(deviceID string) (pod string, held bool) {
+	r, held := a.journal.owner(deviceID)
 	return r.Pod, held
 }
 
@@ -125,8 +124,8 @@ func (a *Attacher) step(name string) {
 	}
 }
 
-// lock takes the lock of the attachment and then that of its VF. A VF's lock
-// guards the records that name the VF.
+// lock takes the lock of the attachment and then that of its device. A device's
+// lock guards the records that name the device.
 func (a *Attacher) lock(ctx context.Context, names ...string) (unlock func(), err error) {
 	var unlocks []func()
 	unlock = func() {
@@ -145,11 +144,11 @@ func (a *Attacher) lock(ctx context.Context, names ...string) (unlock func(), er
 	return unlock, nil
 }
 
-func keyLock(k Key) string    { return "attachment of " + k.String() }
-func vfLock(vf string) string { return "VF " + vf }
-func pfLock(pf string) string { return "PF " + pf }
+func keyLock(k Key) string        { return "attachment of " + k.String() }
+func deviceLock(id string) string { return noun(id) + " " + id }
+func pfLock(pf string) string     { return "PF " + pf }
 
-// Add makes the VF that the configuration names an interface of the pod and
+// Add makes the device that the configuration names an interface of the pod and
 // returns the result in the configuration's version. ns is the pod's namespace;
 // nil opens it by its path. After an error everything is as it was before, or
 // the error says that it is not and DEL will try again.
@@ -179,11 +178,11 @@ func (a *Attacher) Add(ctx context.Context, req Request, ns *host.Netns) ([]byte
 	if done != nil || err != nil {
 		return done, err
 	}
-	unlockVF, err := a.lock(ctx, vfLock(cfg.DeviceID))
+	unlockDevice, err := a.lock(ctx, deviceLock(cfg.DeviceID))
 	if err != nil {
 		return nil, err
 	}
-	defer unlockVF()
+	defer unlockDevice()
 	if err := a.allocated(ctx, cfg); err != nil {
 		return nil, err
 	}
@@ -201,8 +200,8 @@ func (a *Attacher) repeated(ctx context.Context, key Key, cfg *Config, ns *host.
 		return nil, nil
 	}
 	if r.Phase == Attached && a.alive(r) {
-		if r.VF != cfg.DeviceID || r.Netns != ns.ID {
-			return nil, fail(types.ErrInvalidNetworkConfig, "network %q: the attachment exists already with VF %s: DEL it first", cfg.Network, r.VF)
+		if r.Device != cfg.DeviceID || r.Netns != ns.ID {
+			return nil, fail(types.ErrInvalidNetworkConfig, "network %q: the attachment exists already with %s: DEL it first", cfg.Network, r.device())
 		}
 		return convert(r.Result, cfg.CNIVersion)
 	}
@@ -212,8 +211,8 @@ func (a *Attacher) repeated(ctx context.Context, key Key, cfg *Config, ns *host.
 	return nil, nil
 }
 
-// allocated makes sure that the VF is for this pod: whoever may write a network
-// definition can name any VF in it, also one the kubelet has just promised to
+// allocated makes sure that the device is for this pod: whoever may write a network
+// definition can name any device in it, also one the kubelet has just promised to
 // another pod, or will.
 func (a *Attacher) allocated(ctx context.Context, cfg *Config) error {
 	if a.Allocated == nil || cfg.Pod == "" {
@@ -225,14 +224,14 @@ func (a *Attacher) allocated(ctx context.Context, cfg *Config) error {
 	case err != nil:
 		return fail(types.ErrTryAgainLater, "network %q: deviceID %s: %w", cfg.Network, cfg.DeviceID, err)
 	case ok && pod != cfg.Pod:
-		return fail(CodeVFHeld, "network %q: deviceID %s: the VF is allocated to pod %s, not to %s: take deviceID out of the network definition", cfg.Network, cfg.DeviceID, pod, cfg.Pod)
+		return fail(CodeVFHeld, "network %q: deviceID %s: the %s is allocated to pod %s, not to %s: take deviceID out of the network definition", cfg.Network, cfg.DeviceID, noun(cfg.DeviceID), pod, cfg.Pod)
 	case !ok && pooled:
-		return fail(CodeVFHeld, "network %q: deviceID %s: the VF is in a pool and not allocated to pod %s: let the pod request the pool's resource, and take deviceID out of the network definition", cfg.Network, cfg.DeviceID, cfg.Pod)
+		return fail(CodeVFHeld, "network %q: deviceID %s: the %s is in a pool and not allocated to pod %s: let the pod request the pool's resource, and take deviceID out of the network definition", cfg.Network, cfg.DeviceID, noun(cfg.DeviceID), cfg.Pod)
 	}
 	return nil
 }
 
-// claim makes sure that nobody has the VF. An owner whose network namespace has
+// claim makes sure that nobody has the device. An owner whose network namespace has
 // ended has lost it.
 func (a *Attacher) claim(ctx context.Context, cfg *Config) error {
 	r, held := a.journal.owner(cfg.DeviceID)
@@ -240,12 +239,12 @@ func (a *Attacher) claim(ctx context.Context, cfg *Config) error {
 		return nil
 	}
 	if a.alive(r) {
-		return fail(CodeVFHeld, "network %q: deviceID %s: the VF is held by %s", cfg.Network, cfg.DeviceID, r.holder())
+		return fail(CodeVFHeld, "network %q: deviceID %s: the %s is held by %s", cfg.Network, cfg.DeviceID, noun(cfg.DeviceID), r.holder())
 	}
 	err := a.release(ctx, r, nil)
 	if r, held = a.journal.owner(cfg.DeviceID); held {
-		return fail(CodeVFHeld, "network %q: deviceID %s: the VF was held by %s, which is gone, and cannot be taken back yet: %w",
-			cfg.Network, cfg.DeviceID, r.holder(), err)
+		return fail(CodeVFHeld, "network %q: deviceID %s: the %s was held by %s, which is gone, and cannot be taken back yet: %w",
+			cfg.Network, cfg.DeviceID, noun(cfg.DeviceID), r.holder(), err)
 	}
 	if err != nil {
 		a.Log.Error(err, "Cannot finish an attachment whose pod is gone", "attachment", r.Key)
@@ -253,9 +252,13 @@ func (a *Attacher) claim(ctx context.Context, cfg *Config) error {
 	return nil
 }
 
-// attach does the work of Add on a VF that is free.
+// attach does the work of Add on a device that is free.
 func (a *Attacher) attach(ctx context.Context, key Key, cfg *Config, req Request, ns *host.Netns) ([]byte, error) {
-	vf, link, stale, err := a.inspect(cfg, req, ns)
+	r := Record{
+		Key: key, Pod: cfg.Pod, Device: cfg.DeviceID, Phase: Intent, NetnsPath: req.Netns, Netns: ns.ID,
+		IPAM: cfg.IPAM, Config: req.Stdin, Args: req.Args, Path: req.Path,
+	}
+	create, err := a.kindOf(r).prepare(cfg, ns, &r)
 	if err != nil {
 		return nil, err
 	}
@@ -263,21 +266,6 @@ func (a *Attacher) attach(ctx context.Context, key Key, cfg *Config, req Request
 		if err = a.IPAM.Find(cfg.IPAM, req); err != nil {
 			return nil, fmt.Errorf("network %q: ipam.type %q: %w", cfg.Network, cfg.IPAM, err)
 		}
-	}
-	r := Record{
-		Key: key, Pod: cfg.Pod, VF: cfg.DeviceID, Phase: Intent,
-		NetnsPath: req.Netns, Netns: ns.ID, Userspace: vf.Userspace,
-		IPAM: cfg.IPAM, Config: req.Stdin, Args: req.Args, Path: req.Path,
-	}
-	if r.Baseline, err = a.baseline(vf, link); err != nil {
-		return nil, fail(CodeKernel, "network %q: deviceID %s: %w", cfg.Network, cfg.DeviceID, err)
-	}
-	r.Baseline.AltNames = slices.DeleteFunc(r.Baseline.AltNames, func(n string) bool { return slices.Contains(stale, n) })
-	var asked host.VFAttrs
-	r.Settings, asked = cfg.Settings(r.Baseline)
-	r.MAC, r.MTU = r.Settings.MAC.String(), r.Baseline.MTU
-	if cfg.MTU != 0 {
-		r.MTU = cfg.MTU
 	}
 
 	a.step("add: write intent")
@@ -287,11 +275,11 @@ func (a *Attacher) attach(ctx context.Context, key Key, cfg *Config, req Request
 	}
 	undo := r
 	undo.IPAM = "" // until it has been asked
-	result, err := a.make(ctx, &undo, r, cfg, vf, link, stale, asked, ns)
+	result, err := a.make(ctx, &undo, r, cfg, create, ns)
 	if err == nil {
 		return result, nil
 	}
-	err = fmt.Errorf("network %q: deviceID %s: %w", cfg.Network, cfg.DeviceID, err)
+	err = fmt.Errorf("network %q: %s: %w", cfg.Network, cfg.device(), err)
 	rest, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
 	if undone := a.release(rest, undo, ns); undone != nil {
@@ -300,87 +288,11 @@ func (a *Attacher) attach(ctx context.Context, key Key, cfg *Config, req Request
 	return nil, err
 }
 
-// inspect finds the VF and its link and checks, before anything is changed,
-// that the link can go to the pod under the wanted name. stale are alternative
-// names of the link that stand in the way and that no one else has.
-func (a *Attacher) inspect(cfg *Config, req Request, ns *host.Netns) (vf host.VFRef, link host.Netdev, stale []string, err error) {
-	bad := func(code uint, format string, args ...any) error {
-		return fail(code, "network %q: deviceID %s: %w", cfg.Network, cfg.DeviceID, fmt.Errorf(format, args...))
-	}
-	vf, err = a.Kernel.VF(cfg.DeviceID)
-	switch {
-	case errors.Is(err, host.ErrNoVF):
-		return vf, link, nil, bad(types.ErrInvalidNetworkConfig, "%w", err)
-	case err != nil:
-		return vf, link, nil, bad(CodeVFUnusable, "%w", err)
-	case vf.Driver == "":
-		return vf, link, nil, bad(CodeVFUnusable, "the VF has no driver: bind one")
-	case vf.Userspace:
-		return vf, link, nil, nil
-	case vf.Name == "":
-		return vf, link, nil, bad(CodeVFUnusable, "driver %s has no netdev for the VF in the host's network namespace: a container that is not known here may have it", vf.Driver)
-	}
-	if link, err = a.Kernel.Link(nil, vf.Name); err != nil {
-		return vf, link, nil, bad(CodeVFUnusable, "%w", err)
-	}
-	others, err := a.Kernel.Links(ns)
-	if err != nil {
-		return vf, link, nil, bad(CodeKernel, "%w", err)
-	}
-	for _, o := range others {
-		names := append([]string{o.Name}, o.AltNames...)
-		if slices.Contains(names, req.IfName) {
-			return vf, link, nil, fail(CodeNameTaken, "network %q: the pod has an interface %s already (%s): choose another name", cfg.Network, req.IfName, o.Name)
-		}
-		// The kernel moves a link with all its names or not at all.
-		for _, alt := range link.AltNames {
-			if slices.Contains(names, alt) {
-				return vf, link, nil, bad(CodeNameTaken, "alternative name %s of %s is a name of %s in the pod already", alt, vf.Name, o.Name)
-			}
-		}
-	}
-	for _, alt := range link.AltNames {
-		if alt == req.IfName {
-			stale = append(stale, alt)
-		}
-	}
-	return vf, link, stale, nil
-}
-
-// baseline is the state the VF comes back to: its pool's, or for a VF that is
-// in no pool the MAC and MTU it has now.
-func (a *Attacher) baseline(vf host.VFRef, link host.Netdev) (Baseline, error) {
-	b := Baseline{MTU: link.MTU, Name: link.Name, AltNames: slices.Clone(link.AltNames)}
-	mac, mtu, ok := a.Baselines.Baseline(vf.PCIAddress)
-	if ok && mtu > 0 && !vf.Userspace {
-		b.MTU = mtu
-	}
-	if !ok || len(mac) == 0 {
-		s, err := a.Kernel.VFSettings(vf)
-		if err != nil {
-			return b, err
-		}
-		mac = s.MAC
-		if bytes.Equal(mac, make([]byte, len(mac))) {
-			mac = link.MAC
-		}
-	}
-	b.MAC = mac.String()
-	return b, nil
-}
-
 // make does everything that has to be undone when it fails. undo tells what.
-func (a *Attacher) make(ctx context.Context, undo *Record, r Record, cfg *Config, vf host.VFRef, link host.Netdev, stale []string, asked host.VFAttrs, ns *host.Netns) ([]byte, error) {
-	a.step("add: set VF")
-	if err := a.setVF(ctx, vf, r.Settings, asked); err != nil {
+func (a *Attacher) make(ctx context.Context, undo *Record, r Record, cfg *Config, create create, ns *host.Netns) ([]byte, error) {
+	link, err := create(ctx, r, ns)
+	if err != nil {
 		return nil, refused("%w", err)
-	}
-	if !r.Userspace {
-		a.step("add: move link")
-		var err error
-		if link, err = a.move(ctx, r, link, stale, ns); err != nil {
-			return nil, refused("%w", err)
-		}
 	}
 	result := &types100.Result{DNS: cfg.DNS}
 	if r.IPAM != "" {
@@ -398,8 +310,11 @@ func (a *Attacher) make(ctx context.Context, undo *Record, r Record, cfg *Config
 			result.DNS = ips.DNS
 		}
 	}
-	iface := &types100.Interface{Name: r.IfName, Mac: r.MAC, PciID: r.VF}
-	if !r.Userspace {
+	iface := &types100.Interface{Name: r.IfName, Mac: r.MAC}
+	if host.ValidPCIAddress(r.Device) {
+		iface.PciID = r.Device
+	}
+	if link.Index != 0 {
 		iface.Mtu, iface.Sandbox = link.MTU, r.NetnsPath
 		a.step("add: set addresses")
 		if err := a.address(ctx, ns, link, result); err != nil {
@@ -425,7 +340,7 @@ func (a *Attacher) make(ctx context.Context, undo *Record, r Record, cfg *Config
 	if err := a.journal.put(r); err != nil {
 		return nil, fail(types.ErrIOFailure, "%w", err)
 	}
-	if !r.Userspace && len(result.IPs) > 0 {
+	if link.Index != 0 && len(result.IPs) > 0 {
 		a.step("add: announce")
 		// Neighbours without it find out by themselves, later.
 		if err := a.Kernel.Announce(ctx, ns, r.IfName, nets(result.IPs)); err != nil {
@@ -434,63 +349,6 @@ func (a *Attacher) make(ctx context.Context, undo *Record, r Record, cfg *Config
 	}
 	a.step("add: answer")
 	return answer, nil
-}
-
-// setVF changes a VF through its PF, one VF of a PF after the other: firmware
-// and mailbox of a PF are shared, and some drivers fail calls that overlap.
-func (a *Attacher) setVF(ctx context.Context, vf host.VFRef, want host.VFSettings, asked host.VFAttrs) error {
-	unlock, err := a.lock(ctx, pfLock(vf.PF))
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	return a.Kernel.SetVFSettings(ctx, vf, want, asked)
-}
-
-// move takes the link from the host to the pod, complete and up, and returns it
-// as it is there.
-func (a *Attacher) move(ctx context.Context, r Record, link host.Netdev, stale []string, ns *host.Netns) (host.Netdev, error) {
-	for _, alt := range stale {
-		if err := a.Kernel.DeleteAltName(nil, link.Index, alt); err != nil {
-			return link, err
-		}
-	}
-	change := host.LinkChange{To: ns, Name: r.IfName, State: host.SetUp}
-	mac := r.Settings.MAC
-	if len(mac) > 0 && !bytes.Equal(mac, link.MAC) {
-		change.MAC = mac
-	}
-	if r.MTU != link.MTU {
-		change.MTU = r.MTU
-	}
-	err := a.Kernel.ChangeLink(ctx, nil, link.Index, change)
-	if err != nil && change.MAC != nil {
-		// Some drivers take a new MAC only by a reset of the VF, which needs the
-		// link at home again.
-		vf, home := a.bringHome(ctx, r, ns)
-		if home != nil {
-			return link, fmt.Errorf("move %s to the pod as %s: %w", link.Name, r.IfName, errors.Join(err, home))
-		}
-		if link, home = a.Kernel.Link(nil, vf.Name); home == nil {
-			home = a.Kernel.AdoptMAC(ctx, link, mac)
-		}
-		if home != nil {
-			return link, fmt.Errorf("move %s to the pod as %s: %w", link.Name, r.IfName, errors.Join(err, home))
-		}
-		change.MAC = nil
-		err = a.Kernel.ChangeLink(ctx, nil, link.Index, change)
-	}
-	if err != nil {
-		return link, fmt.Errorf("move %s to the pod as %s with MAC %s and MTU %d: %w", link.Name, r.IfName, r.MAC, r.MTU, err)
-	}
-	now, err := a.Kernel.Link(ns, r.IfName)
-	if err != nil {
-		return link, err
-	}
-	if len(mac) > 0 && !bytes.Equal(now.MAC, mac) {
-		return now, fmt.Errorf("driver kept MAC %s of %s where %s was set", now.MAC, r.IfName, mac)
-	}
-	return now, nil
 }
 
 // address puts the addresses and routes of the result on the link.
@@ -579,7 +437,7 @@ func convert(raw []byte, cniVersion string) ([]byte, error) {
 }
 
 // alive tells whether the record's network namespace still exists. When that
-// cannot be seen it does: taking a VF from a running pod is worse than keeping
+// cannot be seen it does: taking a device from a running pod is worse than keeping
 // one too long.
 func (a *Attacher) alive(r Record) bool {
 	ns, err := a.Kernel.OpenNetns(r.NetnsPath)

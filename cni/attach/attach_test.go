@@ -557,3 +557,27 @@ func TestJournalSetsAsideWhatIsNoRecord(t *testing.T) {
 		t.Errorf("files %v", files)
 	}
 }
+
+// A record of an agent that knew VFs only names its VF under another key.
+func TestReadsRecordsOfEarlierAgents(t *testing.T) {
+	w, dir := newWorld(), t.TempDir()
+	before := w.state()
+	if _, err := newAttacher(t, w, dir, nil).Add(t.Context(), request(Add, "c1", pod1, vf0, full), nil); err != nil {
+		t.Fatal(err)
+	}
+	files, _ := filepath.Glob(filepath.Join(dir, "*.json"))
+	b, err := os.ReadFile(files[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(files[0], []byte(strings.Replace(string(b), `"device":`, `"vf":`, 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a := newAttacher(t, w, dir, nil)
+	if pod, held := a.Holder(vf0); !held || pod != "ns/c1" {
+		t.Errorf("holder is %q, %v", pod, held)
+	}
+	if err := a.Del(t.Context(), request(Del, "c1", pod1, vf0, full), nil); err != nil || w.state() != before {
+		t.Errorf("DEL: %v, state\n%s", err, w.state())
+	}
+}

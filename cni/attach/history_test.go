@@ -97,11 +97,11 @@ func TestAnyHistory(t *testing.T) {
 					if r.Phase != Attached || !a.alive(r) {
 						continue
 					}
-					if s := w.settings[r.VF]; fmt.Sprint(s.VLAN-100) != r.ContainerID {
-						t.Fatalf("VF %s of pod %s has VLAN %d", r.VF, r.ContainerID, s.VLAN)
+					if s := w.settings[r.Device]; fmt.Sprint(s.VLAN-100) != r.ContainerID {
+						t.Fatalf("VF %s of pod %s has VLAN %d", r.Device, r.ContainerID, s.VLAN)
 					}
 					links := w.links[r.Netns]
-					if len(links) != 1 || links[0].PCIAddress != r.VF || !links[0].Up || links[0].Name != "net1" {
+					if len(links) != 1 || links[0].PCIAddress != r.Device || !links[0].Up || links[0].Name != "net1" {
 						t.Fatalf("pod %s has %+v", r.ContainerID, links)
 					}
 				}

@@ -23,9 +23,9 @@ type Phase string
 
 // The phases.
 const (
-	Intent   Phase = "intent"   // being made or undone: the VF may be anywhere, in any state
+	Intent   Phase = "intent"   // being made or undone: the device may be anywhere, in any state
 	Attached Phase = "attached" // in the pod, complete
-	Returned Phase = "returned" // the VF is home and free again; only IPAM is left to be told
+	Returned Phase = "returned" // the device is free again; only IPAM is left to be told
 )
 
 // Key names an attachment, as the CNI specification does.
@@ -69,7 +69,7 @@ func (b Baseline) Settings() host.VFSettings {
 type Record struct {
 	Key
 	Pod        string       `json:"pod,omitempty"` // namespace/name
-	VF         string       `json:"vf"`            // PCI address
+	Device     string       `json:"device"`        // PCI address of the VF
 	Generation uint64       `json:"generation"`    // grows with every ADD of this node
 	Phase      Phase        `json:"phase"`
 	NetnsPath  string       `json:"netnsPath"`
@@ -131,8 +131,15 @@ func openJournal(dir string) (*journal, []string, error) {
 			if err != nil {
 				return nil, nil, fmt.Errorf("open journal: %w", err)
 			}
+			// The device of a record of an agent that knew VFs only is under "vf".
+			var old struct {
+				VF string `json:"vf"`
+			}
 			r := &Record{}
-			if json.Unmarshal(b, r) != nil || r.file() != e.Name() || r.VF == "" {
+			if json.Unmarshal(b, &old) == nil {
+				r.Device = old.VF
+			}
+			if json.Unmarshal(b, r) != nil || r.file() != e.Name() || r.Device == "" {
 				if err := os.Rename(path, path+".unreadable"); err != nil {
 					return nil, nil, fmt.Errorf("open journal: %w", err)
 				}
@@ -190,12 +197,12 @@ func (j *journal) get(k Key) (Record, bool) {
 	return Record{}, false
 }
 
-// owner returns the record that holds the VF.
-func (j *journal) owner(vf string) (Record, bool) {
+// owner returns the record that holds the device.
+func (j *journal) owner(device string) (Record, bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	for _, r := range j.records {
-		if r.VF == vf && r.Phase != Returned {
+		if r.Device == device && r.Phase != Returned {
 			return *r, true
 		}
 	}

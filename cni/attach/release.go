@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net"
 	"slices"
-	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
@@ -49,10 +48,10 @@ func (a *Attacher) Del(ctx context.Context, req Request, ns *host.Netns) error {
 	return err
 }
 
-// finish takes the lock of the record's VF and releases it. The record may have
+// finish takes the lock of the record's device and releases it. The record may have
 // changed while waiting for the lock.
 func (a *Attacher) finish(ctx context.Context, r Record, ns *host.Netns) error {
-	unlock, err := a.lock(ctx, vfLock(r.VF))
+	unlock, err := a.lock(ctx, deviceLock(r.Device))
 	if err != nil {
 		return err
 	}
@@ -62,14 +61,14 @@ func (a *Attacher) finish(ctx context.Context, r Record, ns *host.Netns) error {
 		return nil
 	}
 	if err := a.release(ctx, r, ns); err != nil {
-		return fmt.Errorf("network %q: deviceID %s: %w", r.Network, r.VF, err)
+		return fmt.Errorf("network %q: %s: %w", r.Network, r.device(), err)
 	}
 	return nil
 }
 
-// release brings the VF home, gives it its baseline, releases the address and
+// release takes the device back, releases the address and
 // forgets the record. It can be repeated after any failure, and after the death
-// of the agent at any point. ns may be nil. The caller has the VF's lock.
+// of the agent at any point. ns may be nil. The caller has the device's lock.
 //
 // The order matters: out of the pod first, so that the pod never sees the
 // baseline's settings and never uses an address that is free again.
@@ -82,16 +81,16 @@ func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error 
 			return fail(types.ErrIOFailure, "%w", err)
 		}
 	}
-	owner, owned := a.journal.owner(r.VF)
+	owner, owned := a.journal.owner(r.Device)
 	if owned && owner.Generation == r.Generation {
-		if err := a.restore(ctx, r, ns); err != nil {
+		if err := a.kindOf(r).restore(ctx, r, ns); err != nil {
 			return err
 		}
 	}
 	if r.IPAM != "" {
 		a.step("del: ask IPAM")
 		if _, err := a.IPAM.Exec(ctx, r.IPAM, r.request(Del)); err != nil {
-			// The VF need not wait for the address.
+			// The device need not wait for the address.
 			r.Phase, r.Result = Returned, nil
 			return errors.Join(err, a.journal.put(r))
 		}
@@ -102,135 +101,6 @@ func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error 
 	}
 	a.step("del: answer")
 	return nil
-}
-
-// restore brings the record's VF home and gives it its baseline.
-func (a *Attacher) restore(ctx context.Context, r Record, ns *host.Netns) error {
-	a.step("del: bring link home")
-	vf, err := a.bringHome(ctx, r, ns)
-	if errors.Is(err, host.ErrNoVF) {
-		return nil // nothing left that could have a state
-	}
-	if err != nil {
-		return refused("take the VF back: %w", err)
-	}
-	a.step("del: reset VF")
-	if err := a.setVF(ctx, vf, r.Baseline.Settings(), 0); err != nil {
-		return refused("reset the VF: %w", err)
-	}
-	if r.Userspace {
-		return nil
-	}
-	a.step("del: reset link")
-	if err := a.resetLink(ctx, vf, r.Baseline); err != nil {
-		return refused("reset the VF's link: %w", err)
-	}
-	return nil
-}
-
-// bringHome makes sure that the VF's netdev, if its driver makes one, is in the
-// host's namespace, and returns the VF as it is then.
-func (a *Attacher) bringHome(ctx context.Context, r Record, ns *host.Netns) (host.VFRef, error) {
-	pods := []*host.Netns{ns}
-	if byPath, err := a.Kernel.OpenNetns(r.NetnsPath); err == nil {
-		defer byPath.Close()
-		if byPath.ID == r.Netns {
-			pods = append(pods, byPath)
-		}
-	}
-	ctx, cancel := context.WithTimeout(ctx, homeTimeout)
-	defer cancel()
-	for {
-		vf, err := a.Kernel.VF(r.VF)
-		if err != nil || vf.Name != "" || vf.Driver == "" || vf.Userspace {
-			return vf, err
-		}
-		found := false
-		for _, pod := range pods {
-			if pod == nil || found {
-				continue
-			}
-			if found, err = a.moveHome(ctx, r, pod); err != nil {
-				return vf, err
-			}
-		}
-		if found {
-			continue
-		}
-		// The kernel gives links back some time after a namespace has ended.
-		select {
-		case <-ctx.Done():
-			return vf, fmt.Errorf("its link is neither in the host's network namespace nor in the pod's (%s); something may keep that alive, or the link was moved on: %w", r.NetnsPath, ctx.Err())
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-}
-
-// moveHome moves the VF's link from the pod's namespace to the host's, whatever
-// its name is there by now.
-func (a *Attacher) moveHome(ctx context.Context, r Record, pod *host.Netns) (found bool, err error) {
-	links, err := a.Kernel.Links(pod)
-	if err != nil {
-		return false, err
-	}
-	i := slices.IndexFunc(links, func(l host.Netdev) bool { return l.PCIAddress == r.VF })
-	if i < 0 {
-		return false, nil
-	}
-	// A name given in the pod may be taken in the host, and would hold up the move.
-	for _, alt := range links[i].AltNames {
-		if !slices.Contains(r.Baseline.AltNames, alt) {
-			if err := a.Kernel.DeleteAltName(pod, links[i].Index, alt); err != nil {
-				return true, err
-			}
-		}
-	}
-	change := host.LinkChange{To: a.Kernel.HostNetns(), Name: r.Baseline.Name, State: host.SetDown}
-	if err := a.Kernel.ChangeLink(ctx, pod, links[i].Index, change); err != nil {
-		return true, fmt.Errorf("move %s from the pod to the host as %s: %w", links[i].Name, r.Baseline.Name, err)
-	}
-	return true, nil
-}
-
-// resetLink gives the VF's netdev, which is in the host's namespace, its baseline.
-func (a *Attacher) resetLink(ctx context.Context, vf host.VFRef, b Baseline) error {
-	if vf.Name == "" {
-		return nil // unbound meanwhile
-	}
-	link, err := a.Kernel.Link(nil, vf.Name)
-	if err != nil {
-		return err
-	}
-	change, changed := host.LinkChange{}, link.Up || link.Name != b.Name || link.MTU != b.MTU
-	if link.Up {
-		change.State = host.SetDown
-	}
-	if link.Name != b.Name {
-		change.Name = b.Name
-	}
-	if link.MTU != b.MTU {
-		change.MTU = b.MTU
-	}
-	if changed {
-		if err = a.Kernel.ChangeLink(ctx, nil, link.Index, change); err != nil {
-			return fmt.Errorf("set %s to name %s and MTU %d: %w", link.Name, b.Name, b.MTU, err)
-		}
-		if link, err = a.Kernel.Link(nil, b.Name); err != nil {
-			return err
-		}
-	}
-	for _, alt := range link.AltNames {
-		if !slices.Contains(b.AltNames, alt) {
-			if err = a.Kernel.DeleteAltName(nil, link.Index, alt); err != nil {
-				return err
-			}
-		}
-	}
-	mac, err := net.ParseMAC(b.MAC)
-	if err != nil {
-		return fmt.Errorf("baseline MAC %q: %w", b.MAC, err)
-	}
-	return a.Kernel.AdoptMAC(ctx, link, mac)
 }
 
 // Recover finishes what an earlier agent left: attachments that were being made
@@ -326,14 +196,14 @@ func (a *Attacher) Check(ctx context.Context, req Request, ns *host.Netns) error
 		return fail(types.ErrDecodingFailure, "network %q: read prevResult: %w", cfg.Network, err)
 	}
 	key := Key{cfg.Network, req.ContainerID, req.IfName}
-	unlock, err := a.lock(ctx, keyLock(key), vfLock(cfg.DeviceID))
+	unlock, err := a.lock(ctx, keyLock(key), deviceLock(cfg.DeviceID))
 	if err != nil {
 		return err
 	}
 	defer unlock()
 	r, ok := a.journal.get(key)
-	if !ok || r.Phase != Attached || r.VF != cfg.DeviceID {
-		return fail(CodeCheckFailed, "network %q: VF %s is not attached as %s to container %s", cfg.Network, cfg.DeviceID, req.IfName, req.ContainerID)
+	if !ok || r.Phase != Attached || r.Device != cfg.DeviceID {
+		return fail(CodeCheckFailed, "network %q: %s is not attached as %s to container %s", cfg.Network, cfg.device(), req.IfName, req.ContainerID)
 	}
 	if ns == nil {
 		if ns, err = a.Kernel.OpenNetns(req.Netns); err != nil {
@@ -346,7 +216,7 @@ func (a *Attacher) Check(ctx context.Context, req Request, ns *host.Netns) error
 		return fail(CodeKernel, "network %q: %w", cfg.Network, err)
 	}
 	if len(wrong) > 0 {
-		return fail(CodeCheckFailed, "network %q: deviceID %s: %w", cfg.Network, cfg.DeviceID, errors.Join(wrong...))
+		return fail(CodeCheckFailed, "network %q: %s: %w", cfg.Network, cfg.device(), errors.Join(wrong...))
 	}
 	if r.IPAM == "" {
 		return nil
@@ -369,25 +239,12 @@ func previous(cfg *Config) (*types100.Result, error) {
 // compare lists what differs from what was attached.
 func (a *Attacher) compare(r Record, ns *host.Netns, prev *types100.Result) (wrong []error, err error) {
 	differs := func(format string, args ...any) { wrong = append(wrong, fmt.Errorf(format, args...)) }
-	vf, err := a.Kernel.VF(r.VF)
-	if errors.Is(err, host.ErrNoVF) {
-		return []error{err}, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	have, err := a.Kernel.VFSettings(vf)
-	if err != nil {
-		return nil, err
-	}
-	for _, d := range host.DiffVFSettings(have, r.Settings) {
-		differs("%s", d)
-	}
-	if r.Userspace {
-		return wrong, nil
+	k := a.kindOf(r)
+	if wrong, err = k.differences(r); err != nil || r.Userspace {
+		return wrong, err
 	}
 	if ns.ID != r.Netns {
-		differs("network namespace %s is not the one the VF was attached to", r.NetnsPath)
+		differs("network namespace %s is not the one of the attachment", r.NetnsPath)
 	}
 	links, err := a.Kernel.Links(ns)
 	if err != nil {
@@ -399,8 +256,8 @@ func (a *Attacher) compare(r Record, ns *host.Netns, prev *types100.Result) (wro
 		return wrong, nil
 	}
 	link := links[i]
-	if link.PCIAddress != r.VF {
-		differs("interface %s is not the VF's", r.IfName)
+	if err := k.is(link, r); err != nil {
+		differs("interface %s %w", r.IfName, err)
 	}
 	if link.MAC.String() != r.MAC {
 		differs("interface %s has MAC %s, not %s", r.IfName, link.MAC, r.MAC)

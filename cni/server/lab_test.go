@@ -507,7 +507,7 @@ func (l *lab) holder(t *testing.T, dir, vf string) bool {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if r.VF == vf && r.Phase == attach.Attached {
+		if r.Device == vf && r.Phase == attach.Attached {
 			return true
 		}
 		t.Errorf("after recovery the journal has %s", b)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -24,6 +25,9 @@ type Netdev struct {
 	Carrier    bool   // IFF_LOWER_UP
 	PCIAddress string // of the PCI function it belongs to (IFLA_PARENT_DEV_NAME, Linux 5.14); empty without one
 }
+
+// Has tells whether name is the link's name or one of its alternative names.
+func (n Netdev) Has(name string) bool { return n.Name == name || slices.Contains(n.AltNames, name) }
 
 // Links lists the netdevs of a namespace, without their VFs.
 func (a *Attacher) Links(ns *Netns) ([]Netdev, error) {
