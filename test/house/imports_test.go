@@ -59,12 +59,13 @@ func room(path string) string {
 
 // mayImport lists, for each room, the other rooms its packages may import.
 var mayImport = map[string][]string{
-	"apis":             {},
-	"internal/host":    {},
-	"internal/durable": {},
-	"operator":         {"apis", "internal/host", "internal/durable"},
-	"deviceplugin":     {"apis", "internal/host", "internal/durable"},
-	"cni":              {"apis", "internal/host", "internal/durable"},
+	"apis":               {},
+	"internal/host":      {},
+	"internal/durable":   {},
+	"internal/netselect": {},
+	"operator":           {"apis", "internal/host", "internal/durable", "internal/netselect"},
+	"deviceplugin":       {"apis", "internal/host", "internal/durable"},
+	"cni":                {"apis", "internal/host", "internal/durable", "internal/netselect"},
 }
 
 // compositionRoot wires the rooms of the node agent together.
