@@ -128,6 +128,36 @@ func wantCondition(t *testing.T, object client.Object, conditions func() []metav
 	})
 }
 
+// What the SR-IOV network operator made by itself, and refused to be rid of, is taken as it
+// is, and does nothing; the same under another name is refused.
+func TestPolicyNamedDefault(t *testing.T) {
+	needAPI(t)
+	makeNode(t, "pd-1", nil)
+	const spec = "nodeSelector: {}\nnicSelector: {}\nnumVfs: 0\nresourceName: ''"
+	o := object(t, "SriovNetworkNodePolicy", "default", spec)
+	eventually(t, func() error { return api.Create(t.Context(), o) }) // the API server takes a moment to act on an admission policy
+	defer func() { _ = api.Delete(t.Context(), o) }()
+	p := &sriovv1.SriovNetworkNodePolicy{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "default"}}
+	conditions := func() []metav1.Condition { return p.Status.Conditions }
+	const why = "a policy named default has no effect, as in the SR-IOV network operator: to make VFs, give it another name"
+	wantCondition(t, p, conditions, sriovv1.ConditionReady, metav1.ConditionFalse, "PolicyIgnored", why)
+	wantCondition(t, p, conditions, sriovv1.ConditionDegraded, metav1.ConditionFalse, "PolicyIgnored", why)
+
+	change(t, p, func(p *sriovv1.SriovNetworkNodePolicy) {
+		p.Spec.NumVfs, p.Spec.ResourceName, p.Spec.NicSelector.PfNames = 4, "r", []sriovv1.PfName{"ens1f0"}
+	})
+	agentReports(t, "pd-1", func(*sriovv1.SriovNetworkNodeState) {})
+	wantCondition(t, p, conditions, sriovv1.ConditionReady, metav1.ConditionFalse, "PolicyIgnored", why)
+	wantGroups(t, "pd-1", "")
+
+	err := api.Create(t.Context(), object(t, "SriovNetworkNodePolicy", "other", spec), client.DryRunAll)
+	for _, field := range []string{"spec.resourceName: ", "spec.numVfs: "} {
+		if err == nil || !strings.Contains(err.Error(), field) {
+			t.Errorf("under another name the error is %v, and lacks %s", err, field)
+		}
+	}
+}
+
 func TestNodeState(t *testing.T) {
 	needAPI(t)
 	node := makeNode(t, "ns-1", map[string]string{"test": "ns"})

@@ -42,7 +42,7 @@ func TestSchemaRefuses(t *testing.T) {
 	for _, c := range []struct{ name, kind, spec, field, want string }{
 		{"no spec", policy, "null", "spec", "Required value"},
 		{"no VFs", policy, node + "numVfs: 0\nnicSelector: {vendor: '8086'}", "spec.numVfs",
-			"Invalid value: 0: this makes no VFs: set numVfs to 1 or more; to take VFs away, delete the policy"},
+			"this makes no VFs: set numVfs to 1 or more; to take VFs away, delete the policy"},
 		{"range backwards", policy, node + "numVfs: 8\nnicSelector: {pfNames: ['ens1f0#5-2']}", "spec.nicSelector.pfNames[0]",
 			`"ens1f0#5-2" has a VF range that runs backwards: write the lower VF number first, as in ens1f0#2-5`},
 		{"two ranges", policy, node + "numVfs: 8\nnicSelector: {pfNames: [a, 'ens1f0#0-1#2']}", "spec.nicSelector.pfNames[1]",

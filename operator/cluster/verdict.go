@@ -70,8 +70,9 @@ func judge(findings []plan.Finding, state *sriovv1.SriovNetworkNodeState, acted 
 			v = verdict{reason: string(plan.NoNICSelected), message: bare, degraded: true}
 		case f.Reason == plan.InventoryPending:
 			v.progress = true
-		case f.Reason == plan.NoNICSelected, f.Reason == plan.PolicyIgnored:
+		case f.Reason == plan.NoNICSelected:
 			v.degraded = true
+		case f.Reason == plan.PolicyIgnored: // nothing is missing
 		default:
 			continue
 		}

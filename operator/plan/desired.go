@@ -21,7 +21,7 @@ const (
 	NotSelected       Reason = "NotSelected"       // nicSelector does not select the PF
 	NoNICSelected     Reason = "NoNICSelected"     // nicSelector selects no PF of the node
 	InventoryPending  Reason = "InventoryPending"  // the node has not reported any PF
-	PolicyIgnored     Reason = "PolicyIgnored"     // the name default
+	PolicyIgnored     Reason = "PolicyIgnored"     // the name default, or no VFs: it asks for nothing
 	PolicyInvalid     Reason = "PolicyInvalid"     // wrong whatever the NIC
 	TotalVFsExceeded  Reason = "TotalVFsExceeded"  // more VFs than the PF can have
 	NICMismatch       Reason = "NICMismatch"       // the PF is not as the policy needs it
@@ -280,7 +280,7 @@ func refuseEverywhere(policy *sriovv1.SriovNetworkNodePolicy) (Reason, string) {
 	s := &spec.NicSelector
 	switch {
 	case policy.Name == "default":
-		return PolicyIgnored, "a policy named default is ignored: give it another name"
+		return PolicyIgnored, "a policy named default has no effect, as in the SR-IOV network operator: to make VFs, give it another name"
 	case spec.NumVfs == 0:
 		return PolicyIgnored, "numVfs 0 makes no VFs: set it to 1 or more, or delete the policy"
 	case len(s.UnknownKeys) > 0:

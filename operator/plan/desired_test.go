@@ -113,7 +113,7 @@ func TestDesired(t *testing.T) {
 		{"no NIC", []sriovv1.SriovNetworkNodePolicy{policy("a", pfNames("eth9"))}, "", []string{"a NoNICSelected : nicSelector selects no PF of the node: not PF ens1f0 (0000:01:00.0): its name is not among nicSelector.pfNames eth9; not PF ens2f0"}},
 		{"another node", []sriovv1.SriovNetworkNodePolicy{policy("a", func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.NodeSelector = map[string]string{"role": "db"} })}, "",
 			[]string{`a NodeNotSelected : the node's label role is "worker", nodeSelector wants "db"`}},
-		{"the name default", []sriovv1.SriovNetworkNodePolicy{policy("default")}, "", []string{"default PolicyIgnored : give it another name"}},
+		{"the name default", []sriovv1.SriovNetworkNodePolicy{policy("default")}, "", []string{"default PolicyIgnored : a policy named default has no effect, as in the SR-IOV network operator: to make VFs, give it another name"}},
 		{"the wrong link", []sriovv1.SriovNetworkNodePolicy{policy("a", func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.LinkType = "ib" })}, "",
 			[]string{"a NICMismatch ens1f0: linkType ib: PF ens1f0 (0000:01:00.0) is ETH"}},
 		{"managed elsewhere with too few VFs", []sriovv1.SriovNetworkNodePolicy{policy("a", pfNames("ens2f0"), func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.ExternallyManaged = true })}, "",

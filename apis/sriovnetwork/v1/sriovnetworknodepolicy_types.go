@@ -23,7 +23,6 @@ type SriovNetworkNodePolicySpec struct {
 	// resourceName is the resource the VFs are advertised as, after the prefix and a
 	// slash. Several policies may share one.
 	// +required
-	// +kubebuilder:validation:XValidation:rule="self.matches('^[a-zA-Z0-9]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?$')",messageExpression="'resourceName \"' + self + '\" is not a resource name: use 1 to 63 letters, digits, _ and -, with a letter or digit at both ends'"
 	// +kubebuilder:validation:MaxLength=253
 	ResourceName string `json:"resourceName"`
 	// nodeSelector selects nodes by labels that must all be equal. An empty one selects
@@ -43,7 +42,6 @@ type SriovNetworkNodePolicySpec struct {
 	Mtu int `json:"mtu,omitempty"`
 	// numVfs is the number of VFs to make on each selected PF.
 	// +required
-	// +kubebuilder:validation:XValidation:rule="self >= 1",message="this makes no VFs: set numVfs to 1 or more; to take VFs away, delete the policy"
 	NumVfs int `json:"numVfs"`
 	// nicSelector selects the PFs. All fields given must match; in a list any entry may.
 	//
@@ -241,6 +239,11 @@ type SriovNetworkNodePolicyStatus struct {
 // SriovNetworkNodePolicy makes VFs on the NICs of some nodes and advertises them as a
 // resource.
 //
+// The one named default has no effect, as in the SR-IOV network operator, which made it with
+// an empty spec: rules that such a spec breaks are here, where the name is known.
+//
+// +kubebuilder:validation:XValidation:rule="self.metadata.name == 'default' || self.spec.resourceName.matches('^[a-zA-Z0-9]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?$')",fieldPath=".spec.resourceName",messageExpression="'resourceName \"' + self.spec.resourceName + '\" is not a resource name: use 1 to 63 letters, digits, _ and -, with a letter or digit at both ends'"
+// +kubebuilder:validation:XValidation:rule="self.metadata.name == 'default' || self.spec.numVfs >= 1",fieldPath=".spec.numVfs",message="this makes no VFs: set numVfs to 1 or more; to take VFs away, delete the policy"
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status
 // +kubebuilder:printcolumn:name="Resource",type=string,JSONPath=`.spec.resourceName`
