@@ -193,6 +193,17 @@ func (m *Manager) Withdraw(ctx context.Context, ids []string) error {
 	return m.told(ctx)
 }
 
+// Repeat sends the kubelet its lists again, upon which it writes anew which device it
+// gave to whom (see package podresources).
+func (m *Manager) Repeat() {
+	m.each(func(r *resource) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.version++
+		r.notify()
+	})
+}
+
 func (m *Manager) told(ctx context.Context) error {
 	var all []*resource
 	m.each(func(r *resource) { all = append(all, r) })

@@ -50,6 +50,19 @@ func TestUnchangedListIsNotSentAgain(t *testing.T) {
 	}
 }
 
+func TestAnUnchangedListIsRepeatedWhenAsked(t *testing.T) {
+	f := newFixture(t)
+	k := startKubelet(t, f.dir)
+	f.advertise(t, pool("nics", vf(1)))
+	eventuallyList(t, k, nics, "00.1 Healthy numa0")
+	before := k.count(k.received, nics)
+	f.Repeat()
+	eventually(t, "the list is repeated", func() bool { return k.count(k.received, nics) == before+1 })
+	if got := k.list(nics); got != "00.1 Healthy numa0" {
+		t.Errorf("the kubelet was sent %s", got)
+	}
+}
+
 func TestKubeletStartsLast(t *testing.T) {
 	f := newFixture(t)
 	f.advertise(t, pool("nics", vf(1)))

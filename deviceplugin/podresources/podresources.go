@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -15,17 +16,24 @@ import (
 // maxAnswer bounds an answer of the kubelet, which lists all pods of the node.
 const maxAnswer = 16 << 20
 
+// UnnamedPod and a UID stand for a pod of which only the UID is known.
+const UnnamedPod = "uid:"
+
 // Client asks one kubelet. It is safe for concurrent use.
 type Client struct {
-	conn   *grpc.ClientConn
-	prefix string
+	conn       *grpc.ClientConn
+	checkpoint string
+	prefix     string
+
+	mu   sync.Mutex
+	pods pods
 }
 
-// New makes a client for the kubelet's pod-resources socket. It connects when
-// it is first used, and again after the kubelet was restarted. Only devices of
-// resources below prefix ("openshift.io") count: other device plugins may use
-// PCI addresses as IDs, too.
-func New(socket, prefix string) (*Client, error) {
+// New makes a client for the kubelet's pod-resources socket and the checkpoint of its
+// device manager. It connects when it is first used, and again after the kubelet was
+// restarted. Only devices of resources below prefix ("openshift.io") count: other
+// device plugins may use PCI addresses as IDs, too.
+func New(socket, checkpoint, prefix string) (*Client, error) {
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithNoProxy(),
 		// The default would let minutes pass after a long absence of the kubelet.
@@ -37,14 +45,14 @@ func New(socket, prefix string) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reach the kubelet at %s: %w", socket, err)
 	}
-	return &Client{conn: conn, prefix: prefix + "/"}, nil
+	return &Client{conn: conn, checkpoint: checkpoint, prefix: prefix + "/"}, nil
 }
 
 // Close ends the connection.
 func (c *Client) Close() error { return c.conn.Close() }
 
-// Allocated tells which pod, as "namespace/name", the device is allocated to; ok
-// is false when there is none. An error means that it is not known.
+// Allocated tells which pod the device is allocated to, as Devices does; ok is false
+// when there is none. An error means that it is not known.
 func (c *Client) Allocated(ctx context.Context, pciAddress string) (pod string, ok bool, err error) {
 	all, err := c.Devices(ctx)
 	if err != nil {
@@ -54,29 +62,42 @@ func (c *Client) Allocated(ctx context.Context, pciAddress string) (pod string, 
 	return pod, ok, nil
 }
 
-// Devices returns the pods, as "namespace/name", of all allocated devices.
+// Devices returns the pods of all allocated devices, as "namespace/name", or for a
+// device that only the checkpoint tells of as UnnamedPod and the UID. Of these some may
+// be of pods that are gone, until the kubelet writes the checkpoint anew.
 func (c *Client) Devices(ctx context.Context) (map[string]string, error) {
+	// First: of what is allocated in between List tells the name.
+	written, err := readCheckpoint(c.checkpoint)
+	if err != nil {
+		return nil, err
+	}
 	all, err := api.NewPodResourcesListerClient(c.conn).List(ctx, &api.ListPodResourcesRequest{})
 	if err != nil {
 		return nil, fmt.Errorf("ask the kubelet's pod-resources API: %w", err)
 	}
-	return holders(all, c.prefix), nil
+	devices, live := holders(all, c.prefix)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pods.unnamed(devices, live, written, c.prefix)
+	return devices, nil
 }
 
-// holders maps the devices of resources below prefix to their pods.
-func holders(all *api.ListPodResourcesResponse, prefix string) map[string]string {
-	pods := make(map[string]string)
+// holders maps the devices of resources below prefix to their pods, and tells of all pods.
+func holders(all *api.ListPodResourcesResponse, prefix string) (devices map[string]string, live map[string]bool) {
+	devices, live = make(map[string]string), make(map[string]bool)
 	for _, p := range all.GetPodResources() {
+		name := p.GetNamespace() + "/" + p.GetName()
+		live[name] = true
 		for _, container := range p.GetContainers() {
 			for _, d := range container.GetDevices() {
 				if !strings.HasPrefix(d.GetResourceName(), prefix) {
 					continue
 				}
 				for _, id := range d.GetDeviceIds() {
-					pods[id] = p.GetNamespace() + "/" + p.GetName()
+					devices[id] = name
 				}
 			}
 		}
 	}
-	return pods
+	return devices, live
 }

@@ -2,7 +2,10 @@ package podresources
 
 import (
 	"context"
+	"encoding/json"
+	"maps"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -30,7 +33,8 @@ func pod(name, resource string, ids ...string) *api.PodResources {
 
 func TestAllocated(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
-	c, err := New(socket, "example.com")
+	checkpoint := filepath.Join(t.TempDir(), "kubelet_internal_checkpoint")
+	c, err := New(socket, checkpoint, "example.com")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -60,6 +64,121 @@ func TestAllocated(t *testing.T) {
 			t.Errorf("%s: %s, %v; want %s", id, got, err, want)
 		}
 	}
+
+	if err := os.WriteFile(checkpoint, []byte(written), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for id, want := range map[string]string{
+		"0000:01:00.1": "ns/a", "0000:05:00.1": "uid:1b4e28ba-2fa1-11d2-883f-0016d3cca427", "0000:05:00.2": "uid:1b4e28ba-2fa1-11d2-883f-0016d3cca427", "gpu-1": "",
+	} {
+		if name, ok, err := c.Allocated(t.Context(), id); name != want || ok != (want != "") || err != nil {
+			t.Errorf("%s: %q %v, %v; want %q", id, name, ok, err, want)
+		}
+	}
+	if err := os.WriteFile(checkpoint, []byte(written[:len(written)/2]), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := c.Allocated(t.Context(), "0000:01:00.1"); err == nil || !strings.Contains(err.Error(), checkpoint) {
+		t.Errorf("with half a checkpoint: %v", err)
+	}
+}
+
+// written is a checkpoint as a kubelet wrote it, but for the answers of plugins.
+const written = `{"Data":{"PodDeviceEntries":[` +
+	`{"PodUID":"0d1c1f0a-4f4b-4d3f-9c0c-6a2f1f6f3a11","ContainerName":"c","ResourceName":"example.com/nics","DeviceIDs":{"-1":["0000:01:00.1"]},"AllocResp":"CgA="},` +
+	`{"PodUID":"1b4e28ba-2fa1-11d2-883f-0016d3cca427","ContainerName":"init","ResourceName":"example.com/nics","DeviceIDs":{"0":["0000:05:00.1"],"1":["0000:05:00.2"]},"AllocResp":"CgA="},` +
+	`{"PodUID":"1b4e28ba-2fa1-11d2-883f-0016d3cca427","ContainerName":"init","ResourceName":"example.community/gpus","DeviceIDs":{"0":["gpu-1"]},"AllocResp":null}` +
+	`],"RegisteredDevices":{"example.com/nics":["0000:01:00.1","0000:05:00.1","0000:05:00.2"]}},"Checksum":3722385071}`
+
+func TestParseCheckpoint(t *testing.T) {
+	for _, c := range []struct {
+		name, text string
+		want       int // entries
+		err        string
+	}{
+		{"a kubelet's", written, 3, ""},
+		{"nothing allocated", `{"Data":{"PodDeviceEntries":null,"RegisteredDevices":{}},"Checksum":1}`, 0, ""},
+		{"a field more", `{"Data":{"PodDeviceEntries":[{"PodUID":"u","ContainerName":"c","ResourceName":"r","DeviceIDs":{},"New":1}]},"New":1}`, 1, ""},
+		{"empty", "", 0, "unexpected end"},
+		{"an empty object", "{}", 0, "format is not known"},
+		{"null", "null", 0, "format is not known"},
+		{"another name", `{"Data":{"Entries":[]}}`, 0, "format is not known"},
+		{"without UID", `{"Data":{"PodDeviceEntries":[{"UID":"u","ResourceName":"r","DeviceIDs":{}}]}}`, 0, "entry 0"},
+		{"without devices", `{"Data":{"PodDeviceEntries":[{"PodUID":"u","ResourceName":"r"}]}}`, 0, "entry 0"},
+		{"devices as before 1.20", `{"Data":{"PodDeviceEntries":[{"PodUID":"u","ResourceName":"r","DeviceIDs":["d"]}]}}`, 0, "cannot unmarshal array"},
+		{"two objects", `{"Data":{"PodDeviceEntries":null}}{}`, 0, "after top-level value"},
+	} {
+		got, err := parseCheckpoint([]byte(c.text))
+		if len(got) != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
+			t.Errorf("%s: %d entries, %v", c.name, len(got), err)
+		}
+	}
+}
+
+// A pod that is gone stays in the checkpoint for a while. One that the kubelet named
+// before, and names no more, holds nothing.
+func TestPodsThatAreGone(t *testing.T) {
+	entry := func(uid string, devices ...string) allocation {
+		return allocation{PodUID: uid, ResourceName: "r/a", DeviceIDs: map[int64][]string{-1: devices}}
+	}
+	var p pods
+	for _, step := range []struct {
+		what    string
+		listed  map[string]string // devices of the kubelet's answer
+		live    string            // another pod of it
+		written []allocation
+		want    map[string]string // besides those listed
+	}{
+		{"never seen before: it may be alive", nil, "", []allocation{entry("u1", "d1")}, map[string]string{"d1": "uid:u1"}},
+		{"an init container's beside a container's", map[string]string{"d1": "ns/a"}, "", []allocation{entry("u1", "d1", "d2")}, map[string]string{"d2": "uid:u1"}},
+		{"its init container only", nil, "ns/a", []allocation{entry("u1", "d2")}, map[string]string{"d2": "uid:u1"}},
+		{"gone", nil, "", []allocation{entry("u1", "d2")}, nil},
+		{"a namesake that has no device yet", nil, "ns/a", []allocation{entry("u1", "d2")}, map[string]string{"d2": "uid:u1"}},
+		{"a namesake", map[string]string{"d3": "ns/a"}, "", []allocation{entry("u1", "d2"), entry("u2", "d3", "d4")}, map[string]string{"d4": "uid:u2"}},
+		{"forgotten", nil, "", nil, nil},
+		{"not seen for long", nil, "", []allocation{entry("u1", "d2")}, map[string]string{"d2": "uid:u1"}},
+	} {
+		got, live := maps.Clone(step.listed), map[string]bool{step.live: true}
+		if got == nil {
+			got = map[string]string{}
+		}
+		want := maps.Clone(got)
+		maps.Copy(want, step.want)
+		for _, name := range step.listed {
+			live[name] = true
+		}
+		if p.unnamed(got, live, step.written, "r/"); !maps.Equal(got, want) {
+			t.Errorf("%s: %v, want %v", step.what, got, want)
+		}
+	}
+}
+
+// Whatever the file has, an entry that is taken is whole, and each of its devices is
+// held by somebody.
+func FuzzParseCheckpoint(f *testing.F) {
+	for _, seed := range []string{written, `{"Data":{"PodDeviceEntries":null}}`, `{"Data":{"PodDeviceEntries":[{"PodUID":"u","ResourceName":"r","DeviceIDs":["d"]}]}}`} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		all, err := parseCheckpoint(b)
+		if err != nil {
+			return
+		}
+		if !json.Valid(b) {
+			t.Fatal("read what is no JSON")
+		}
+		held := map[string]string{}
+		(&pods{}).unnamed(held, nil, all, "")
+		for _, a := range all {
+			for _, ids := range a.DeviceIDs {
+				for _, id := range ids {
+					if len(held[id]) <= len(UnnamedPod) {
+						t.Fatalf("device %q is held by %q", id, held[id])
+					}
+				}
+			}
+		}
+	})
 }
 
 // allocatedWhenReady waits for the connection, which gRPC retries by itself.
@@ -94,7 +213,7 @@ func FuzzHolders(f *testing.F) {
 		if proto.Unmarshal(b, answer) != nil {
 			return
 		}
-		got := holders(answer, "example.com/")
+		got, _ := holders(answer, "example.com/")
 		want := map[string]bool{}
 		for _, p := range answer.GetPodResources() {
 			for _, c := range p.GetContainers() {

@@ -342,8 +342,13 @@ func (r *eviction) disturb(ctx context.Context, n *evictee, d *disturbance, now 
 // not belong to the node.
 func (r *eviction) inTheWay(ctx context.Context, n *evictee) ([]sriovv1.PodReference, error) {
 	var refs []sriovv1.PodReference
+	unnamed := map[types.UID]bool{}
 	for _, change := range n.evict {
 		for _, p := range change.Pods {
+			if p.Name == "" {
+				unnamed[p.UID] = p.UID != ""
+				continue
+			}
 			refs = append(refs, sriovv1.PodReference{Namespace: p.Namespace, Name: p.Name})
 		}
 	}
@@ -351,13 +356,17 @@ func (r *eviction) inTheWay(ctx context.Context, n *evictee) ([]sriovv1.PodRefer
 		if err := r.cordon(ctx, n); err != nil {
 			return nil, err
 		}
+	}
+	if len(n.boot)+len(unnamed) > 0 {
 		pods := &corev1.PodList{}
 		if err := r.live.List(ctx, pods, client.MatchingFields{"spec.nodeName": n.state.Name}); err != nil {
 			return nil, fmt.Errorf("list the pods of node %s: %w", n.state.Name, err)
 		}
 		for i := range pods.Items {
 			owner := metav1.GetControllerOf(&pods.Items[i])
-			if p := &pods.Items[i]; !isMirror(p) && !isCompleted(p) && (owner == nil || owner.Kind != "DaemonSet") {
+			p := &pods.Items[i]
+			boot := len(n.boot) > 0 && !isMirror(p) && !isCompleted(p) && (owner == nil || owner.Kind != "DaemonSet")
+			if boot || unnamed[p.UID] || unnamed[types.UID(p.Annotations[corev1.MirrorPodAnnotationKey])] {
 				refs = append(refs, sriovv1.PodReference{Namespace: p.Namespace, Name: p.Name})
 			}
 		}
@@ -446,6 +455,10 @@ func (r *eviction) say(n *evictee, res *result, disabled bool, nodes map[string]
 	for _, p := range slices.Concat(n.evict, n.boot) {
 		changes = append(changes, p.Operation)
 		for _, ref := range p.Pods {
+			if ref.Name == "" {
+				pods = append(pods, fmt.Sprintf("with UID %s", ref.UID))
+				continue
+			}
 			pods = append(pods, ref.Namespace+"/"+ref.Name)
 		}
 	}

@@ -77,6 +77,9 @@ func waitsFor(t *testing.T, node string, pods ...*corev1.Pod) {
 		change := sriovv1.PendingChange{PciAddress: "0000:01:00.0", Operation: "SetNumVFs 2 on 0000:01:00.0", Cost: sriovv1.CostEvict}
 		for _, p := range pods {
 			change.Pods = append(change.Pods, sriovv1.PodReference{Namespace: p.Namespace, Name: p.Name, Device: "0000:01:00.1"})
+			if p.Name == "" {
+				change.Pods[len(change.Pods)-1].UID = p.UID
+			}
 		}
 		if pods != nil {
 			s.Status.Pending = []sriovv1.PendingChange{change}
@@ -156,6 +159,37 @@ func TestEviction(t *testing.T) {
 	if err := api.Get(t.Context(), client.ObjectKey{Name: "ev-1"}, node); err != nil || node.Spec.Unschedulable {
 		t.Errorf("the node was cordoned: %v", err)
 	}
+}
+
+// Of a pod that holds a VF only by an init container the agent knows the UID.
+func TestEvictionByUID(t *testing.T) {
+	needAPI(t)
+	makePool(t, "eu", "eu", func(*sriovv1.SriovNetworkPoolConfigSpec) {})
+	makeNode(t, "eu-1", map[string]string{"test": "eu"})
+	one := makePod(t, "eu-1", "eu-one")
+	static := makePod(t, "eu-1", "eu-static", func(p *corev1.Pod) {
+		p.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: "5f6e1b2a0c"}
+	})
+	elsewhere := makePod(t, "eu-2", "eu-elsewhere")
+	makePod(t, "eu-1", "eu-bystander")
+	r := &eviction{Client: api, live: api, namespace: operatorNamespace}
+	n := &evictee{state: &sriovv1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Name: "eu-1"}}, evict: []sriovv1.PendingChange{{
+		Pods: []sriovv1.PodReference{{UID: one.UID}, {UID: "5f6e1b2a0c"}, {UID: elsewhere.UID}, {UID: "of-nobody"}, {Device: "0000:01:00.1"}},
+	}}}
+	got, err := r.inTheWay(t.Context(), n)
+	want := []sriovv1.PodReference{{Namespace: "default", Name: one.Name}, {Namespace: "default", Name: static.Name}}
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("in the way are %v, %v; want %v", got, err, want)
+	}
+	if c := r.say(n, nil, true, nil, nil); !strings.Contains(c.Message, "with UID "+string(one.UID)) {
+		t.Errorf("says %q", c.Message)
+	}
+
+	waitsFor(t, "eu-1", &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: one.UID}})
+	wantTerminating(t, one)
+	end(t, one)
+	waitsFor(t, "eu-1")
+	wantEvicting(t, "eu-1", metav1.ConditionFalse, "Idle", "nothing waits", "Idle Idle")
 }
 
 func TestEvictionBlocked(t *testing.T) {

@@ -19,6 +19,7 @@ import (
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/internal/host"
 	"github.com/sluice-network/sluice/internal/host/hostfake"
+	"github.com/sluice-network/sluice/operator/plan"
 )
 
 const (
@@ -487,6 +488,20 @@ func TestChangeWaitsForPods(t *testing.T) {
 
 // The operator's condition in the same status is neither taken over, nor a
 // reason to write.
+func TestPending(t *testing.T) {
+	op := plan.Operation{Kind: plan.SetNumVFs, PCIAddress: nic0, VF: -1, Cost: plan.Evict}
+	vf := func(index int, holder string) plan.VF {
+		return plan.VF{Index: index, PCIAddress: vfAddress(nic0, index), Holder: holder}
+	}
+	got := pending([]*report{{have: host.PF{PCIAddress: nic0}, blocked: []plan.Blocked{{
+		Operation: op, VFs: []plan.VF{vf(0, "ns/p"), vf(1, UnnamedPod+"u-1"), vf(2, "")},
+	}}}})
+	want := []v1.PodReference{{UID: "u-1", Device: vfAddress(nic0, 1)}, {Namespace: "ns", Name: "p", Device: vfAddress(nic0, 0)}}
+	if len(got) != 1 || !slices.Equal(got[0].Pods, want) {
+		t.Errorf("%+v", got)
+	}
+}
+
 func TestConditionsOfOthersAreTheirs(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)

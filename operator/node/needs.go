@@ -82,8 +82,12 @@ type Device struct {
 	Reason     string // why it is not
 }
 
-// Usage tells which pod ("namespace/name", empty when not known) holds a VF or a
-// MacVLAN slot now. Agent.HolderChanged must be called after each change.
+// UnnamedPod and a UID stand for a pod of which only the UID is known.
+const UnnamedPod = "uid:"
+
+// Usage tells which pod holds a VF or a MacVLAN slot now: "namespace/name", UnnamedPod
+// and its UID, or nothing when it is not known. Agent.HolderChanged must be called after
+// each change.
 type Usage interface {
 	Holder(pciAddress string) (pod string, held bool)
 	// Held gives the pods of all devices that are held, by ID; an error means that

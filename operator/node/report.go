@@ -8,6 +8,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/internal/host"
@@ -94,12 +95,14 @@ func pending(reports []*report) []v1.PendingChange {
 			change := v1.PendingChange{PciAddress: r.have.PCIAddress, Operation: b.Operation.String(), Cost: b.Operation.Cost.String(), Reason: b.Operation.Reason}
 			for _, vf := range b.VFs {
 				// Whose pod is not known, while the kubelet does not answer, is known soon.
-				if namespace, name, ok := strings.Cut(vf.Holder, "/"); ok {
+				if uid, ok := strings.CutPrefix(vf.Holder, UnnamedPod); ok {
+					change.Pods = append(change.Pods, v1.PodReference{UID: types.UID(uid), Device: vf.PCIAddress})
+				} else if namespace, name, ok := strings.Cut(vf.Holder, "/"); ok {
 					change.Pods = append(change.Pods, v1.PodReference{Namespace: namespace, Name: name, Device: vf.PCIAddress})
 				}
 			}
 			slices.SortFunc(change.Pods, func(a, b v1.PodReference) int {
-				return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Device, b.Device))
+				return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.UID, b.UID), cmp.Compare(a.Device, b.Device))
 			})
 			all = append(all, change)
 		}

@@ -59,7 +59,7 @@ type VF struct {
 	IOMMU      bool   // it is in an IOMMU group
 	RDMA       bool   // it has an RDMA device
 	Held       bool   // by a pod: it is not touched
-	Holder     string // the pod, "namespace/name"
+	Holder     string // the pod, for messages and the status
 }
 
 // Operations plans what turns the PF as it is into the PF as want says, and

@@ -202,6 +202,58 @@ spec: {minAvailable: 2, selector: {matchExpressions: [{key: app, operator: In, v
 	})
 }
 
+// A VF that only an init container has is its pod's, although the kubelet's API does not
+// tell of it: a change that needs it waits, and evicts the pod.
+func TestAnInitContainerHoldsItsVF(t *testing.T) {
+	onlyUML(t, "what the kubelet tells does not depend on the NIC")
+	usePools(t)
+	apply(t, `
+apiVersion: v1
+kind: Pod
+metadata: {name: init, namespace: default}
+spec:
+  nodeSelector: {kubernetes.io/hostname: vm1}
+  terminationGracePeriodSeconds: 1
+  initContainers:
+    - name: first
+      image: sluice.dev/tools:dev
+      command: [sleep, infinity]
+      resources: {requests: {`+left+`: "1"}, limits: {`+left+`: "1"}}
+  containers:
+    - {name: app, image: sluice.dev/tools:dev, command: [sleep, infinity]}
+---`)
+	eventually(t, time.Minute, func() error {
+		if got := kubectl(t, "", "get", "pod", "init", "-o", "jsonpath={.status.initContainerStatuses[0].state.running}"); got == "" {
+			return errors.New("the init container does not run")
+		}
+		return nil
+	})
+	time.Sleep(12 * time.Second) // until the agent relies on the kubelet alone
+	its := kubectl(t, "", "get", "pod", "init", "-o", "jsonpath={.metadata.uid}")
+	stateTells(t, "vm1", "{.status.interfaces[*].Vfs[*].assigned}", "uid:"+its)
+
+	const budget = `
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata: {name: init, namespace: default}
+spec: {minAvailable: 1, selector: {matchLabels: {app: init}}}
+---`
+	kubectl(t, "", "label", "pod", "init", "app=init")
+	apply(t, budget)
+	kubectl(t, policy("left", "left", "ens1f0", 3), "apply", "-f", "-")
+	stateTells(t, "vm1", pending, `"uid":"`+its+`"`, `"cost":"Evict"`)
+	stateTells(t, "vm1", evicting, "Blocked", "default/init", "budget init")
+	if err := baseline(t, "vm1", "ens1f0", 4); err != nil {
+		t.Errorf("changed under the pod: %v", err)
+	}
+	remove(t, budget)
+	if _, err := cluster.Kubectl(t.Context(), "wait", "--for=delete", "--timeout=2m", "pod/init"); err != nil {
+		t.Fatalf("%v\n%s", err, diagnosis(t.Context()))
+	}
+	waitAllocatable(t, left, "3", nodes...)
+	stateTells(t, "vm1", evicting, `"False"`, "Idle")
+}
+
 // Who changes a VF behind the agent's back finds it put right. How soon on a node that
 // does nothing else is a matter of the agent's own tests, in operator/node.
 func TestDrift(t *testing.T) {

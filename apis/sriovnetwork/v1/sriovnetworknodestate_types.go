@@ -1,6 +1,9 @@
 package v1
 
-import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+import (
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
 
 // SriovNetworkNodeStateSpec is what a node shall have. The operator renders it from the
 // policies; people do not write it.
@@ -218,14 +221,19 @@ type PendingChange struct {
 	Pods []PodReference `json:"pods,omitempty"`
 }
 
-// PodReference names a pod on the node.
+// PodReference names a pod on the node: by its name, or where the kubelet tells no more
+// by its UID.
 type PodReference struct {
 	// namespace of the pod.
-	// +required
-	Namespace string `json:"namespace"`
+	// +optional
+	Namespace string `json:"namespace,omitempty"`
 	// name of the pod.
-	// +required
-	Name string `json:"name"`
+	// +optional
+	Name string `json:"name,omitempty"`
+	// uid of the pod, when its name is not known. That of a static pod is not its
+	// object's, but the one in the annotation kubernetes.io/config.mirror.
+	// +optional
+	UID types.UID `json:"uid,omitempty"`
 	// device it holds: the PCI address of a VF.
 	// +optional
 	Device string `json:"device,omitempty"`

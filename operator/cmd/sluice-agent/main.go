@@ -20,6 +20,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -122,7 +123,7 @@ func run(ctx context.Context, c *config) error {
 		return err
 	}
 	defer attacher.Close()
-	kubelet, err := podresources.New(c.podResources, c.prefix)
+	kubelet, err := podresources.New(c.podResources, filepath.Join(c.devicePlugins, "kubelet_internal_checkpoint"), c.prefix)
 	if err != nil {
 		return err
 	}
@@ -166,8 +167,9 @@ func run(ctx context.Context, c *config) error {
 	if err != nil {
 		return err
 	}
-	holders := newUsage(cni.Holder, kubelet.Devices, log.WithName("usage"))
-	plugin, err := deviceplugin.New(deviceplugin.Options{
+	var plugin *deviceplugin.Manager
+	holders := newUsage(cni.Holder, kubelet.Devices, func() { plugin.Repeat() }, log.WithName("usage"))
+	plugin, err = deviceplugin.New(deviceplugin.Options{
 		Prefix: c.prefix, Dir: c.devicePlugins, DeviceInfoDir: c.deviceInfo, SysFS: c.sysfs, Log: log.WithName("deviceplugin"),
 		Exists: exists(attacher, kernel), Allocated: holders.allocated,
 	})

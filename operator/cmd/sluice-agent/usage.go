@@ -3,10 +3,13 @@ package main
 import (
 	"context"
 	"maps"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/go-logr/logr"
+
+	"github.com/sluice-network/sluice/deviceplugin/podresources"
 )
 
 const (
@@ -21,6 +24,9 @@ const (
 	recheck = 2 * time.Second
 	// askTimeout bounds one question to the kubelet.
 	askTimeout = 2 * time.Second
+	// lastRepeat is the longest time between two requests to write the checkpoint: the
+	// kubelet syncs it to the disk.
+	lastRepeat = time.Minute
 )
 
 // unknownPod stands for the holder while the kubelet does not answer.
@@ -31,17 +37,22 @@ const unknownPod = "unknown (the kubelet's pod-resources API does not answer)"
 type usage struct {
 	attached func(pciAddress string) (pod string, held bool)
 	kubelet  func(context.Context) (map[string]string, error)
-	log      logr.Logger
+	// repeat makes the kubelet forget, in its checkpoint, pods that are gone.
+	repeat func()
+	log    logr.Logger
 
 	mu    sync.Mutex
 	asked time.Time            // when pods was told
 	pods  map[string]string    // by PCI address
 	err   error                // why pods is not known
 	given map[string]time.Time // allocations of ours, by PCI address
+	// When to repeat, for what only the checkpoint tells of, and how long that waits.
+	due   time.Time
+	delay time.Duration
 }
 
-func newUsage(attached func(string) (string, bool), kubelet func(context.Context) (map[string]string, error), log logr.Logger) *usage {
-	return &usage{attached: attached, kubelet: kubelet, log: log, given: make(map[string]time.Time)}
+func newUsage(attached func(string) (string, bool), kubelet func(context.Context) (map[string]string, error), repeat func(), log logr.Logger) *usage {
+	return &usage{attached: attached, kubelet: kubelet, repeat: repeat, log: log, given: make(map[string]time.Time)}
 }
 
 // Holder fails closed: a VF of which nothing is known is held.
@@ -136,5 +147,25 @@ func (u *usage) recheck() bool {
 	}
 	before, failed := u.pods, u.err != nil
 	u.ask()
-	return failed != (u.err != nil) || !maps.Equal(before, u.pods)
+	changed := failed != (u.err != nil) || !maps.Equal(before, u.pods)
+	u.doubt(changed)
+	return changed
+}
+
+// doubt asks for another checkpoint while there are devices that only the checkpoint
+// says are held: their pods may be gone. mu is held.
+func (u *usage) doubt(changed bool) {
+	if changed || u.delay == 0 {
+		u.due, u.delay = time.Now(), recheck
+	}
+	if time.Now().Before(u.due) {
+		return
+	}
+	for _, pod := range u.pods {
+		if strings.HasPrefix(pod, podresources.UnnamedPod) {
+			u.repeat()
+			u.due, u.delay = time.Now().Add(u.delay), min(2*u.delay, lastRepeat)
+			return
+		}
+	}
 }

@@ -9,6 +9,9 @@ import (
 	"time"
 
 	"github.com/go-logr/logr/testr"
+
+	"github.com/sluice-network/sluice/deviceplugin/podresources"
+	"github.com/sluice-network/sluice/operator/node"
 )
 
 const vf1, vf2 = "0000:01:00.1", "0000:01:00.2"
@@ -17,13 +20,14 @@ const vf1, vf2 = "0000:01:00.1", "0000:01:00.2"
 type authorities struct {
 	attached, allocated map[string]string
 	err                 error
-	asked               int
+	asked, repeated     int
 }
 
 func (a *authorities) usage(t *testing.T) *usage {
 	return newUsage(
 		func(vf string) (string, bool) { pod, ok := a.attached[vf]; return pod, ok },
 		func(context.Context) (map[string]string, error) { a.asked++; return maps.Clone(a.allocated), a.err },
+		func() { a.repeated++ },
 		testr.New(t))
 }
 
@@ -87,6 +91,42 @@ func TestHeld(t *testing.T) {
 		if _, err := u.Held(); err == nil {
 			t.Error("the kubelet does not answer, and this is not told")
 		}
+	})
+}
+
+func TestACheckpointIsDoubted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &authorities{allocated: map[string]string{vf1: "ns/a", vf2: podresources.UnnamedPod + "u1"}}
+		u := a.usage(t)
+		if pod, held := u.Holder(vf2); pod != node.UnnamedPod+"u1" || !held {
+			t.Errorf("%q %v", pod, held)
+		}
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { u.watch(ctx, func() {}); close(done) }()
+		time.Sleep(recheck + 1)
+		if a.repeated != 1 {
+			t.Errorf("the checkpoint is asked for %d times at first", a.repeated)
+		}
+		time.Sleep(time.Hour)
+		if a.repeated > 70 || a.repeated < 50 {
+			t.Errorf("asked for %d times in an hour in which it is the same", a.repeated)
+		}
+		before := a.repeated
+		a.allocated[vf2] = podresources.UnnamedPod + "u2"
+		time.Sleep(recheck + 1)
+		if a.repeated != before+1 {
+			t.Errorf("asked for %d times when it is another", a.repeated-before)
+		}
+		delete(a.allocated, vf2)
+		time.Sleep(recheck + 1)
+		before = a.repeated
+		time.Sleep(time.Hour)
+		if a.repeated != before {
+			t.Error("asked for while it tells of nothing else than the kubelet")
+		}
+		stop()
+		<-done
 	})
 }
 
