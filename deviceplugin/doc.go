@@ -19,6 +19,10 @@
 // a grace of ten seconds. Closing the stream at once could lose the empty list,
 // and the kubelet would show the old capacity for its own grace of five minutes.
 //
+// In whose hands a device is, the [Ledger] knows, for all of the agent: what the kubelet
+// was promised, what it allocated, what is attached, and what is left of all that
+// after any of these programs was restarted. Package life has the rules.
+//
 // What a container gets (environment, device nodes, device-info file) is
 // computed by pure functions from the pool, the device and what sysfs says.
 // A slot is a right to one sub-interface of a link, and nothing in the machine:

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -178,9 +179,10 @@ type fixture struct {
 	dir, info, sys string
 	stop           func() // ends the Manager
 
-	mu        sync.Mutex
-	missing   map[string]error // answers of Exists
-	allocated []string         // as told to Allocated
+	mu       sync.Mutex
+	missing  map[string]error  // answers of Exists
+	attached map[string]string // pods, by device
+	pods     map[string]string // that the kubelet tells of, by device
 }
 
 func newFixture(t *testing.T) *fixture {
@@ -190,7 +192,7 @@ func newFixture(t *testing.T) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &fixture{dir: base + "/k", info: base + "/i/dp", sys: base + "/sys", missing: map[string]error{}}
+	f := &fixture{dir: base + "/k", info: base + "/i/dp", sys: base + "/sys", missing: map[string]error{}, attached: map[string]string{}}
 	if err := os.Mkdir(f.dir, 0o750); err != nil {
 		t.Fatal(err)
 	}
@@ -202,17 +204,25 @@ func newFixture(t *testing.T) *fixture {
 // start runs a Manager over the fixture's directories.
 func (f *fixture) start(t *testing.T) {
 	t.Helper()
+	ledger, err := OpenLedger(filepath.Join(filepath.Dir(f.dir), "devices.json"), func(id string) (string, bool) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		pod, ok := f.attached[id]
+		return pod, ok
+	}, func(context.Context) (map[string]string, error) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return maps.Clone(f.pods), nil
+	}, testr.New(t))
+	if err != nil {
+		t.Fatal(err)
+	}
 	m, err := New(Options{
-		Prefix: "example.com", Dir: f.dir, DeviceInfoDir: f.info, SysFS: f.sys, Log: testr.New(t),
+		Prefix: "example.com", Dir: f.dir, DeviceInfoDir: f.info, SysFS: f.sys, Ledger: ledger, Log: testr.New(t),
 		Exists: func(pci string) error {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			return f.missing[pci]
-		},
-		Allocated: func(ids []string) {
-			f.mu.Lock()
-			defer f.mu.Unlock()
-			f.allocated = append(f.allocated, ids...)
 		},
 	})
 	if err != nil {
@@ -264,4 +274,10 @@ func (f *fixture) sockets(t *testing.T) []string {
 	}
 	slices.Sort(out)
 	return out
+}
+
+// inHand are the devices that somebody has.
+func (f *fixture) inHand() string {
+	held, _ := f.opts.Ledger.Held()
+	return strings.Join(sortedKeys(held), " ")
 }

@@ -28,11 +28,9 @@ type Options struct {
 	// slot, is there and fit for use now, with an error that says what is wrong. It
 	// is asked at every allocation and must not call back into the Manager.
 	Exists func(id string) error
-	// Allocated is called when the kubelet is about to be given devices. It
-	// closes the gap until the kubelet's pod-resources API tells who has them,
-	// and must not call back into the Manager either.
-	Allocated func(ids []string)
-	Log       logr.Logger
+	// Ledger is told of allocations before the kubelet is.
+	Ledger *Ledger
+	Log    logr.Logger
 }
 
 // Manager serves pools of devices to the kubelet. Its methods may be called
@@ -221,6 +219,8 @@ type Status struct {
 	Healthy  int   // of Devices
 	Streams  int   // ListAndWatch calls in progress
 	Err      error // why it is not registered; nil when it is
+
+	list []listed
 }
 
 // Status tells the state of every resource, sorted by name.
@@ -237,7 +237,7 @@ func (m *Manager) Status() []Status {
 func (r *resource) status() Status {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s := Status{Resource: r.name, Devices: len(r.list), Streams: len(r.streams), Err: r.failure}
+	s := Status{Resource: r.name, Devices: len(r.list), Streams: len(r.streams), Err: r.failure, list: r.list}
 	for _, l := range r.list {
 		if l.healthy {
 			s.Healthy++

@@ -251,8 +251,8 @@ func TestAllocateRefuses(t *testing.T) {
 			wantError(t, err, c.want...)
 		})
 	}
-	if len(f.allocated) > 0 {
-		t.Errorf("refused allocations were reported: %v", f.allocated)
+	if got := f.inHand(); got != "" {
+		t.Errorf("refused allocations were written down: %s", got)
 	}
 	if entries, _ := os.ReadDir(f.info); len(entries) > 0 {
 		t.Errorf("refused allocations left device-info files: %v", entries)
@@ -271,8 +271,8 @@ func TestAllocateGivesEachDeviceOnceInOrder(t *testing.T) {
 	if got := resp.GetEnvs()["PCIDEVICE_EXAMPLE_COM_NICS"]; got != "0000:01:00.1,0000:01:00.2" {
 		t.Errorf("environment %q", got)
 	}
-	if got := strings.Join(f.allocated, " "); got != "0000:01:00.1 0000:01:00.2" {
-		t.Errorf("reported as allocated: %s", got)
+	if got := f.inHand(); got != "0000:01:00.1 0000:01:00.2" {
+		t.Errorf("written down as allocated: %s", got)
 	}
 }
 
@@ -422,6 +422,15 @@ func TestMetrics(t *testing.T) {
 	f.advertise(t, pool("nics", vf(1), sick, vf(3)))
 	eventuallyList(t, k, nics, "00.1 Healthy numa0,00.2 Unhealthy numa0,00.3 Healthy numa0")
 	eventually(t, "registered", func() bool { return f.Status()[0].Err == nil })
+	if _, err := k.allocate(nics, "0000:01:00.1"); err != nil {
+		t.Fatal(err)
+	}
+	f.mu.Lock()
+	f.pods, f.attached["0000:01:00.3"] = map[string]string{"0000:01:00.3": "ns/b"}, "ns/b"
+	f.mu.Unlock()
+	if _, _, err := f.opts.Ledger.Allocated(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
 	registry := prometheus.NewPedanticRegistry()
 	registry.MustRegister(f.Manager)
 	rec := httptest.NewRecorder()
@@ -430,9 +439,46 @@ func TestMetrics(t *testing.T) {
 		`sluice_deviceplugin_devices{health="healthy",resource="example.com/nics"} 2`,
 		`sluice_deviceplugin_devices{health="unhealthy",resource="example.com/nics"} 1`,
 		`sluice_deviceplugin_registered{resource="example.com/nics"} 1`,
+		`sluice_device_phase{device="0000:01:00.1",phase="Allocated",pod="",resource="example.com/nics"} 1`,
+		`sluice_device_phase{device="0000:01:00.2",phase="Configured",pod="",resource="example.com/nics"} 1`,
+		`sluice_device_phase{device="0000:01:00.3",phase="Attached",pod="ns/b",resource="example.com/nics"} 1`,
+		`sluice_device_generation{device="0000:01:00.2",resource="example.com/nics"} 0`,
+		`sluice_device_generation{device="0000:01:00.3",resource="example.com/nics"} 2`,
 	} {
 		if !strings.Contains(rec.Body.String(), want+"\n") {
 			t.Errorf("no %s in\n%s", want, rec.Body)
 		}
 	}
+}
+
+// An allocation is all it takes to use a device by its nodes, and an ADD to use the others.
+func TestNoDeviceIsGivenWhileItIsAttached(t *testing.T) {
+	f := newFixture(t)
+	k := startKubelet(t, f.dir)
+	vfio := pool("user", vf(2))
+	vfio.DeviceType = DeviceTypeVFIO
+	vfio.Devices[0].IOMMUGroup = "7"
+	f.attached["0000:01:00.1"], f.attached["0000:01:00.2"] = "ns/former", "ns/former"
+	f.advertise(t, pool("nics", vf(1)), vfio)
+	eventually(t, "registered", func() bool { return k.client(nics) != nil && k.client("example.com/user") != nil })
+	if _, err := k.allocate(nics, "0000:01:00.1"); err != nil {
+		t.Error(err)
+	}
+	_, err := k.allocate("example.com/user", "0000:01:00.2")
+	wantError(t, err, "0000:01:00.2", "still attached to pod", "ns/former")
+}
+
+func TestForgottenDevicesAreNotOffered(t *testing.T) {
+	f := newFixture(t)
+	k := startKubelet(t, f.dir)
+	f.attached["0000:01:00.1"] = "ns/former"
+	for range 2 { // answers of a kubelet that does not know of it
+		if _, _, err := f.opts.Ledger.Allocated(t.Context(), "0000:01:00.1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.advertise(t, pool("nics", vf(1), vf(2)))
+	eventuallyList(t, k, nics, "00.1 Unhealthy numa0,00.2 Healthy numa0")
+	_, err := k.allocate(nics, "0000:01:00.1")
+	wantError(t, err, "ns/former", "the kubelet does not know")
 }

@@ -88,6 +88,9 @@ func (r *resource) update(pool Pool, key, alias string) error {
 	r.pool, r.key, r.alias = pool, key, alias
 	r.devices = make(map[string]Device, len(pool.Devices))
 	for _, d := range pool.Devices {
+		if pod, forgotten := r.opts.Ledger.Forgotten(d.ID()); forgotten && d.Healthy {
+			d.Healthy, d.Reason = false, fmt.Sprintf("it is attached to pod %q, of which the kubelet does not know any more: delete that pod", pod)
+		}
 		r.devices[d.ID()] = d
 	}
 	r.publish()
@@ -381,6 +384,9 @@ func (r *resource) allocate(ids []string) (*api.ContainerAllocateResponse, error
 	if err != nil {
 		return nil, fail(err)
 	}
+	if err := r.opts.Ledger.give(ids, r.pool.RDMA || r.pool.DeviceType == DeviceTypeVFIO); err != nil {
+		return nil, fail(err)
+	}
 	for _, d := range devices {
 		if d.Slot != "" {
 			continue // the specification has no type for it
@@ -389,6 +395,5 @@ func (r *resource) allocate(ids []string) (*api.ContainerAllocateResponse, error
 			return nil, fail(err)
 		}
 	}
-	r.opts.Allocated(ids)
 	return out, nil
 }

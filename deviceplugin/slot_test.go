@@ -38,10 +38,10 @@ func TestSlotsReachTheKubelet(t *testing.T) {
 	if len(got.GetDevices()) > 0 || len(got.GetMounts()) > 0 {
 		t.Errorf("a slot comes with %v", got)
 	}
-	f.mu.Lock()
-	if fmt.Sprint(f.allocated) != "[ens1f0.100-0 ens1f0.100-1]" {
-		t.Errorf("told as allocated: %v", f.allocated)
+	if got := f.inHand(); got != "ens1f0.100-0 ens1f0.100-1" {
+		t.Errorf("written down as allocated: %s", got)
 	}
+	f.mu.Lock()
 	f.missing["ens1f0.100-0"] = fmt.Errorf("link ens1f0.100 is down")
 	f.mu.Unlock()
 	if files, _ := os.ReadDir(f.info); len(files) > 0 {

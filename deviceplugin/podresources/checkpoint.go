@@ -9,6 +9,8 @@ import (
 	"maps"
 	"os"
 	"strings"
+
+	"github.com/sluice-network/sluice/deviceplugin/life"
 )
 
 // maxCheckpoint bounds the checkpoint: an entry takes some hundred bytes.
@@ -112,7 +114,7 @@ func (p *pods) unnamed(holders map[string]string, live map[string]bool, all []al
 		last, seen := p.uid[name]
 		gone := name != "" && (!live[name] || seen && last != uid)
 		if _, held := holders[device]; !held && !gone {
-			rest[device] = UnnamedPod + uid
+			rest[device] = life.UnnamedPod + uid
 		}
 	})
 	maps.Copy(holders, rest)

@@ -16,9 +16,6 @@ import (
 // maxAnswer bounds an answer of the kubelet, which lists all pods of the node.
 const maxAnswer = 16 << 20
 
-// UnnamedPod and a UID stand for a pod of which only the UID is known.
-const UnnamedPod = "uid:"
-
 // Client asks one kubelet. It is safe for concurrent use.
 type Client struct {
 	conn       *grpc.ClientConn
@@ -51,19 +48,8 @@ func New(socket, checkpoint, prefix string) (*Client, error) {
 // Close ends the connection.
 func (c *Client) Close() error { return c.conn.Close() }
 
-// Allocated tells which pod the device is allocated to, as Devices does; ok is false
-// when there is none. An error means that it is not known.
-func (c *Client) Allocated(ctx context.Context, pciAddress string) (pod string, ok bool, err error) {
-	all, err := c.Devices(ctx)
-	if err != nil {
-		return "", false, fmt.Errorf("ask who has device %s: %w", pciAddress, err)
-	}
-	pod, ok = all[pciAddress]
-	return pod, ok, nil
-}
-
 // Devices returns the pods of all allocated devices, as "namespace/name", or for a
-// device that only the checkpoint tells of as UnnamedPod and the UID. Of these some may
+// device that only the checkpoint tells of as life.UnnamedPod and the UID. Of these some may
 // be of pods that are gone, until the kubelet writes the checkpoint anew.
 func (c *Client) Devices(ctx context.Context) (map[string]string, error) {
 	// First: of what is allocated in between List tells the name.

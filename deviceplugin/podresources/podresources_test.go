@@ -13,6 +13,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 	api "k8s.io/kubelet/pkg/apis/podresources/v1"
+
+	"github.com/sluice-network/sluice/deviceplugin/life"
 )
 
 type kubelet struct {
@@ -31,7 +33,7 @@ func pod(name, resource string, ids ...string) *api.PodResources {
 	}}
 }
 
-func TestAllocated(t *testing.T) {
+func TestDevices(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	checkpoint := filepath.Join(t.TempDir(), "kubelet_internal_checkpoint")
 	c, err := New(socket, checkpoint, "example.com")
@@ -39,7 +41,7 @@ func TestAllocated(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	if _, _, err = c.Allocated(t.Context(), "0000:01:00.1"); err == nil || !strings.Contains(err.Error(), "0000:01:00.1") {
+	if _, err = c.Devices(t.Context()); err == nil || !strings.Contains(err.Error(), "pod-resources") {
 		t.Errorf("without a kubelet: %v", err)
 	}
 
@@ -56,29 +58,23 @@ func TestAllocated(t *testing.T) {
 	go func() { _ = s.Serve(l) }()
 	t.Cleanup(s.Stop)
 	// The same client, without being told that the kubelet came.
-	for id, want := range map[string]string{
-		"0000:01:00.1": "ns/a true", "0000:02:00.1": "ns/b true", "0000:01:00.3": " false", "0000:09:00.0": " false",
-	} {
-		name, ok, err := c.allocatedWhenReady(t, id)
-		if got := name + map[bool]string{true: " true", false: " false"}[ok]; err != nil || got != want {
-			t.Errorf("%s: %s, %v; want %s", id, got, err, want)
-		}
+	want := map[string]string{"0000:01:00.1": "ns/a", "0000:02:00.0": "ns/b", "0000:02:00.1": "ns/b"}
+	c.ready(t)
+	if got, err := c.Devices(t.Context()); err != nil || !maps.Equal(got, want) {
+		t.Errorf("%v, %v; want %v", got, err, want)
 	}
 
 	if err := os.WriteFile(checkpoint, []byte(written), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for id, want := range map[string]string{
-		"0000:01:00.1": "ns/a", "0000:05:00.1": "uid:1b4e28ba-2fa1-11d2-883f-0016d3cca427", "0000:05:00.2": "uid:1b4e28ba-2fa1-11d2-883f-0016d3cca427", "gpu-1": "",
-	} {
-		if name, ok, err := c.Allocated(t.Context(), id); name != want || ok != (want != "") || err != nil {
-			t.Errorf("%s: %q %v, %v; want %q", id, name, ok, err, want)
-		}
+	want["0000:05:00.1"], want["0000:05:00.2"] = "uid:1b4e28ba-2fa1-11d2-883f-0016d3cca427", "uid:1b4e28ba-2fa1-11d2-883f-0016d3cca427"
+	if got, err := c.Devices(t.Context()); err != nil || !maps.Equal(got, want) {
+		t.Errorf("%v, %v; want %v", got, err, want)
 	}
 	if err := os.WriteFile(checkpoint, []byte(written[:len(written)/2]), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := c.Allocated(t.Context(), "0000:01:00.1"); err == nil || !strings.Contains(err.Error(), checkpoint) {
+	if _, err := c.Devices(t.Context()); err == nil || !strings.Contains(err.Error(), checkpoint) {
 		t.Errorf("with half a checkpoint: %v", err)
 	}
 }
@@ -172,7 +168,7 @@ func FuzzParseCheckpoint(f *testing.F) {
 		for _, a := range all {
 			for _, ids := range a.DeviceIDs {
 				for _, id := range ids {
-					if len(held[id]) <= len(UnnamedPod) {
+					if len(held[id]) <= len(life.UnnamedPod) {
 						t.Fatalf("device %q is held by %q", id, held[id])
 					}
 				}
@@ -181,8 +177,8 @@ func FuzzParseCheckpoint(f *testing.F) {
 	})
 }
 
-// allocatedWhenReady waits for the connection, which gRPC retries by itself.
-func (c *Client) allocatedWhenReady(t *testing.T, id string) (string, bool, error) {
+// ready waits for the connection, which gRPC retries by itself.
+func (c *Client) ready(t *testing.T) {
 	t.Helper()
 	c.conn.Connect()
 	for state := c.conn.GetState(); state.String() != "READY"; state = c.conn.GetState() {
@@ -191,7 +187,6 @@ func (c *Client) allocatedWhenReady(t *testing.T, id string) (string, bool, erro
 		}
 		c.conn.Connect()
 	}
-	return c.Allocated(t.Context(), id)
 }
 
 // Whatever the kubelet answers, a device counts only when a container has it from

@@ -106,13 +106,18 @@ func newRegistry(l *lab) *registry {
 	}
 	go func() { _ = server.Serve(socket) }()
 	l.Cleanup(server.Stop)
+	ledger, err := deviceplugin.OpenLedger(filepath.Join(dir, "devices.json"), func(string) (string, bool) { return "", false },
+		func(context.Context) (map[string]string, error) { return nil, nil }, testr.New(l.T))
+	if err != nil {
+		l.Fatal(err)
+	}
 	plugin, err := deviceplugin.New(deviceplugin.Options{
 		Prefix: "lab", Dir: dir, DeviceInfoDir: filepath.Join(dir, "info"), SysFS: host.DefaultSysfs, Log: testr.New(l.T),
 		Exists: func(id string) error {
 			parent, _, err := host.ParseSlotID(id)
 			return errors.Join(err, l.host.CheckParent(parent))
 		},
-		Allocated: func([]string) {},
+		Ledger: ledger,
 	})
 	if err != nil {
 		l.Fatal(err)

@@ -157,21 +157,23 @@ func run(ctx context.Context, c *config) error {
 		log.Error(aliasErr, "the CNI plugin \"sriov\" of this node is not Sluice")
 	}
 
-	// The parts need one another: who holds a VF is known to the CNI server,
-	// what a VF goes back to is known to the node's configuration.
+	// The parts need one another: what is attached is known to the CNI server, who
+	// holds a device to the ledger, what a VF goes back to to the node's configuration.
 	var agent *node.Agent
+	var ledger *deviceplugin.Ledger
 	cni, err := server.New(server.Options{
 		Socket: c.socket, StateDir: c.stateDir, Kernel: attacher, IPAMDirs: []string{c.cniDir}, Log: log.WithName("cni"),
-		Baselines: baselines(func() *node.Agent { return agent }), Allocated: kubelet.Allocated,
+		Baselines: baselines(func() *node.Agent { return agent }), Allocated: func(ctx context.Context, id string) (string, bool, error) { return ledger.Allocated(ctx, id) },
 	})
 	if err != nil {
 		return err
 	}
-	var plugin *deviceplugin.Manager
-	holders := newUsage(cni.Holder, kubelet.Devices, func() { plugin.Repeat() }, log.WithName("usage"))
-	plugin, err = deviceplugin.New(deviceplugin.Options{
+	if ledger, err = deviceplugin.OpenLedger(filepath.Join(c.stateDir, "devices.json"), cni.Holder, kubelet.Devices, log.WithName("ledger")); err != nil {
+		return err
+	}
+	plugin, err := deviceplugin.New(deviceplugin.Options{
 		Prefix: c.prefix, Dir: c.devicePlugins, DeviceInfoDir: c.deviceInfo, SysFS: c.sysfs, Log: log.WithName("deviceplugin"),
-		Exists: exists(attacher, kernel), Allocated: holders.allocated,
+		Exists: exists(attacher, kernel), Ledger: ledger,
 	})
 	if err != nil {
 		return err
@@ -181,7 +183,7 @@ func run(ctx context.Context, c *config) error {
 	agent = node.New(node.Config{
 		Node: c.node, StateDir: c.stateDir, UpstreamDir: c.upstreamDir,
 		Kernel: kernel, States: objects, Conditions: []metav1.Condition{aliasCondition(aliasErr)},
-		Advertiser: advertiser{plugin, recovered}, Usage: holders, Attached: cni.Attached, Lifeline: lifeline,
+		Advertiser: advertiser{plugin, recovered}, Usage: ledger, Attached: cni.Attached, Lifeline: lifeline,
 		Reboot: func(ctx context.Context) error { return host.Reboot(ctx, c.systemBus) }, BootID: bootID, ModprobeDir: c.modprobeDir,
 		Uninstall: func() error { return uninstall(c.cniDir, cni.Attachments()) }, Log: log.WithName("node"),
 	})
@@ -199,7 +201,7 @@ func run(ctx context.Context, c *config) error {
 	group.Go(func() error { return plugin.Run(ctx) })
 	group.Go(func() error { return agent.Run(ctx) })
 	group.Go(func() error {
-		holders.watch(ctx, agent.HolderChanged)
+		ledger.Watch(ctx, agent.HolderChanged, plugin.Repeat)
 		return nil
 	})
 	group.Go(func() error {
