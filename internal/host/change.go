@@ -202,7 +202,8 @@ func (h *Host) UnbindDriver(ctx context.Context, vfAddress string) error {
 
 // BindDriver binds a VF to the named driver, or to the one the kernel chooses
 // (DefaultDriver), and leaves driver_override so that a later probe chooses the
-// same. A VF that has the named driver already is not touched.
+// same. A VF that has the named driver already is not touched. Drivers that no device
+// asks for are loaded, see SystemBus.
 func (h *Host) BindDriver(ctx context.Context, vfAddress, driver string) error {
 	device, err := h.device(vfAddress)
 	if err != nil {
@@ -231,9 +232,8 @@ func (h *Host) BindDriver(ctx context.Context, vfAddress, driver string) error {
 	bind := filepath.Join(h.sysfs, "bus/pci/drivers", driver, "bind")
 	if driver != DefaultDriver {
 		// Looked at first, so that the VF does not leave the driver it has for nothing.
-		if _, err = os.Stat(bind); errors.Is(err, fs.ErrNotExist) {
-			return &KernelError{Op: op, Object: vfAddress, Err: unix.ENODEV,
-				Hint: "the driver is not loaded: load module " + driver + " on the node"}
+		if err = h.loadDriver(ctx, "pci", driver); err != nil {
+			return fail(err)
 		}
 	}
 	// A line end alone clears it (driver_set_override in drivers/base/driver.c).

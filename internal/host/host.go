@@ -17,6 +17,10 @@ const DefaultSysfs = "/sys"
 // Host reads and changes the NICs of the machine it runs on. It is safe for
 // concurrent use.
 type Host struct {
+	// SystemBus is the D-Bus socket at which systemd loads the modules of drivers that
+	// are asked for and missing; without it none is loaded. Set it before use.
+	SystemBus string
+
 	sysfs string
 	rt    *netlink.Handle // rtnetlink and devlink; never asks for VF lists
 	vf    *rtnl           // for what the library does not know of VFs

@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -22,21 +23,30 @@ func BootID() (string, error) {
 // and boot it anew (org.freedesktop.login1.Manager.Reboot, not asking anybody). It
 // returns when logind has agreed; the caller will be ended.
 func Reboot(ctx context.Context, socket string) error {
-	bus, err := dbus.Dial("unix:path="+socket, dbus.WithContext(ctx))
+	bus, err := systemBus(ctx, socket)
 	if err != nil {
-		return fmt.Errorf("connect to systemd at %s: %w; the node must be rebooted by hand where systemd is not there or not reachable", socket, err)
+		return fmt.Errorf("%w; the node must be rebooted by hand where systemd is not there or not reachable", err)
 	}
 	defer func() { _ = bus.Close() }() // what it could tell the calls have told
-	if err = bus.Auth(nil); err == nil {
-		err = bus.Hello()
-	}
-	if err != nil {
-		return fmt.Errorf("speak to systemd at %s: %w", socket, err)
-	}
 	const interactive = false
 	call := bus.Object("org.freedesktop.login1", "/org/freedesktop/login1").CallWithContext(ctx, "org.freedesktop.login1.Manager.Reboot", 0, interactive)
 	if call.Err != nil {
 		return fmt.Errorf("ask systemd-logind to reboot: %w", call.Err)
 	}
 	return nil
+}
+
+// systemBus connects to the D-Bus that systemd listens on.
+func systemBus(ctx context.Context, socket string) (*dbus.Conn, error) {
+	bus, err := dbus.Dial("unix:path="+socket, dbus.WithContext(ctx))
+	if err != nil {
+		return nil, fmt.Errorf("connect to systemd at %s: %w", socket, err)
+	}
+	if err = bus.Auth(nil); err == nil {
+		err = bus.Hello()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("speak to systemd at %s: %w", socket, errors.Join(err, bus.Close()))
+	}
+	return bus, nil
 }

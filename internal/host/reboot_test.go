@@ -11,8 +11,8 @@ import (
 	"github.com/godbus/dbus/v5"
 )
 
-// bus is a D-Bus daemon that answers each call with what answer gives: a value, or
-// an error's name. Calls arrive in its channel.
+// bus is a D-Bus daemon that answers each call of one client with what answer gives: a
+// value, or an error's name. Calls arrive in its channel.
 func bus(t *testing.T, answer func(member string) (value any, errorName string)) (socket string, calls <-chan *dbus.Message) {
 	t.Helper()
 	socket = filepath.Join(t.TempDir(), "bus")
@@ -21,7 +21,7 @@ func bus(t *testing.T, answer func(member string) (value any, errorName string))
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { listener.Close() })
-	got := make(chan *dbus.Message, 10)
+	got := make(chan *dbus.Message, 100)
 	go func() {
 		conn, err := listener.Accept()
 		if err != nil {

@@ -99,7 +99,7 @@ func TestLabVfioAndBack(t *testing.T) {
 	h := open(t)
 	pf := twoVFs(t, h)
 	vf := pf.VFs[0]
-	_ = exec.Command("modprobe", "vfio-pci").Run() // a module on some guests, built in on others
+	h.SystemBus = modprobes(t, "vfio_pci") // a module on some guests, built in on others
 	noIOMMU := "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 	back := func() {
 		t.Helper()

@@ -85,14 +85,17 @@ func (h *Host) SetVDPA(ctx context.Context, vfAddress, kind string) error {
 	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return fail(err)
 	}
-	if err = h.bindVDPA(name, driver); err != nil {
+	if err = h.bindVDPA(ctx, name, driver); err != nil {
 		return errors.Join(fail(err), h.rt.VDPADelDev(name))
 	}
 	return nil
 }
 
 // bindVDPA binds a vDPA device, which the kernel may have given to another driver.
-func (h *Host) bindVDPA(name, driver string) error {
+func (h *Host) bindVDPA(ctx context.Context, name, driver string) error {
+	if err := h.loadDriver(ctx, "vdpa", driver); err != nil {
+		return err
+	}
 	device := filepath.Join(h.sysfs, "bus/vdpa/devices", name)
 	have, err := linkBase(filepath.Join(device, "driver"))
 	if err != nil || have == driver {
@@ -106,9 +109,5 @@ func (h *Host) bindVDPA(name, driver string) error {
 			return err
 		}
 	}
-	err = writeSysfs(filepath.Join(h.sysfs, "bus/vdpa/drivers", driver, "bind"), name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("driver %s is not loaded: load its module on the node: %w", driver, unix.ENXIO)
-	}
-	return err
+	return writeSysfs(filepath.Join(h.sysfs, "bus/vdpa/drivers", driver, "bind"), name)
 }

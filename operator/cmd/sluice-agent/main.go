@@ -90,7 +90,7 @@ func parse(args []string, env func(string) string) (*config, error) {
 	f.StringVar(&c.devicePlugins, "device-plugin-dir", "/var/lib/kubelet/device-plugins", "the kubelet's device-plugin directory")
 	f.StringVar(&c.podResources, "pod-resources-socket", "/var/lib/kubelet/pod-resources/kubelet.sock", "the kubelet's pod-resources socket")
 	f.StringVar(&c.deviceInfo, "device-info-dir", "/var/run/k8s.cni.cncf.io/devinfo/dp", "directory for device-info files")
-	f.StringVar(&c.systemBus, "system-bus-socket", "/run/dbus/system_bus_socket", "the node's D-Bus, to reboot it when its pool allows that")
+	f.StringVar(&c.systemBus, "system-bus-socket", "/run/dbus/system_bus_socket", "the node's D-Bus, where systemd loads modules, and reboots the node when its pool allows that")
 	f.StringVar(&c.modprobeDir, "modprobe-dir", "/etc/modprobe.d", "directory of the kernel modules' settings, for what a reboot is to bring about")
 	f.StringVar(&c.sysfs, "sysfs", "/sys", "where sysfs is mounted")
 	f.StringVar(&c.listen, "listen", ":8082", "address for /healthz, /readyz and /metrics")
@@ -118,6 +118,7 @@ func run(ctx context.Context, c *config) error {
 		return err
 	}
 	defer kernel.Close()
+	kernel.SystemBus = c.systemBus
 	attacher, err := host.OpenAttacher(c.sysfs)
 	if err != nil {
 		return err
