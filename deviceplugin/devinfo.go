@@ -70,6 +70,23 @@ func writeDeviceInfo(dir, resource string, info nad.DeviceInfo) error {
 	return nil
 }
 
+// ReadDeviceInfo reads the file of one device, of whichever plugin; nil when it has
+// none.
+func ReadDeviceInfo(dir, resource, id string) (*nad.DeviceInfo, error) {
+	b, err := os.ReadFile(filepath.Join(dir, filepath.Base(deviceInfoName(resource, id))))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	info := &nad.DeviceInfo{}
+	if err == nil {
+		err = json.Unmarshal(b, info)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read device information of %s: %w", id, err)
+	}
+	return info, nil
+}
+
 // pruneDeviceInfo removes the files of resource whose device keep does not
 // know. Files of other resources stay: other plugins may use our prefix too.
 func pruneDeviceInfo(dir, resource string, keep func(id string) bool) error {

@@ -74,7 +74,7 @@ type Options struct {
 type Attacher struct {
 	Options
 	journal *journal
-	locks   locks
+	locks   Locks
 }
 
 const (
@@ -118,6 +118,11 @@ func (a *Attacher) Holder(deviceID string) (pod string, held bool) {
 	return r.Pod, held
 }
 
+// Alive tells whether the path is still that of the network namespace.
+func (a *Attacher) Alive(path string, id host.NetnsID) bool {
+	return a.alive(Record{NetnsPath: path, Netns: id})
+}
+
 func (a *Attacher) step(name string) {
 	if a.OnStep != nil {
 		a.OnStep(name)
@@ -134,7 +139,7 @@ func (a *Attacher) lock(ctx context.Context, names ...string) (unlock func(), er
 		}
 	}
 	for _, name := range names {
-		u, err := a.locks.lock(ctx, name)
+		u, err := a.locks.Lock(ctx, name)
 		if err != nil {
 			unlock()
 			return nil, fail(types.ErrTryAgainLater, "wait for %s: %w", name, err)

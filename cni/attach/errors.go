@@ -24,6 +24,14 @@ func fail(code uint, format string, args ...any) error {
 	return &codedError{code, fmt.Errorf(format, args...)}
 }
 
+// WithCode gives an error a CNI error code, unless it has one.
+func WithCode(code uint, err error) error {
+	if errors.As(err, new(*codedError)) {
+		return err
+	}
+	return &codedError{code, err}
+}
+
 // refused gives an error of the kernel its code, unless it has a better one.
 func refused(format string, err error) error {
 	wrapped := fmt.Errorf(format, err)

@@ -63,12 +63,12 @@ func (e ExecIPAM) Exec(ctx context.Context, plugin string, req Request) (*types1
 		PluginArgsStr: req.Args, IfName: req.IfName, Path: strings.Join(e.dirs(req), string(filepath.ListSeparator)),
 	}
 	if req.Command != Add {
-		if err = invoke.ExecPluginWithoutResult(ctx, path, req.Stdin, args, &process{}); err != nil {
+		if err = invoke.ExecPluginWithoutResult(ctx, path, req.Stdin, args, &Process{}); err != nil {
 			return nil, ipamError(plugin, req.Command, err)
 		}
 		return nil, nil
 	}
-	r, err := invoke.ExecPluginWithResult(ctx, path, req.Stdin, args, &process{})
+	r, err := invoke.ExecPluginWithResult(ctx, path, req.Stdin, args, &Process{})
 	if err != nil {
 		return nil, ipamError(plugin, req.Command, err)
 	}
@@ -90,14 +90,16 @@ func ipamError(plugin string, c Command, err error) error {
 	return fail(code, "%s of IPAM plugin %s: %w", c, plugin, err)
 }
 
-// process runs a plugin. It implements invoke.Exec.
-type process struct{ version.PluginDecoder }
+// Process runs plugins as processes. It implements invoke.Exec.
+type Process struct{ version.PluginDecoder }
 
-func (*process) FindInPath(plugin string, paths []string) (string, error) {
+// FindInPath implements invoke.Exec.
+func (*Process) FindInPath(plugin string, paths []string) (string, error) {
 	return invoke.FindInPath(plugin, paths)
 }
 
-func (*process) ExecPlugin(ctx context.Context, path string, stdin []byte, env []string) ([]byte, error) {
+// ExecPlugin implements invoke.Exec.
+func (*Process) ExecPlugin(ctx context.Context, path string, stdin []byte, env []string) ([]byte, error) {
 	// A plugin must not outlive the agent: the next agent releases what the
 	// journal names, and an ADD that ends after that would leak its address.
 	// The kernel sends the signal when the thread that started the plugin ends.

@@ -5,8 +5,9 @@ import (
 	"sync"
 )
 
-// locks are locks by name, given in the order in which they were asked for.
-type locks struct {
+// Locks are locks by name, given in the order in which they were asked for. The
+// zero value is ready.
+type Locks struct {
 	mu   sync.Mutex
 	held map[string]*queue
 }
@@ -14,8 +15,8 @@ type locks struct {
 // queue is one lock: the waiting channels, the first of which is next.
 type queue struct{ waiting []chan struct{} }
 
-// lock waits for the named lock and returns its release.
-func (l *locks) lock(ctx context.Context, name string) (unlock func(), err error) {
+// Lock waits for the named lock and returns its release.
+func (l *Locks) Lock(ctx context.Context, name string) (unlock func(), err error) {
 	l.mu.Lock()
 	if l.held == nil {
 		l.held = map[string]*queue{}
@@ -47,13 +48,13 @@ func (l *locks) lock(ctx context.Context, name string) (unlock func(), err error
 	return nil, ctx.Err()
 }
 
-func (l *locks) unlock(name string) {
+func (l *Locks) unlock(name string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.next(name)
 }
 
-func (l *locks) next(name string) {
+func (l *Locks) next(name string) {
 	q := l.held[name]
 	if len(q.waiting) == 0 {
 		delete(l.held, name)

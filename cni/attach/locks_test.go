@@ -10,13 +10,13 @@ import (
 )
 
 func TestLocksAreFairAndExclusive(t *testing.T) {
-	var l locks
+	var l Locks
 	ctx := context.Background()
-	unlock, err := l.lock(ctx, "a")
+	unlock, err := l.Lock(ctx, "a")
 	if err != nil {
 		t.Fatal(err)
 	}
-	other, err := l.lock(ctx, "b")
+	other, err := l.Lock(ctx, "b")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -25,7 +25,7 @@ func TestLocksAreFairAndExclusive(t *testing.T) {
 	var all sync.WaitGroup
 	for i := range 10 {
 		all.Go(func() {
-			u, err := l.lock(ctx, "a")
+			u, err := l.Lock(ctx, "a")
 			if err != nil {
 				t.Error(err)
 				return
@@ -47,7 +47,7 @@ func TestLocksAreFairAndExclusive(t *testing.T) {
 	}
 }
 
-func (l *locks) until(ok func() bool) {
+func (l *Locks) until(ok func() bool) {
 	for {
 		l.mu.Lock()
 		done := ok()
@@ -61,14 +61,14 @@ func (l *locks) until(ok func() bool) {
 
 // TestLocksWithDeadlines has many that give up at the moment their turn comes.
 func TestLocksWithDeadlines(t *testing.T) {
-	var l locks
+	var l Locks
 	var inside, got, gaveUp atomic.Int32
 	var all sync.WaitGroup
 	for i := range 200 {
 		all.Go(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), time.Duration(i%7)*300*time.Microsecond)
 			defer cancel()
-			u, err := l.lock(ctx, "a")
+			u, err := l.Lock(ctx, "a")
 			if err != nil {
 				if !errors.Is(err, context.DeadlineExceeded) {
 					t.Error(err)

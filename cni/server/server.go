@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-network/sluice/cni/attach"
+	"github.com/sluice-network/sluice/cni/standalone"
 	"github.com/sluice-network/sluice/cni/wire"
 	"github.com/sluice-network/sluice/internal/durable"
 	"github.com/sluice-network/sluice/internal/host"
@@ -37,6 +38,10 @@ type Options struct {
 
 	Allocated func(ctx context.Context, pciAddress string) (pod string, ok bool, err error) // see attach.Options
 	OnStep    func(step string)                                                             // see attach.Options
+
+	// PodNetworks is what the mode without a meta plugin stands on, of which the
+	// server adds what it knows itself. Without an API nothing runs in that mode.
+	PodNetworks standalone.Options
 }
 
 // parallel is how many calls are worked on at a time. Each may run an IPAM
@@ -47,6 +52,7 @@ const parallel = 16
 type Server struct {
 	socket, queue string
 	attacher      *attach.Attacher
+	networks      *standalone.Networks
 	log           logr.Logger
 	slots         *semaphore.Weighted
 }
@@ -62,10 +68,15 @@ func New(o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Server{
+	s := &Server{
 		socket: o.Socket, queue: filepath.Join(o.StateDir, "del-queue"),
 		attacher: a, log: o.Log, slots: semaphore.NewWeighted(parallel),
-	}, nil
+	}
+	if p := o.PodNetworks; p.API != nil {
+		p.Plugin, p.Alive, p.Dirs, p.Dir, p.Log = s.plugin, a.Alive, o.IPAMDirs, filepath.Join(o.StateDir, "pod-networks"), o.Log
+		s.networks = standalone.New(p)
+	}
+	return s, nil
 }
 
 // Attached returns the settings that the VF was given at its PF for the pod it is
@@ -259,6 +270,14 @@ func (s *Server) do(ctx context.Context, wired wire.Request, ns *host.Netns) (ou
 		Command: attach.Command(wired.Command), ContainerID: wired.ContainerID, Netns: wired.Netns,
 		IfName: wired.IfName, Args: wired.Args, Path: wired.Path, Stdin: wired.Stdin,
 	}
+	if s.networks != nil && standalone.Wanted(req.Stdin) {
+		return s.networks.Do(ctx, req, ns)
+	}
+	return s.plugin(ctx, req, ns)
+}
+
+// plugin does a call for one interface.
+func (s *Server) plugin(ctx context.Context, req attach.Request, ns *host.Netns) ([]byte, error) {
 	switch req.Command {
 	case attach.Add:
 		return s.attacher.Add(ctx, req, ns)

@@ -3,6 +3,7 @@ package podresources
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -66,6 +67,43 @@ func (c *Client) Devices(ctx context.Context) (map[string]string, error) {
 	defer c.mu.Unlock()
 	c.pods.unnamed(devices, live, written, c.prefix)
 	return devices, nil
+}
+
+// Pod returns the devices of one pod by resource, of whatever prefix: those of its
+// first container first, and those of one container sorted. That is the order in
+// which networks take them.
+func (c *Client) Pod(ctx context.Context, namespace, name string) (map[string][]string, error) {
+	all, err := api.NewPodResourcesListerClient(c.conn).List(ctx, &api.ListPodResourcesRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("ask the kubelet's pod-resources API for the devices of pod %s/%s: %w", namespace, name, err)
+	}
+	return devices(all, namespace, name), nil
+}
+
+func devices(all *api.ListPodResourcesResponse, namespace, name string) map[string][]string {
+	byResource := make(map[string][]string)
+	for _, p := range all.GetPodResources() {
+		if p.GetNamespace() != namespace || p.GetName() != name {
+			continue
+		}
+		for _, container := range p.GetContainers() {
+			// The kubelet tells the devices of a resource once for each NUMA node.
+			own := make(map[string][]string)
+			for _, d := range container.GetDevices() {
+				own[d.GetResourceName()] = append(own[d.GetResourceName()], d.GetDeviceIds()...)
+			}
+			for resource, ids := range own {
+				slices.Sort(ids)
+				for _, id := range ids {
+					// A restartable init container's devices are its successors', too.
+					if !slices.Contains(byResource[resource], id) {
+						byResource[resource] = append(byResource[resource], id)
+					}
+				}
+			}
+		}
+	}
+	return byResource
 }
 
 // holders maps the devices of resources below prefix to their pods, and tells of all pods.

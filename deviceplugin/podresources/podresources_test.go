@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -186,6 +187,21 @@ func (c *Client) ready(t *testing.T) {
 			t.Fatal("no connection")
 		}
 		c.conn.Connect()
+	}
+}
+
+// Networks take devices in this order, whatever the kubelet's is within a container.
+func TestDevicesOfOnePod(t *testing.T) {
+	answer := &api.ListPodResourcesResponse{PodResources: []*api.PodResources{
+		pod("other", "x/nics", "0000:09:00.0"),
+		{Namespace: "ns", Name: "p", Containers: []*api.ContainerResources{
+			{Name: "z", Devices: []*api.ContainerDevices{{ResourceName: "x/nics", DeviceIds: []string{"0000:02:00.1"}}, {ResourceName: "x/nics", DeviceIds: []string{"0000:02:00.0"}}, {ResourceName: "y/nics", DeviceIds: []string{"a"}}}},
+			{Name: "a", Devices: []*api.ContainerDevices{{ResourceName: "x/nics", DeviceIds: []string{"0000:01:00.0", "0000:02:00.0"}}}},
+		}},
+	}}
+	want := map[string][]string{"x/nics": {"0000:02:00.0", "0000:02:00.1", "0000:01:00.0"}, "y/nics": {"a"}}
+	if got := devices(answer, "ns", "p"); !maps.EqualFunc(got, want, slices.Equal) {
+		t.Errorf("%v", got)
 	}
 }
 

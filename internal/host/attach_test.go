@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -360,6 +362,61 @@ func TestAddressesAndRoutes(t *testing.T) {
 	}
 	if len(want) > 0 {
 		t.Errorf("%d announcements were not heard", len(want))
+	}
+}
+
+// TestSetDefaultRoutes takes the default routes of one link away for another's.
+func TestSetDefaultRoutes(t *testing.T) {
+	a, pod := twoNetns(t)
+	links := map[string]Netdev{}
+	for i, name := range []string{"eth0", "net1"} {
+		l := veth(t, a, "vf"+name)
+		if err := a.ChangeLink(t.Context(), nil, l.Index, LinkChange{To: pod, Name: name, State: SetUp}); err != nil {
+			t.Fatal(err)
+		}
+		l, err := a.Link(pod, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		links[name] = l
+		for _, n := range []net.IPNet{
+			{IP: net.IPv4(10, 7, byte(i), 5), Mask: net.CIDRMask(24, 32)}, {IP: net.ParseIP(fmt.Sprintf("fd07:%d::5", i)), Mask: net.CIDRMask(64, 128)},
+		} {
+			if err := a.AddAddress(pod, l.Index, n); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	v4, v6 := net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}, net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
+	for _, r := range []Route{{Dst: v4, Gateway: net.IPv4(10, 7, 0, 1)}, {Dst: v6, Gateway: net.ParseIP("fd07:0::1")}} {
+		if err := a.AddRoute(pod, links["eth0"].Index, r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	has := func(link string, dst net.IPNet) bool {
+		t.Helper()
+		has, err := a.HasRoute(pod, links[link].Index, Route{Dst: dst})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return has
+	}
+	for range 2 { // it can be repeated
+		if err := a.SetDefaultRoutes(pod, "net1", []netip.Addr{netip.MustParseAddr("10.7.1.1")}); err != nil {
+			t.Fatal(err)
+		}
+		if has("eth0", v4) || !has("net1", v4) || !has("eth0", v6) || has("net1", v6) {
+			t.Error("the IPv4 default route is not net1's, or IPv6 was touched")
+		}
+	}
+	if err := a.SetDefaultRoutes(pod, "net1", []netip.Addr{netip.MustParseAddr("fd07:1::1")}); err != nil {
+		t.Fatal(err)
+	}
+	if has("eth0", v6) || !has("net1", v6) || !has("net1", v4) {
+		t.Error("the IPv6 default route is not net1's, or IPv4 was touched")
+	}
+	if err := a.SetDefaultRoutes(pod, "net1", []netip.Addr{netip.MustParseAddr("10.9.0.1")}); err == nil || !strings.Contains(err.Error(), "10.9.0.1") {
+		t.Errorf("a gateway that cannot be reached: %v", err)
 	}
 }
 

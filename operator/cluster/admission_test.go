@@ -7,11 +7,14 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/cni/attach"
+	"github.com/sluice-network/sluice/cni/standalone"
 )
 
 // An unknown key beside a known one would, if it were dropped, select more NICs.
@@ -164,5 +167,107 @@ func TestAgentWritesNothingElse(t *testing.T) {
 		if err := refusedWith(err, "an agent writes the status of its node's SriovNetworkNodeState, and nothing else"); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// Of pods an agent writes the network status, on its own node, even if it came to have
+// all rights.
+func TestAgentWritesOnlyTheNetworkStatusOfItsPods(t *testing.T) {
+	needAPI(t)
+	clientAs := func(all bool, node string) client.Client {
+		t.Helper()
+		config := as("sluice-agent", map[string][]string{"authentication.kubernetes.io/node-name": {node}})
+		if all {
+			config.Impersonate.Groups = append(config.Impersonate.Groups, "system:masters")
+		}
+		c, err := client.New(config, client.Options{Scheme: api.Scheme()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "adm-pod", Annotations: map[string]string{"a": "1"}}}
+	pod.Spec.NodeName = "adm-4"
+	pod.Spec.Containers = []corev1.Container{{Name: "c", Image: "i"}}
+	if err := api.Create(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	const networkStatus = "k8s.v1.cni.cncf.io/network-status"
+	write := func(c client.Client, change func(*corev1.Pod)) error {
+		changed := pod.DeepCopy()
+		change(changed)
+		return c.Status().Patch(t.Context(), changed, client.MergeFrom(pod))
+	}
+	status := func(p *corev1.Pod) { p.Annotations[networkStatus] = "[]" }
+	eventually(t, func() error {
+		return refusedWith(write(clientAs(false, "adm-5"), status), "pod adm-pod: an agent writes the network status of pods of its own node only, and this one is on adm-5")
+	})
+	own, mighty := clientAs(false, "adm-4"), clientAs(true, "adm-4")
+	if err := write(own, status); err != nil {
+		t.Errorf("the network status of its own pod: %v", err)
+	}
+	for name, change := range map[string]func(*corev1.Pod){
+		"another annotation": func(p *corev1.Pod) { p.Annotations["b"] = "1" },
+		"an annotation less": func(p *corev1.Pod) { delete(p.Annotations, "a") },
+		"a label":            func(p *corev1.Pod) { p.Labels = map[string]string{"app": "other"} },
+		"the status":         func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded },
+	} {
+		if err := refusedWith(write(own, change), "an agent writes the annotation "+networkStatus+", and nothing else of a pod"); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	labelled := pod.DeepCopy()
+	labelled.Labels = map[string]string{"app": "other"}
+	for name, err := range map[string]error{
+		"patch a pod":  mighty.Patch(t.Context(), labelled, client.MergeFrom(pod)),
+		"make a pod":   mighty.Create(t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "adm-own"}, Spec: pod.Spec}),
+		"delete a pod": mighty.Delete(t.Context(), pod.DeepCopy()),
+	} {
+		if err := refusedWith(err, "an agent writes the network status of pods, and nothing else"); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := own.List(t.Context(), &corev1.PodList{}); !apierrors.IsForbidden(err) {
+		t.Errorf("list pods: %v", err)
+	}
+}
+
+// The agent's client of the API server, with the rights an agent has.
+func TestAgentTellsPodsNetworks(t *testing.T) {
+	needAPI(t)
+	config := as("sluice-agent", map[string][]string{"authentication.kubernetes.io/node-name": {"adm-6"}})
+	agent, err := standalone.NewServer(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "adm-net", Annotations: map[string]string{"a": "1"}}}
+	pod.Spec.NodeName = "adm-6"
+	pod.Spec.Containers = []corev1.Container{{Name: "c", Image: "i"}}
+	if err := api.Create(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	uid := string(pod.UID)
+	if a, err := agent.Pod(t.Context(), pod.Namespace, pod.Name, uid); err != nil || a["a"] != "1" {
+		t.Errorf("%v, %v", a, err)
+	}
+	if err := agent.SetStatus(t.Context(), pod.Namespace, pod.Name, uid, "[]"); err != nil {
+		t.Error(err)
+	}
+	got := &corev1.Pod{}
+	if err := api.Get(t.Context(), client.ObjectKeyFromObject(pod), got); err != nil || got.Annotations["k8s.v1.cni.cncf.io/network-status"] != "[]" || got.Annotations["a"] != "1" {
+		t.Errorf("%v, %v", got.Annotations, err)
+	}
+	// A pod that took the name of the one that is meant is neither read nor written.
+	if _, err := agent.Pod(t.Context(), pod.Namespace, pod.Name, "other"); attach.CNIError(err).Code != 11 {
+		t.Errorf("another pod is read: %v", err)
+	}
+	if err := agent.SetStatus(t.Context(), pod.Namespace, pod.Name, "0b8f2b5e-0000-0000-0000-000000000000", "x"); attach.CNIError(err).Code != 11 {
+		t.Errorf("another pod is written: %v", err)
+	}
+	if _, err := agent.Pod(t.Context(), pod.Namespace, "nosuch", uid); attach.CNIError(err).Code != 7 {
+		t.Errorf("a pod that does not exist: %v", err)
+	}
+	if _, err := agent.Network(t.Context(), pod.Namespace, "nosuch"); attach.CNIError(err).Code != 7 || !strings.Contains(err.Error(), operatorNamespace+"/nosuch") {
+		t.Errorf("a network that does not exist: %v", err)
 	}
 }

@@ -12,7 +12,8 @@ import (
 
 const (
 	shimName  = "sluice-cni"
-	aliasName = "sriov" // the type that existing network definitions name
+	typeName  = "sluice" // the type that network definitions of ours name: a link to the shim
+	aliasName = "sriov"  // the type that existing network definitions name
 	// beforeSuffix is added to the name of a plugin that the alias took the place of.
 	beforeSuffix = ".before-sluice"
 )
@@ -22,7 +23,7 @@ const (
 var errForeignAlias = errors.New("another project's plugin is installed")
 
 // installShim puts the CNI shim at source into the node's CNI directory, unless
-// the same is there already. A runtime that executes it at any moment runs
+// the same is there already, and its type beside it. A runtime that executes it at any moment runs
 // either the old or the new one, whole.
 func installShim(source, dir string) error {
 	want, err := os.ReadFile(source)
@@ -31,6 +32,12 @@ func installShim(source, dir string) error {
 	}
 	if err = os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("install the CNI shim: %w", err)
+	}
+	byType := filepath.Join(dir, typeName)
+	if is, _ := os.Readlink(byType); is != shimName {
+		if err = replace(byType, func(tmp string) error { return os.Symlink(shimName, tmp) }); err != nil {
+			return fmt.Errorf("install the CNI shim as %s: %w", byType, err)
+		}
 	}
 	target := filepath.Join(dir, shimName)
 	have, err := os.ReadFile(target)
@@ -95,8 +102,10 @@ func uninstall(dir string, attached []string) error {
 			return fmt.Errorf("bring back the CNI plugin that was there before: %w", err)
 		}
 	}
-	if err := os.Remove(filepath.Join(dir, shimName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove the CNI shim: %w", err)
+	for _, name := range []string{typeName, shimName} {
+		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove the CNI shim: %w", err)
+		}
 	}
 	return nil
 }

@@ -53,7 +53,10 @@ func TestInstallShim(t *testing.T) {
 		if got, want := read(t, target), read(t, source); got != want {
 			t.Errorf("content %q, want %q", got, want)
 		}
-		if entries, _ := os.ReadDir(bin); len(entries) != 1 {
+		if is, _ := os.Readlink(filepath.Join(bin, "sluice")); is != shimName {
+			t.Errorf("type sluice is %q", is)
+		}
+		if entries, _ := os.ReadDir(bin); len(entries) != 2 {
 			t.Errorf("directory holds %v", entries)
 		}
 		return stat(t, target)

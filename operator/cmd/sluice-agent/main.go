@@ -23,6 +23,7 @@ import (
 	"path/filepath"
 	"syscall"
 
+	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"golang.org/x/sync/errgroup"
@@ -31,6 +32,7 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 
 	"github.com/sluice-network/sluice/cni/server"
+	"github.com/sluice-network/sluice/cni/standalone"
 	"github.com/sluice-network/sluice/deviceplugin"
 	"github.com/sluice-network/sluice/deviceplugin/podresources"
 	"github.com/sluice-network/sluice/internal/host"
@@ -142,6 +144,10 @@ func run(ctx context.Context, c *config) error {
 	if err != nil {
 		return err
 	}
+	pods, err := standalone.NewServer(apiServer)
+	if err != nil {
+		return err
+	}
 	lifeline, err := node.NewAPIServer(apiServer, c.nodeIP)
 	if err != nil {
 		return err
@@ -165,6 +171,9 @@ func run(ctx context.Context, c *config) error {
 	cni, err := server.New(server.Options{
 		Socket: c.socket, StateDir: c.stateDir, Kernel: attacher, IPAMDirs: []string{c.cniDir}, Log: log.WithName("cni"),
 		Baselines: baselines(func() *node.Agent { return agent }), Allocated: func(ctx context.Context, id string) (string, bool, error) { return ledger.Allocated(ctx, id) },
+		PodNetworks: standalone.Options{API: pods, Kernel: attacher, Devices: kubelet.Pod, DeviceInfo: func(resource, id string) (*nadv1.DeviceInfo, error) {
+			return deviceplugin.ReadDeviceInfo(c.deviceInfo, resource, id)
+		}},
 	})
 	if err != nil {
 		return err
