@@ -99,6 +99,7 @@ type Agent struct {
 	audited    time.Time         // when all of them were last looked at
 	around     budget            // for looking at all of them
 	path       []int             // links to the API server, as known at pathAt
+	noPath     error             // why none is known
 	pathAt     time.Time
 	// The RDMA subsystem's mode, and when the kernel last refused to change it.
 	rdmaMode string

@@ -77,7 +77,7 @@ func (c carriers) risk(op plan.Operation) risk {
 }
 
 // findPath finds out which links are the way to the API server. While it cannot
-// be found what was last known holds.
+// be found what was last known holds; while nothing was, NICs are not changed.
 func (p *pass) findPath(ctx context.Context) {
 	if time.Since(p.pathAt) < pathAge {
 		return
@@ -92,7 +92,10 @@ func (p *pass) findPath(ctx context.Context) {
 		p.Log.Info("The links to the API server cannot all be found", "why", err)
 		path = append(path, p.path...)
 	}
-	p.path = path
+	if p.path, p.noPath = path, nil; len(path) == 0 && err != nil {
+		p.noPath = err
+		p.within(pathAge)
+	}
 }
 
 // forced tells whether somebody takes it upon himself that the node is cut off.
@@ -113,6 +116,10 @@ func (p *pass) guard(r *report, ops []plan.Operation) []plan.Operation {
 	c := carriersOf(r.have, p.path)
 	if p.forced() {
 		return ops
+	}
+	if p.noPath != nil {
+		r.trouble = trouble{ReasonUnverified, fmt.Sprintf("%s waits: which links carry the node's way to the API server cannot be found out now, so it could cut it: %v", ops[0], p.noPath)}
+		return nil
 	}
 	const mend = "give the API server another way, or annotate this SriovNetworkNodeState with " + v1.AnnotationForceManagementNIC + "=true"
 	for _, op := range ops {

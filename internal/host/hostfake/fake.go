@@ -16,7 +16,7 @@ import (
 	"github.com/sluice-network/sluice/internal/host"
 )
 
-// Op names an operation of the kernel.
+// Op names an operation of the kernel, as its method is named.
 type Op string
 
 // The operations that can fail.
@@ -42,13 +42,6 @@ const (
 	PathLinks       Op = "PathLinks"
 	Watch           Op = "Watch"
 )
-
-// Reads are the operations that only look.
-var Reads = []Op{Inventory, ReadPF, ReadVFSettings, RDMAMode}
-
-// Changes are the operations that change something.
-var Changes = []Op{SetNumVFs, BindDriver, SetVFMAC, SetMAC, SetMTU, SetLinkUp, Rename,
-	UnbindDriver, SetEswitchMode, SetVFGUID, ResetVFSettings, SetVDPA, SetRDMAMode}
 
 // Kernel is the fake. The zero value has no NICs. It is safe for concurrent use.
 type Kernel struct {
