@@ -48,6 +48,9 @@ func agentDaemonSet(config *sriovv1.SriovOperatorConfig, selector map[string]str
 		pod.Tolerations = []corev1.Toleration{{Operator: corev1.TolerationOpExists}}
 	}
 	agent := &pod.Containers[0]
+	if config.Annotations[sriovv1.AnnotationReadOnlyEtc] == "true" {
+		withoutEtc(pod)
+	}
 	agent.Image = settings.AgentImage
 	agent.Args = []string{fmt.Sprintf("--v=%d", config.Spec.LogLevel)}
 	agent.Env = append(agent.Env, corev1.EnvVar{Name: "RESOURCE_PREFIX", Value: settings.ResourcePrefix})
@@ -63,6 +66,18 @@ func agentDaemonSet(config *sriovv1.SriovOperatorConfig, selector map[string]str
 	digest := sha256.Sum256(data)
 	ds.Annotations = map[string]string{annotationTemplate: fmt.Sprintf("%x", digest[:8])}
 	return ds, nil
+}
+
+// withoutEtc takes the folders below /etc from a pod. The runtime would make those that
+// are missing, whatever their type, and where it cannot the pod does not start.
+func withoutEtc(pod *corev1.PodSpec) {
+	in := map[string]bool{}
+	pod.Volumes = slices.DeleteFunc(pod.Volumes, func(v corev1.Volume) bool {
+		in[v.Name] = v.HostPath != nil && strings.HasPrefix(v.HostPath.Path, "/etc/")
+		return in[v.Name]
+	})
+	agent := &pod.Containers[0]
+	agent.VolumeMounts = slices.DeleteFunc(agent.VolumeMounts, func(m corev1.VolumeMount) bool { return in[m.Name] })
 }
 
 // ownedBy makes the garbage collector delete an object with the configuration, also when

@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -67,6 +68,35 @@ func TestUnsupported(t *testing.T) {
 		if (want == "") != (got == "") || !strings.HasPrefix(got, want) {
 			t.Errorf("%+v: %q, want %q", spec, got, want)
 		}
+	}
+}
+
+// On nodes whose /etc cannot be written to, the agent does without it, and with all else.
+func TestAgentWithoutEtc(t *testing.T) {
+	config := &sriovv1.SriovOperatorConfig{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "default", UID: "u"}}
+	build := func() (paths, mounts []string) {
+		ds, err := agentDaemonSet(config, nil, Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, v := range ds.Spec.Template.Spec.Volumes {
+			paths = append(paths, v.HostPath.Path)
+		}
+		for _, m := range ds.Spec.Template.Spec.Containers[0].VolumeMounts {
+			mounts = append(mounts, m.MountPath)
+		}
+		slices.Sort(paths)
+		slices.Sort(mounts)
+		return paths, mounts
+	}
+	all, allMounts := build()
+	if !slices.Equal(all, allMounts) || !slices.Contains(all, "/etc/sriov-operator") || !slices.Contains(all, "/etc/modprobe.d") {
+		t.Fatalf("volumes %v, mounts %v", all, allMounts)
+	}
+	config.Annotations = map[string]string{sriovv1.AnnotationReadOnlyEtc: "true"}
+	want := slices.DeleteFunc(all, func(path string) bool { return strings.HasPrefix(path, "/etc") })
+	if paths, mounts := build(); !slices.Equal(paths, want) || !slices.Equal(mounts, want) {
+		t.Errorf("volumes %v, mounts %v, want %v", paths, mounts, want)
 	}
 }
 

@@ -72,6 +72,9 @@ const (
 	// about to be removed: with an empty spec in effect, and no VF in a pod, it takes its
 	// files off the node and is Ready with reason Removed.
 	AnnotationRemoval = "sluice.dev/removal"
+	// AnnotationReadOnlyEtc on a SriovOperatorConfig, "true", says that nothing can be made
+	// in /etc of the nodes, as on Talos: agents do without what they use there.
+	AnnotationReadOnlyEtc = "sluice.dev/read-only-etc"
 	// AnnotationOwnerRef names the network a NetworkAttachmentDefinition was made from,
 	// as <Kind>.<group>/<namespace>/<name>.
 	AnnotationOwnerRef = "sriovnetwork.openshift.io/owner-ref"
