@@ -168,3 +168,72 @@ func TestSwitchdev(t *testing.T) {
 		return nil
 	})
 }
+
+// A mode that the kernel refuses leaves no VF without driver, whether it had one before
+// or was made for it; none is offered until the mode is right or no longer asked for.
+func TestSwitchdevRefused(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	plain := wants(nic0, 2, of("left", "0-1", 1400))
+	r.server.spec(plain)
+	r.ready()
+	refuse := func() {
+		for range 20 {
+			r.kernel.Fail(hostfake.SetEswitchMode, unix.ENOSPC)
+		}
+	}
+	bound := func(n int) {
+		t.Helper()
+		r.eventually(func() error {
+			s := r.server.status()
+			pf := s.Interfaces[0]
+			if pf.EswitchMode != "legacy" || len(pf.VFs) != n || s.VFs != fmt.Sprintf("0/%d", n) || !strings.Contains(s.LastSyncError, "ENOSPC") {
+				return fmt.Errorf("VFs %s, %q, %+v", s.VFs, s.LastSyncError, pf)
+			}
+			for _, vf := range pf.VFs {
+				if vf.Driver == "" || vf.Mac != r.agent.stableMAC(*r.kernel.PF(nic0), vf.VfID).String() || !strings.Contains(vf.Message, "mode legacy") {
+					return fmt.Errorf("%+v", vf)
+				}
+			}
+			if got := r.plugin.healthy("left"); len(got) != 0 {
+				return fmt.Errorf("left offers %v", got)
+			}
+			return nil
+		})
+	}
+	refuse()
+	switchdev := with(plain, func(i *v1.Interface) { i.EswitchMode = v1.EswitchModeSwitchdev })
+	r.server.spec(switchdev)
+	bound(2)
+	// A pod that was faster keeps its VF, and the others have their driver, too.
+	held := vfAddress(nic0, 1)
+	r.usage.set(held, "default/client")
+	r.agent.HolderChanged()
+	r.eventually(func() error {
+		if s := r.server.status(); len(s.Pending) != 1 || s.Interfaces[0].VFs[0].Driver == "" {
+			return fmt.Errorf("%+v", s)
+		}
+		return nil
+	})
+	r.usage.set(held, "")
+	r.agent.HolderChanged()
+
+	more := with(switchdev, func(i *v1.Interface) {
+		i.NumVfs, i.VfGroups = 3, []v1.VfGroup{of("left", "0-2", 1400)}
+	})
+	r.server.spec(more)
+	bound(3)
+	r.server.spec(plain)
+	r.ready()
+	r.eventually(func() error {
+		for _, vf := range r.server.status().Interfaces[0].VFs {
+			if vf.Mtu != 1400 || vf.Message != "" {
+				return fmt.Errorf("%+v", vf)
+			}
+		}
+		if got := r.plugin.healthy("left"); len(got) != 2 {
+			return fmt.Errorf("left offers %v", got)
+		}
+		return nil
+	})
+}

@@ -123,10 +123,11 @@ func (p *pass) guard(r *report, ops []plan.Operation) []plan.Operation {
 	}
 	const mend = "give the API server another way, or annotate this SriovNetworkNodeState with " + v1.AnnotationForceManagementNIC + "=true"
 	for _, op := range ops {
-		if op.VF < 0 && c.risk(op) == cutting || c.risk(plan.Operation{Kind: plan.SetEswitchMode, VF: -1}) == cutting && r.switches() {
+		mode := r.otherMode()
+		if op.VF < 0 && c.risk(op) == cutting || c.risk(plan.Operation{Kind: plan.SetEswitchMode, VF: -1}) == cutting && mode != "" {
 			what := op.String()
-			if op.Kind != plan.SetEswitchMode && r.switches() {
-				what = "the change to eSwitchMode " + r.want.EswitchMode
+			if op.Kind != plan.SetEswitchMode && mode != "" {
+				what = "the change to eSwitchMode " + mode
 			}
 			r.trouble = trouble{ReasonManagement, fmt.Sprintf("%s is refused: this NIC carries the node's way to the API server and would lose its link; %s", what, mend)}
 			return nil
@@ -141,10 +142,14 @@ func (p *pass) guard(r *report, ops []plan.Operation) []plan.Operation {
 	})
 }
 
-// switches tells whether the PF's eswitch shall have another mode, in whatever
-// order that comes with the rest.
-func (r *report) switches() bool {
-	return r.want.EswitchMode != "" && r.have.Eswitch != "" && r.want.EswitchMode != string(r.have.Eswitch)
+// otherMode is the mode that the PF's eswitch is not in and shall be brought to, in
+// whatever order that comes with the rest; empty when there is none.
+func (r *report) otherMode() string {
+	mode := plan.EswitchMode(*r.want)
+	if r.want.ExternallyManaged || r.have.Eswitch == "" || mode == string(r.have.Eswitch) {
+		return ""
+	}
+	return mode
 }
 
 func (one pfRecord) lost() string {

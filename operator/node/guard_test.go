@@ -128,6 +128,8 @@ func TestCutIsTakenBack(t *testing.T) {
 	}{
 		"VFs": {func(want *v1.Interface) { want.NumVfs = 4 }, "SetNumVFs 4"},
 		"MTU": {func(want *v1.Interface) { want.Mtu = 9000 }, "SetPFMTU 9000"},
+		// Only by force.
+		"mode": {func(want *v1.Interface) { want.EswitchMode = v1.EswitchModeSwitchdev }, "SetEswitchMode switchdev"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -138,18 +140,21 @@ func TestCutIsTakenBack(t *testing.T) {
 			r.stop()
 			r.kernel.Path(3)
 			r.line.when(func() error {
-				if pf := r.kernel.PF(nic0); pf.NumVFs == 4 || pf.MTU == 9000 {
+				if pf := r.kernel.PF(nic0); pf.NumVFs == 4 || pf.MTU == 9000 || pf.Eswitch == host.Switchdev {
 					return errors.New("no route to host")
 				}
 				return nil
 			})
+			r.server.mu.Lock()
+			r.server.state.Annotations = map[string]string{v1.AnnotationForceManagementNIC: "true"}
+			r.server.mu.Unlock()
 			r.restart()
 			r.kernel.Calls()
 			bad := good
 			c.change(&bad)
 			r.server.spec(bad)
 			r.degraded(ReasonLost, c.what, "no route to host")
-			if pf := r.kernel.PF(nic0); pf.NumVFs != 2 || pf.MTU != 1500 {
+			if pf := r.kernel.PF(nic0); pf.NumVFs != 2 || pf.MTU != 1500 || pf.Eswitch != host.Legacy || pf.VFs[1].Driver == "" {
 				t.Fatalf("not taken back: %+v", pf)
 			}
 			r.kernel.Calls()

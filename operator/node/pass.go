@@ -315,19 +315,51 @@ func (p *pass) bring(ctx context.Context, r *report) {
 				p.Log.Info("Done", "operation", op.String())
 			}
 		}
-		now, err := p.observe(ctx, r.have.PCIAddress)
-		if err != nil {
-			p.note(r, -1, trouble{ReasonUnreadable, err.Error()})
+		if !p.again(ctx, r) {
 			return
 		}
-		p.mu.Lock()
-		r.have = now
-		p.view(r)
-		p.mu.Unlock()
 		if !whole {
+			if slices.ContainsFunc(ops, func(op plan.Operation) bool { return op.Kind == plan.SetEswitchMode }) {
+				p.rebind(ctx, r)
+			}
 			return
 		}
 	}
+}
+
+// again looks at the PF after it was worked on.
+func (p *pass) again(ctx context.Context, r *report) bool {
+	now, err := p.observe(ctx, r.have.PCIAddress)
+	if err != nil {
+		p.note(r, -1, trouble{ReasonUnreadable, err.Error()})
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r.have = now
+	p.view(r)
+	return true
+}
+
+// rebind gives the VFs that left their driver for another mode of the eswitch, which
+// the PF has not got, a driver again, as the spec asks for them but for the mode.
+func (p *pass) rebind(ctx context.Context, r *report) {
+	stays := *r.want
+	stays.EswitchMode = string(r.have.Eswitch)
+	p.mu.Lock()
+	ops, _, _ := plan.Operations(stays, p.view(r)) // what is wrong with the spec was told
+	p.mu.Unlock()
+	failed := map[int]bool{}
+	for _, op := range ops {
+		if op.VF < 0 || failed[op.VF] {
+			continue
+		}
+		if err := p.apply(ctx, r.have, op); err != nil && !errors.Is(err, errTaken) {
+			p.note(r, op.VF, trouble{ReasonRefused, err.Error()})
+			failed[op.VF] = true
+		}
+	}
+	p.again(ctx, r)
 }
 
 // note keeps the first trouble of the VF, or with -1 of the PF.

@@ -123,6 +123,9 @@ func (r *report) vfState(vf host.VF, group plan.VFGroup) (ready bool, why string
 		return vf.Driver != "", "has no driver"
 	case vf.Driver == "":
 		return false, "has no driver"
+	case r.otherMode() != "":
+		// It would get a pod, which would have to go before the mode can change.
+		return false, fmt.Sprintf("the PF's eswitch is in mode %s and shall be in %s", r.have.Eswitch, r.otherMode())
 	case group.DeviceType != v1.DeviceTypeVfioPci && vf.Name == "":
 		return false, "waits: its driver has made no network device in the node's namespace, and no pod known here holds it"
 	}

@@ -138,19 +138,25 @@ func (p *pfWork) link() {
 // others make representors for the VFs there are, and older ones need to have some.
 var modeFirst = []string{"ice"}
 
+// EswitchMode is the mode that want asks of a PF with an eswitch, itself or, with VFs
+// and no mode, by default; empty when any will do.
+func EswitchMode(want v1.Interface) string {
+	if want.NumVfs > 0 {
+		return cmp.Or(want.EswitchMode, v1.EswitchModeLegacy)
+	}
+	return want.EswitchMode
+}
+
 // eswitch is the mode the PF shall have; empty when any will do.
 func (p *pfWork) eswitch() string {
-	switch {
+	switch mode := EswitchMode(p.want); {
 	case p.have.Eswitch == "":
 		return "" // possible has refused switchdev
-	case p.want.EswitchMode != "":
-		return p.want.EswitchMode
-	case p.want.NumVfs > 0:
-		return v1.EswitchModeLegacy
-	case p.have.Original != nil:
+	case mode == "" && p.have.Original != nil:
 		return p.have.Original.Eswitch
+	default:
+		return mode
 	}
-	return ""
 }
 
 // shape plans for the number of VFs and the mode of the eswitch. It tells

@@ -86,7 +86,11 @@ func (c card) vfPCI(t *testing.T, vf int) string {
 
 func (c card) vf(vf int) string { return fmt.Sprintf("%sv%d", c.pf, vf) }
 
-// fresh gives the card n VFs at their defaults, with PF and wire up and at theirs.
+// rep names the VF's representor, as systemd does.
+func (c card) rep(vf int) string { return fmt.Sprintf("%snpf0vf%d", c.pf, vf) }
+
+// fresh gives the card n VFs at their defaults, with PF and wire up and at theirs, in
+// legacy mode.
 func (c card) fresh(t *testing.T, n int) {
 	t.Helper()
 	if _, err := os.Stat(c.dev()); err != nil {
@@ -94,6 +98,9 @@ func (c card) fresh(t *testing.T, n int) {
 	}
 	if n > 0 || read(t, c.dev("sriov_numvfs")) != "0" {
 		c.setVFs(t, 0)
+	}
+	if err := c.setMode("legacy"); err != nil {
+		t.Fatal(err)
 	}
 	if err := netlink.SetPromiscOff(link(t, c.pf)); err != nil {
 		t.Fatal(err)
@@ -108,6 +115,10 @@ func (c card) fresh(t *testing.T, n int) {
 			t.Fatal(err)
 		}
 	}
+}
+
+func (c card) setMode(mode string) error {
+	return netlink.DevLinkSetEswitchMode(&netlink.DevlinkDevice{BusName: "pci", DeviceName: c.pci}, mode)
 }
 
 func (c card) setVFs(t *testing.T, n int) {

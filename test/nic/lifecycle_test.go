@@ -466,10 +466,10 @@ func TestLabReload(t *testing.T) {
 		params = append(params, p.Name()+"="+read(t, "/sys/module/sluicenic/parameters/"+p.Name()))
 	}
 	for range 2 {
-		for _, c := range cards {
-			c.fresh(t, 2)
-			up(t, c.vf(0))
-		}
+		cards[0].fresh(t, 2)
+		up(t, cards[0].vf(0))
+		cards[1].switchdev(t, 2)
+		up(t, cards[1].rep(0))
 		ns := newNS(t)
 		if err := netlink.LinkSetNsFd(link(t, cards[0].vf(1)), int(ns)); err != nil {
 			t.Fatal(err)
@@ -479,7 +479,7 @@ func TestLabReload(t *testing.T) {
 		}
 		ns.Close()
 		for _, c := range cards {
-			if exists(c.pf) || exists(c.wire) {
+			if exists(c.pf) || exists(c.wire) || exists(c.rep(0)) {
 				t.Errorf("netdevs of card %s outlived the module", c.pci)
 			}
 			if _, err := os.Stat(c.dev()); err == nil {
@@ -489,7 +489,7 @@ func TestLabReload(t *testing.T) {
 		if _, err := os.Stat("/sys/kernel/debug/sluicenic"); err == nil {
 			t.Error("the module's debugfs folder outlived it")
 		}
-		for _, bad := range []string{"cards=0", "cards=9", "total_vfs=0", "total_vfs=65", "pf_name=%x", "vf_name=a-very-long-name%v", "wire_name=a/b%i"} {
+		for _, bad := range []string{"cards=0", "cards=9", "total_vfs=0", "total_vfs=65", "pf_name=%x", "vf_name=a-very-long-name%v", "rep_name=rep%n", "wire_name=a/b%i"} {
 			if err := unix.FinitModule(int(ko.Fd()), bad, 0); err == nil {
 				t.Errorf("the module loaded with %q", bad)
 				_ = unix.DeleteModule("sluicenic", 0)

@@ -22,6 +22,7 @@ static const char * const op_names[SNIC_FAULT_OPS] = {
 	[SNIC_FAULT_VF_LINK_STATE] = "fail_vf_link_state",
 	[SNIC_FAULT_VF_RATE] = "fail_vf_rate",
 	[SNIC_FAULT_MTU] = "fail_mtu",
+	[SNIC_FAULT_ESWITCH_MODE] = "fail_eswitch_mode",
 };
 
 int snic_fault(struct snic_card *card, enum snic_fault_op op)
@@ -87,6 +88,7 @@ static void dump_port(struct seq_file *s, struct snic_port *port)
 {
 	static const char * const links[] = { "auto", "enable", "disable" };
 	struct net_device *dev = rtnl_dereference(port->dev);
+	struct net_device *rep = rtnl_dereference(port->rep);
 	u8 mac[ETH_ALEN], admin[ETH_ALEN];
 
 	u64_to_ether_addr(port->mac, mac);
@@ -99,6 +101,8 @@ static void dump_port(struct seq_file *s, struct snic_port *port)
 	if (dev)
 		seq_printf(s, " netns=%u up=%d carrier=%d mtu=%u", dev_net(dev)->ns.inum,
 			   !!(dev->flags & IFF_UP), netif_carrier_ok(dev), dev->mtu);
+	if (rep)
+		seq_printf(s, " rep=%s", rep->name);
 	if (port->vf >= 0)
 		seq_printf(s, " admin_mac=%pM vlan=%u qos=%u proto=%s spoofchk=%d trust=%d link=%s min_rate=%d max_rate=%d",
 			   admin, snic_vst_vid(port->vst),
@@ -123,9 +127,9 @@ static int dump_show(struct seq_file *s, void *unused)
 
 	rtnl_lock();
 	pf = rtnl_dereference(card->pf);
-	seq_printf(s, "card=%u wire=%s link=%d driver=%d num_vfs=%d\n", card->index,
+	seq_printf(s, "card=%u wire=%s link=%d driver=%d num_vfs=%d switchdev=%d\n", card->index,
 		   card->wire->name, netif_carrier_ok(card->wire), !!pf,
-		   pf ? pf->num_vfs : 0);
+		   pf ? pf->num_vfs : 0, pf && snic_switchdev(pf));
 	if (pf) {
 		dump_port(s, &pf->port);
 		for (i = 0; i < pf->num_vfs; i++)

@@ -70,7 +70,8 @@ const struct ethtool_ops snic_ethtool_ops = {
 	.get_ethtool_stats = get_stats,
 };
 
-const struct ethtool_ops snic_wire_ethtool_ops = {
+/* Of the wire and of representors, which are no function of their own. */
+const struct ethtool_ops snic_link_ethtool_ops = {
 	.get_link = ethtool_op_get_link,
 	.get_link_ksettings = get_link_ksettings,
 };

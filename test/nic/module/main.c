@@ -40,11 +40,14 @@ MODULE_PARM_DESC(numa_node, "NUMA node of the cards, -1 for none");
 
 static char *pf_name = "ens%cf0";
 static char *vf_name = "ens%cf0v%v";
+static char *rep_name = "ens%cf0npf0vf%v";
 static char *wire_name = "wire%i";
 module_param(pf_name, charp, 0444);
 MODULE_PARM_DESC(pf_name, "PF netdev name; %c: card from 1, %i: card from 0");
 module_param(vf_name, charp, 0444);
 MODULE_PARM_DESC(vf_name, "VF netdev name; as pf_name, and %v: VF index");
+module_param(rep_name, charp, 0444);
+MODULE_PARM_DESC(rep_name, "representor netdev name; as vf_name");
 module_param(wire_name, charp, 0444);
 MODULE_PARM_DESC(wire_name, "wire netdev name; as pf_name");
 
@@ -91,6 +94,11 @@ void snic_name_vf(char *buf, const struct snic_card *card, int vf)
 	expand_name(buf, vf_name, card->index, vf);
 }
 
+void snic_name_rep(char *buf, const struct snic_card *card, int vf)
+{
+	expand_name(buf, rep_name, card->index, vf);
+}
+
 void snic_name_wire(char *buf, const struct snic_card *card)
 {
 	expand_name(buf, wire_name, card->index, -1);
@@ -119,6 +127,8 @@ static int check_params(void)
 		err = expand_name(buf, pf_name, i, -1);
 		if (!err)
 			err = expand_name(buf, vf_name, i, snic_total_vfs - 1);
+		if (!err)
+			err = expand_name(buf, rep_name, i, snic_total_vfs - 1);
 		if (!err)
 			err = expand_name(buf, wire_name, i, -1);
 		if (err) {

@@ -9,9 +9,18 @@
 			 NETIF_F_HW_VLAN_STAG_TX | NETIF_F_HW_VLAN_STAG_RX)
 #define SNIC_VLAN_FILTERS (NETIF_F_HW_VLAN_CTAG_FILTER | NETIF_F_HW_VLAN_STAG_FILTER)
 
-/* What PF, VF and wire netdevs have in common. */
-void snic_netdev_setup(struct net_device *dev)
+/* Allocates a netdev with what those of PF, VFs, wire and representors have in common. */
+struct net_device *snic_netdev_alloc(const char *name, struct snic_card *card,
+				     struct snic_port *port,
+				     const struct net_device_ops *ops)
 {
+	struct net_device *dev = alloc_netdev(sizeof(struct snic_netdev), name,
+					      NET_NAME_PREDICTABLE, ether_setup);
+
+	if (!dev)
+		return NULL;
+	*snic_netdev(dev) = (struct snic_netdev) { .card = card, .port = port };
+	dev->netdev_ops = ops;
 	dev->lltx = true;
 	dev->pcpu_stat_type = NETDEV_PCPU_STAT_TSTATS;
 	dev->min_mtu = ETH_MIN_MTU;
@@ -22,10 +31,12 @@ void snic_netdev_setup(struct net_device *dev)
 	dev->features |= SNIC_OFFLOADS | SNIC_VLAN_TAGS;
 	dev->vlan_features |= SNIC_OFFLOADS;
 	dev->hw_enc_features |= SNIC_OFFLOADS;
-	/* Functions filter VLANs, the wire takes all. */
-	if (snic_netdev(dev)->port)
+	/* Functions filter VLANs, the others take all. */
+	if (ops->ndo_vlan_rx_add_vid)
 		dev->features |= SNIC_VLAN_FILTERS;
 	dev->hw_features |= SNIC_OFFLOADS & ~NETIF_F_HIGHDMA;
+	netif_carrier_off(dev);
+	return dev;
 }
 
 /*
@@ -53,9 +64,10 @@ int snic_change_mtu(struct net_device *dev, int mtu)
 int snic_vlan_add(struct net_device *dev, __be16 proto, u16 vid)
 {
 	struct snic_port *port = snic_netdev(dev)->port;
+	u32 vst = snic_port_vst(port);
 
 	/* Inside a port VLAN a VF has no VLANs of its own; id 0 is "untagged". */
-	if (vid && port->vst && snic_vst_proto(port->vst) == proto)
+	if (vid && vst && snic_vst_proto(vst) == proto)
 		return -EPERM;
 	set_bit(vid, port->vlans[proto == htons(ETH_P_8021AD)]);
 	return 0;
@@ -104,7 +116,7 @@ void snic_port_init(struct snic_port *port, struct snic_pf *pf, int vf)
 	port->pf = pf;
 	port->vf = vf;
 	port->spoofchk = vf >= 0;
-	port->link_state = IFLA_VF_LINK_STATE_AUTO;
+	port->link_state = port->link_set = IFLA_VF_LINK_STATE_AUTO;
 }
 
 static netdev_tx_t pf_xmit(struct sk_buff *skb, struct net_device *dev)
@@ -136,6 +148,17 @@ static int pf_set_mac(struct net_device *dev, void *addr)
 	return err;
 }
 
+/* A devlink port of a switch is one for good, which the uplink is not. */
+static int pf_port_parent_id(struct net_device *dev, struct netdev_phys_item_id *id)
+{
+	struct snic_netdev *priv = snic_netdev(dev);
+
+	if (!snic_switchdev(priv->port->pf))
+		return -EOPNOTSUPP;
+	snic_switch_id(priv->card, id);
+	return 0;
+}
+
 static const struct net_device_ops pf_ops = {
 	.ndo_open = pf_open,
 	.ndo_stop = pf_stop,
@@ -154,20 +177,51 @@ static const struct net_device_ops pf_ops = {
 	.ndo_set_vf_link_state = snic_set_vf_link_state,
 	.ndo_get_vf_config = snic_get_vf_config,
 	.ndo_get_vf_stats = snic_get_vf_stats,
+	.ndo_get_port_parent_id = pf_port_parent_id,
 };
+
+/* Makes the ports of n VFs, whose PCI functions come next. */
+static int add_ports(struct snic_pf *pf, int n)
+{
+	struct devlink *devlink = priv_to_devlink(pf);
+	int i, err = 0;
+
+	devl_lock(devlink);
+	rtnl_lock();
+	for (i = 0; i < n; i++)
+		snic_port_init(&pf->vfs[i], pf, i);
+	WRITE_ONCE(pf->num_vfs, n);
+	rtnl_unlock();
+	if (snic_switchdev(pf))
+		err = snic_reps_add(pf);
+	if (err)
+		WRITE_ONCE(pf->num_vfs, 0);
+	devl_unlock(devlink);
+	return err;
+}
+
+static void remove_ports(struct snic_pf *pf)
+{
+	struct devlink *devlink = priv_to_devlink(pf);
+
+	devl_lock(devlink);
+	snic_reps_remove(pf);
+	WRITE_ONCE(pf->num_vfs, 0);
+	/* A frame on its way may still walk the old number of ports. */
+	synchronize_net();
+	devl_unlock(devlink);
+}
 
 static void disable_vfs(struct snic_pf *pf)
 {
 	pci_disable_sriov(pf->pdev);
-	WRITE_ONCE(pf->num_vfs, 0);
-	/* A frame on its way may still walk the old number of ports. */
-	synchronize_net();
+	remove_ports(pf);
 }
 
 static int pf_sriov_configure(struct pci_dev *pdev, int n)
 {
 	struct snic_pf *pf = pci_get_drvdata(pdev);
-	int i, err;
+	int err;
 
 	if (!n) {
 		disable_vfs(pf);
@@ -178,14 +232,12 @@ static int pf_sriov_configure(struct pci_dev *pdev, int n)
 		return err;
 
 	/* VF drivers probe inside pci_enable_sriov(): their ports come first. */
-	rtnl_lock();
-	for (i = 0; i < n; i++)
-		snic_port_init(&pf->vfs[i], pf, i);
-	WRITE_ONCE(pf->num_vfs, n);
-	rtnl_unlock();
+	err = add_ports(pf, n);
+	if (err)
+		return err;
 	err = pci_enable_sriov(pdev, n);
 	if (err) {
-		WRITE_ONCE(pf->num_vfs, 0);
+		remove_ports(pf);
 		return err;
 	}
 	return n;
@@ -252,29 +304,24 @@ static int pf_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	}
 
 	snic_name_pf(name, card);
-	dev = alloc_netdev(sizeof(struct snic_netdev), name, NET_NAME_PREDICTABLE,
-			   ether_setup);
+	dev = snic_netdev_alloc(name, card, &pf->port, &pf_ops);
 	if (!dev) {
 		err = -ENOMEM;
 		goto err_vfs;
 	}
 	pf->dev = dev;
-	*snic_netdev(dev) = (struct snic_netdev) { .card = card, .port = &pf->port };
-	snic_netdev_setup(dev);
-	dev->netdev_ops = &pf_ops;
 	dev->ethtool_ops = &snic_ethtool_ops;
 	eth_hw_addr_set(dev, card->mac);
 	pf->port.mac = ether_addr_to_u64(card->mac);
-	netif_carrier_off(dev);
 	SET_NETDEV_DEV(dev, &pdev->dev);
 	pci_set_drvdata(pdev, pf);
 
 	devl_lock(devlink);
-	devlink_port_attrs_set(&pf->dl_port, &attrs);
-	err = devl_port_register(devlink, &pf->dl_port, 0);
+	devlink_port_attrs_set(&pf->port.dl_port, &attrs);
+	err = devl_port_register(devlink, &pf->port.dl_port, 0);
 	if (err)
 		goto err_unlock;
-	SET_NETDEV_DEVLINK_PORT(dev, &pf->dl_port);
+	SET_NETDEV_DEVLINK_PORT(dev, &pf->port.dl_port);
 	err = pf_register(pf);
 	if (err)
 		goto err_port;
@@ -283,7 +330,7 @@ static int pf_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	return 0;
 
 err_port:
-	devl_port_unregister(&pf->dl_port);
+	devl_port_unregister(&pf->port.dl_port);
 err_unlock:
 	devl_unlock(devlink);
 	free_netdev(dev);
@@ -305,7 +352,7 @@ static void pf_remove(struct pci_dev *pdev)
 	devl_lock(devlink);
 	devl_unregister(devlink);
 	pf_unregister(pf);
-	devl_port_unregister(&pf->dl_port);
+	devl_port_unregister(&pf->port.dl_port);
 	devl_unlock(devlink);
 	free_netdev(pf->dev);
 	kvfree(pf->vfs);

@@ -8,12 +8,14 @@
  *              from module load to unload, whatever drivers do meanwhile.
  *   snic_pf    the state of a bound PF driver, with one snic_port for the PF
  *              and one for each possible VF. VFs exist only inside it.
- *   net_device the PF's, a VF's (while its driver is bound) and the wire's.
+ *   net_device the PF's, a VF's (while its driver is bound), the wire's, and in
+ *              switchdev mode a representor's for each VF there is.
  *
- * Locking: everything that changes a port or a link is done under RTNL. The
- * datapath takes no lock: net devices and the PF are found by RCU, settings are
- * single words read once, so that a frame sees an old or a new setting and
- * never a mix of both.
+ * Locking: the eswitch mode, the number of VFs and the representors change under
+ * the devlink lock, everything else of a port or a link under RTNL, which is the
+ * inner one. The datapath takes no lock: net devices and the PF are found by RCU,
+ * settings are single words read once, so that a frame sees an old or a new
+ * setting and never a mix of both. The mode changes while no VF has a driver.
  */
 #ifndef SLUICENIC_H
 #define SLUICENIC_H
@@ -56,6 +58,7 @@ enum snic_fault_op {
 	SNIC_FAULT_VF_LINK_STATE,
 	SNIC_FAULT_VF_RATE,
 	SNIC_FAULT_MTU,
+	SNIC_FAULT_ESWITCH_MODE,
 	SNIC_FAULT_OPS,
 };
 
@@ -110,12 +113,16 @@ struct snic_port {
 	struct snic_pf *pf;
 	int vf;				/* -1: the PF */
 	struct net_device __rcu *dev;	/* the function's netdev, if driven */
+	struct net_device __rcu *rep;	/* a VF's representor in switchdev mode */
+	/* PF: physical, always there; VF: there with its representor. */
+	struct devlink_port dl_port;
 
 	u64 mac;			/* unicast filter; 0: none */
 	u64 admin_mac;			/* set through the PF; 0: none */
 	u32 vst;			/* see snic_vst_pack() */
 	bool spoofchk, trusted;
 	int link_state;			/* IFLA_VF_LINK_STATE_* */
+	int link_set;			/* the same, as the host set it through the PF */
 	int min_rate, max_rate;		/* Mbit/s, 0: none; stored only */
 	/* VLANs the function asked for: [0] 802.1Q, [1] 802.1ad */
 	DECLARE_BITMAP(vlans[2], VLAN_N_VID);
@@ -126,14 +133,14 @@ struct snic_pf {
 	struct snic_card *card;
 	struct pci_dev *pdev;
 	struct net_device *dev;
-	struct devlink_port dl_port;
 	struct snic_port port;
 	struct snic_port *vfs;		/* [total_vfs] */
 	int total_vfs;
 	int num_vfs;			/* VFs that exist */
+	u16 eswitch_mode;		/* DEVLINK_ESWITCH_MODE_* */
 };
 
-/* Private part of the PF's, a VF's and the wire's netdev; the wire has no port. */
+/* Private part of each netdev; the wire has no port, a representor its VF's. */
 struct snic_netdev {
 	struct snic_card *card;
 	struct snic_port *port;
@@ -165,11 +172,23 @@ static inline u16 snic_vst_vid(u32 vst)
 	return vst & VLAN_VID_MASK;
 }
 
+static inline bool snic_switchdev(const struct snic_pf *pf)
+{
+	return READ_ONCE(pf->eswitch_mode) == DEVLINK_ESWITCH_MODE_SWITCHDEV;
+}
+
+/* The port VLAN in effect: in switchdev mode there is none. */
+static inline u32 snic_port_vst(const struct snic_port *port)
+{
+	return snic_switchdev(port->pf) ? 0 : READ_ONCE(port->vst);
+}
+
 /* main.c */
 extern unsigned int snic_total_vfs;
 extern int snic_domain, snic_numa_node;
 void snic_name_pf(char *buf, const struct snic_card *card);
 void snic_name_vf(char *buf, const struct snic_card *card, int vf);
+void snic_name_rep(char *buf, const struct snic_card *card, int vf);
 void snic_name_wire(char *buf, const struct snic_card *card);
 
 /* card.c: the PCI side of the emulated card */
@@ -180,7 +199,9 @@ struct snic_card *snic_card_of(struct pci_dev *pdev);
 /* pf.c */
 extern struct pci_driver snic_pf_driver;
 void snic_link_update(struct snic_card *card);
-void snic_netdev_setup(struct net_device *dev);
+struct net_device *snic_netdev_alloc(const char *name, struct snic_card *card,
+				     struct snic_port *port,
+				     const struct net_device_ops *ops);
 int snic_netdev_register(struct net_device *dev);
 int snic_change_mtu(struct net_device *dev, int mtu);
 int snic_vlan_add(struct net_device *dev, __be16 proto, u16 vid);
@@ -204,15 +225,21 @@ extern struct pci_driver snic_vf_driver;
 int snic_wire_add(struct snic_card *card);
 void snic_wire_remove(struct snic_card *card);
 
-/* switch.c: the datapath; both consume the frame */
+/* switch.c: the datapath; all consume the frame */
 void snic_switch_from_port(struct snic_port *port, struct sk_buff *skb);
+void snic_switch_from_rep(struct snic_port *port, struct sk_buff *skb);
 void snic_switch_from_wire(struct snic_card *card, struct sk_buff *skb);
 
 /* eswitch.c: devlink */
 extern const struct devlink_ops snic_devlink_ops;
+void snic_switch_id(const struct snic_card *card, struct netdev_phys_item_id *id);
+
+/* rep.c: for all VFs there are, under the devlink lock */
+int snic_reps_add(struct snic_pf *pf);
+void snic_reps_remove(struct snic_pf *pf);
 
 /* ethtool.c */
-extern const struct ethtool_ops snic_ethtool_ops, snic_wire_ethtool_ops;
+extern const struct ethtool_ops snic_ethtool_ops, snic_link_ethtool_ops;
 
 /* debugfs.c */
 void snic_debugfs_init(void);

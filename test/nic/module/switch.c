@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The embedded switch in legacy mode. It learns nothing: it knows the unicast
- * address of each function, and everything else lives on the wire.
+ * The embedded switch. In legacy mode it forwards by itself, and learns nothing: it
+ * knows the unicast address of each function, and everything else lives on the wire.
+ * In switchdev mode it has no rules, so each VF is joined to its representor and the
+ * wire to the PF's netdev, the uplink; what goes between them the host forwards.
  *
  * Inside the switch a frame has the form of a received one: data at the network
  * header, outermost VLAN tag in the skb's metadata.
@@ -49,8 +51,11 @@ static int push_outer_tag(struct sk_buff *skb, __be16 proto, u16 tci)
 /* What the switch demands of a frame from a VF; false: drop it. */
 static bool vf_ingress(struct snic_port *port, struct sk_buff *skb)
 {
-	u32 vst = READ_ONCE(port->vst);
+	u32 vst = snic_port_vst(port);
 
+	/* Access control is of legacy mode. */
+	if (snic_switchdev(port->pf))
+		return true;
 	if (READ_ONCE(port->spoofchk) &&
 	    ether_addr_to_u64(eth_hdr(skb)->h_source) != READ_ONCE(port->mac)) {
 		atomic64_inc(&port->cnt.tx_spoofed);
@@ -81,7 +86,7 @@ static bool is_promisc(const struct snic_port *port, const struct net_device *de
 static bool in_vlan(const struct snic_port *port, const struct net_device *dev,
 		    const struct sk_buff *skb)
 {
-	u32 vst = READ_ONCE(port->vst);
+	u32 vst = snic_port_vst(port);
 	__be16 proto;
 	u16 vid;
 
@@ -100,7 +105,7 @@ static void to_port(struct snic_port *port, struct net_device *dev,
 	bool mc = is_multicast_ether_addr(dst), bc = is_broadcast_ether_addr(dst);
 	unsigned int len;
 
-	if (READ_ONCE(port->vst))
+	if (snic_port_vst(port))
 		__vlan_hwaccel_clear_tag(skb);
 	skb_push(skb, ETH_HLEN);
 	len = skb->len;
@@ -118,23 +123,25 @@ static void to_port(struct snic_port *port, struct net_device *dev,
 		atomic64_inc(&port->cnt.rx_multicast);
 }
 
-static void to_wire(struct snic_card *card, struct sk_buff *skb)
+/* Hands the frame to the wire or to a representor (NULL: there is none). */
+static void to_netdev(struct net_device *dev, struct sk_buff *skb)
 {
 	unsigned int len;
 
-	if (!netif_carrier_ok(card->wire)) {
+	if (!dev || !netif_carrier_ok(dev)) {
 		kfree_skb(skb);
 		return;
 	}
 	skb_push(skb, ETH_HLEN);
 	len = skb->len;
-	if (dev_forward_skb(card->wire, skb) == NET_RX_SUCCESS)
-		dev_sw_netstats_rx_add(card->wire, len);
+	if (dev_forward_skb(dev, skb) == NET_RX_SUCCESS)
+		dev_sw_netstats_rx_add(dev, len);
 }
 
 /*
  * Gives the frame to every function that must have it and, when @src is not the
- * wire (NULL), to the wire if it is for many or for nobody here. RCU read side.
+ * wire (NULL), to the wire if it is for many or for nobody here: legacy mode. RCU
+ * read side.
  */
 static void forward(struct snic_pf *pf, struct snic_port *src, struct sk_buff *skb)
 {
@@ -175,7 +182,7 @@ static void forward(struct snic_pf *pf, struct snic_port *src, struct sk_buff *s
 			if (copy)
 				to_port(last, last_dev, copy);
 		}
-		to_wire(pf->card, skb);
+		to_netdev(pf->card->wire, skb);
 	} else if (last) {
 		to_port(last, last_dev, skb);
 	} else {
@@ -198,12 +205,43 @@ void snic_switch_from_port(struct snic_port *port, struct sk_buff *skb)
 	}
 	atomic64_inc(&port->cnt.tx_packets);
 	atomic64_add(len, &port->cnt.tx_bytes);
-	forward(port->pf, port, skb);
+	if (!snic_switchdev(port->pf))
+		forward(port->pf, port, skb);
+	else if (port->vf < 0)
+		to_netdev(port->pf->card->wire, skb);
+	else
+		to_netdev(rcu_dereference(port->rep), skb);
 	rcu_read_unlock();
 	return;
 drop:
 	atomic64_inc(&port->cnt.tx_dropped);
 	dev_core_stats_tx_dropped_inc(dev);
+	rcu_read_unlock();
+}
+
+/* The function itself filters what reaches it: addresses and VLANs. */
+void snic_switch_from_rep(struct snic_port *port, struct sk_buff *skb)
+{
+	struct net_device *rep = skb->dev, *dev;
+	const u8 *dst;
+
+	rcu_read_lock();
+	skb = normalise(skb, rep);
+	if (!skb)
+		goto drop;
+	dev = rcu_dereference(port->dev);
+	dst = eth_hdr(skb)->h_dest;
+	if (!dev || !netif_carrier_ok(dev) || !in_vlan(port, dev, skb) ||
+	    (!is_multicast_ether_addr(dst) && !is_promisc(port, dev) &&
+	     ether_addr_to_u64(dst) != READ_ONCE(port->mac))) {
+		kfree_skb(skb);
+		goto drop;
+	}
+	to_port(port, dev, skb);
+	rcu_read_unlock();
+	return;
+drop:
+	dev_core_stats_tx_dropped_inc(rep);
 	rcu_read_unlock();
 }
 
@@ -215,7 +253,9 @@ void snic_switch_from_wire(struct snic_card *card, struct sk_buff *skb)
 	pf = rcu_dereference(card->pf);
 	if (pf && netif_carrier_ok(card->wire)) {
 		skb = normalise(skb, card->wire);
-		if (skb)
+		if (skb && snic_switchdev(pf))
+			to_port(&pf->port, pf->dev, skb);	/* unfiltered: a bridge may want it */
+		else if (skb)
 			forward(pf, NULL, skb);
 	} else {
 		dev_core_stats_tx_dropped_inc(card->wire);

@@ -76,20 +76,12 @@ static int vf_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	pci_set_master(pdev);
 
 	snic_name_vf(name, pf->card, vf);
-	dev = alloc_netdev(sizeof(struct snic_netdev), name, NET_NAME_PREDICTABLE,
-			   ether_setup);
+	dev = snic_netdev_alloc(name, pf->card, &pf->vfs[vf], &vf_ops);
 	if (!dev) {
 		err = -ENOMEM;
 		goto err_disable;
 	}
-	*snic_netdev(dev) = (struct snic_netdev) {
-		.card = pf->card,
-		.port = &pf->vfs[vf],
-	};
-	snic_netdev_setup(dev);
-	dev->netdev_ops = &vf_ops;
 	dev->ethtool_ops = &snic_ethtool_ops;
-	netif_carrier_off(dev);
 	SET_NETDEV_DEV(dev, &pdev->dev);
 	pci_set_drvdata(pdev, dev);
 	err = vf_register(&pf->vfs[vf], dev);

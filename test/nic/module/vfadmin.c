@@ -62,6 +62,9 @@ int snic_set_vf_vlan(struct net_device *dev, int vf, u16 vid, u8 qos, __be16 pro
 		return -EPROTONOSUPPORT;
 	if (vid >= VLAN_VID_MASK || qos > 7 || (!vid && qos))
 		return -EINVAL;
+	/* In switchdev mode the host's rules say this; as mlx5, no VLAN is none set. */
+	if (snic_switchdev(port->pf))
+		return vid ? -EOPNOTSUPP : 0;
 	WRITE_ONCE(port->vst, snic_vst_pack(proto, vid, qos));
 	return 0;
 }
@@ -85,6 +88,8 @@ int snic_set_vf_spoofchk(struct net_device *dev, int vf, bool on)
 
 	if (IS_ERR(port))
 		return PTR_ERR(port);
+	if (snic_switchdev(port->pf))
+		return -EOPNOTSUPP;
 	WRITE_ONCE(port->spoofchk, on);
 	return 0;
 }
@@ -95,6 +100,8 @@ int snic_set_vf_trust(struct net_device *dev, int vf, bool on)
 
 	if (IS_ERR(port))
 		return PTR_ERR(port);
+	if (snic_switchdev(port->pf))
+		return -EOPNOTSUPP;
 	WRITE_ONCE(port->trusted, on);
 	/* An address that only trust allowed ends with the trust. */
 	if (!on && port->admin_mac)
@@ -110,7 +117,7 @@ int snic_set_vf_link_state(struct net_device *dev, int vf, int state)
 		return PTR_ERR(port);
 	if (state < IFLA_VF_LINK_STATE_AUTO || state > IFLA_VF_LINK_STATE_DISABLE)
 		return -EINVAL;
-	port->link_state = state;
+	port->link_state = port->link_set = state;
 	snic_link_update(snic_netdev(dev)->card);
 	return 0;
 }
@@ -128,7 +135,7 @@ int snic_get_vf_config(struct net_device *dev, int vf, struct ifla_vf_info *info
 	info->vlan_proto = snic_vst_proto(port->vst);
 	info->spoofchk = port->spoofchk;
 	info->trusted = port->trusted;
-	info->linkstate = port->link_state;
+	info->linkstate = port->link_set;
 	info->min_tx_rate = port->min_rate;
 	info->max_tx_rate = port->max_rate;
 	return 0;

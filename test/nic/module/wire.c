@@ -41,18 +41,13 @@ int snic_wire_add(struct snic_card *card)
 	int err;
 
 	snic_name_wire(name, card);
-	dev = alloc_netdev(sizeof(struct snic_netdev), name, NET_NAME_PREDICTABLE,
-			   ether_setup);
+	dev = snic_netdev_alloc(name, card, NULL, &wire_ops);
 	if (!dev)
 		return -ENOMEM;
-	snic_netdev(dev)->card = card;
-	snic_netdev_setup(dev);
-	dev->netdev_ops = &wire_ops;
-	dev->ethtool_ops = &snic_wire_ethtool_ops;
+	dev->ethtool_ops = &snic_link_ethtool_ops;
 	/* A cable has no MTU: let it carry all that a card can send. */
 	dev->mtu = SNIC_MAX_MTU;
 	eth_hw_addr_random(dev);
-	netif_carrier_off(dev);
 	card->wire = dev;
 	err = register_netdev(dev);
 	if (err)
