@@ -3,6 +3,7 @@
 package host
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -34,9 +35,10 @@ func TestLabEswitchMode(t *testing.T) {
 			}
 		}
 	}
-	t.Cleanup(func() { // before the VFs are removed, which needs no mode
-		unbind()
-		_ = h.SetEswitchMode(t.Context(), pf.PCIAddress, Legacy)
+	t.Cleanup(func() {
+		if err := errors.Join(h.SetNumVFs(context.Background(), pf.PCIAddress, 0), h.SetEswitchMode(context.Background(), pf.PCIAddress, Legacy)); err != nil {
+			t.Error(err)
+		}
 	})
 	refused := func(want unix.Errno, mode EswitchMode) {
 		t.Helper()

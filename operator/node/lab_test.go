@@ -88,6 +88,15 @@ func (l *lab) start() {
 	l.Cleanup(l.stop)
 }
 
+// restart makes a new agent.
+func (l *lab) restart() {
+	l.stop()
+	l.server.mu.Lock()
+	l.server.send()
+	l.server.mu.Unlock()
+	l.start()
+}
+
 // until waits for the status to be as wanted and tells how long it took.
 func (l *lab) until(what string, ok func(v1.SriovNetworkNodeStateStatus) error) v1.SriovNetworkNodeStateStatus {
 	l.Helper()
@@ -190,11 +199,7 @@ func TestLabAgent(t *testing.T) {
 	})
 	t.Run("restart changes nothing", func(t *testing.T) {
 		before := l.read(nic0)
-		l.stop()
-		l.server.mu.Lock()
-		l.server.send()
-		l.server.mu.Unlock()
-		l.start()
+		l.restart()
 		l.server.spec(left, right)
 		l.succeeded("seen", "5/5")
 		if after := l.read(nic0); after.VFs[0].IfIndex != before.VFs[0].IfIndex {
@@ -415,10 +420,7 @@ func TestLabCutIsTakenBack(t *testing.T) {
 	l.line = way
 	want := wants(nic0, 2, of("left", "0-1", 0))
 
-	l.server.mu.Lock()
-	l.server.send()
-	l.server.mu.Unlock()
-	l.start()
+	l.restart()
 	l.server.spec(want)
 	l.succeeded("VFs on the only NIC", "2/2")
 	l.server.spec()
@@ -426,10 +428,7 @@ func TestLabCutIsTakenBack(t *testing.T) {
 	l.stop()
 
 	l.kernel = cuttingHost{l.host, t}
-	l.server.mu.Lock()
-	l.server.send()
-	l.server.mu.Unlock()
-	l.start()
+	l.restart()
 	l.agent.regain = 5 * time.Second
 	l.server.spec(want)
 	l.until("taken back", func(s v1.SriovNetworkNodeStateStatus) error {
