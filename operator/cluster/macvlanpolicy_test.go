@@ -151,7 +151,12 @@ func TestMacvlanPolicyFromSpecToStatus(t *testing.T) {
 func TestSamplesAreAccepted(t *testing.T) {
 	needAPI(t)
 	out, err := kubectl(t.Context(), "apply", "--dry-run=server", "--validate=strict", "-k", filepath.Join("..", "..", "config", "samples"))
-	if err != nil || strings.Contains(string(out), "Warning") {
+	if err != nil {
 		t.Errorf("%v\n%s", err, out)
+	}
+	for line := range strings.Lines(string(out)) {
+		if strings.Contains(line, "Warning") && !strings.Contains(line, "install Multus") { // there is none here
+			t.Error(line)
+		}
 	}
 }

@@ -39,6 +39,18 @@ spec:
         properties: {spec: {type: object, properties: {config: {type: string}}}}
 `
 
+// installMultus gives the cluster Multus' kind, if it has not got it.
+func installMultus(t *testing.T) {
+	t.Helper()
+	kind := &unstructured.Unstructured{}
+	if err := yaml.Unmarshal([]byte(nadKind), &kind.Object); err != nil {
+		t.Fatal(err)
+	}
+	if err := api.Create(t.Context(), kind); err != nil && !apierrors.IsAlreadyExists(err) {
+		t.Fatal(err)
+	}
+}
+
 func makeNamespace(t *testing.T, name string) {
 	t.Helper()
 	if err := api.Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}); err != nil {
@@ -145,13 +157,7 @@ func TestNetwork(t *testing.T) {
 	// Without Multus a network says so, and comes to life when Multus does.
 	own := kindsOfNetwork[0].create(t, operatorNamespace, "own", "", nil)
 	wantNetwork(t, own, sriovv1.ReasonNADNotFound, "the cluster has no kind NetworkAttachmentDefinition: install Multus")
-	kind := &unstructured.Unstructured{}
-	if err := yaml.Unmarshal([]byte(nadKind), &kind.Object); err != nil {
-		t.Fatal(err)
-	}
-	if err := api.Create(t.Context(), kind); err != nil {
-		t.Fatal(err)
-	}
+	installMultus(t)
 	wantNetwork(t, own, sriovv1.ReasonNetworkReady, "")
 	made, err := getNAD(t, operatorNamespace, "own")
 	if err != nil {

@@ -145,6 +145,7 @@ func (r *operatorConfig) without(ctx context.Context) error {
 	}
 	if err == nil && deployment.Annotations[annotationConfigMade] == "" {
 		config := &sriovv1.SriovOperatorConfig{ObjectMeta: metav1.ObjectMeta{Namespace: r.settings.Namespace, Name: sriovv1.DefaultOperatorConfigName}}
+		config.Spec.EnableInjector = true // as it is in that of the SR-IOV network operator
 		if err = r.Create(ctx, config, fieldOwner); err != nil && !apierrors.IsAlreadyExists(err) {
 			return fmt.Errorf("create SriovOperatorConfig %s: %w", config.Name, err)
 		}

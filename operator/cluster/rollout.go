@@ -15,6 +15,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/operator/cluster/admission"
 )
 
 // agentName is the name of the agents' DaemonSet, service account and container owner.
@@ -106,8 +107,8 @@ func agentSelector(config *sriovv1.SriovOperatorConfig, nodes []metav1.PartialOb
 	return selector
 }
 
-// gates are the feature gates that the SR-IOV network operator has, with what Sluice does
-// instead of heeding them.
+// gates are the feature gates that the SR-IOV network operator has, but for the one that
+// is heeded, with what Sluice does instead of heeding them.
 var gates = map[string]struct {
 	on   bool
 	does string
@@ -116,7 +117,6 @@ var gates = map[string]struct {
 	"blockDevicePluginUntilConfigured": {true, "a VF is never advertised before it is configured"},
 	"metricsExporter":                  {true, "agents always serve their metrics"},
 	"mellanoxFirmwareReset":            {false, "firmware is never changed, so it needs no reset"},
-	"resourceInjectorMatchCondition":   {false, "the network resources injector is not installed"},
 	"manageSoftwareBridges":            {false, "software bridges are not managed"},
 }
 
@@ -131,17 +131,15 @@ func unsupported(spec *sriovv1.SriovOperatorConfigSpec) []string {
 	if spec.ConfigurationMode == sriovv1.ConfigurationModeSystemd {
 		all = append(all, "configurationMode systemd: agents configure NICs themselves, and VFs are not there before kubelet starts: set it to daemon")
 	}
-	if spec.EnableInjector {
-		all = append(all, "enableInjector true: the network resources injector is a project of its own and is not installed: install it by its own manifests, and set enableInjector to false")
-	}
 	if spec.UseCDI {
 		all = append(all, "useCDI true: kubelet is told of devices by the device plugin's own answer: set it to false")
 	}
 	for _, name := range slices.Sorted(maps.Keys(spec.FeatureGates)) {
 		gate, known := gates[name]
 		switch on := spec.FeatureGates[name]; {
+		case name == admission.GateInjectorFails: // is heeded
 		case !known:
-			all = append(all, fmt.Sprintf("featureGates %s: there is no such gate: remove it, or use one of %s", name, strings.Join(slices.Sorted(maps.Keys(gates)), ", ")))
+			all = append(all, fmt.Sprintf("featureGates %s: there is no such gate: remove it, or use one of %s, %s", name, strings.Join(slices.Sorted(maps.Keys(gates)), ", "), admission.GateInjectorFails))
 		case on != gate.on && !slices.Contains(defaultsOn, name):
 			all = append(all, fmt.Sprintf("featureGates %s %t: %s: set it to %t or remove it", name, on, gate.does, gate.on))
 		}

@@ -54,10 +54,10 @@ func TestUnsupported(t *testing.T) {
 	for want, spec := range map[string]sriovv1.SriovOperatorConfigSpec{
 		"": {
 			ConfigurationMode: "daemon", DisablePlugins: []sriovv1.PluginName{"mellanox"}, EnableOvsOffload: true,
-			FeatureGates: map[string]bool{"parallelNicConfig": true, "metricsExporter": true, "blockDevicePluginUntilConfigured": true, "mellanoxFirmwareReset": true, "manageSoftwareBridges": false},
+			FeatureGates:   map[string]bool{"parallelNicConfig": true, "metricsExporter": true, "blockDevicePluginUntilConfigured": true, "mellanoxFirmwareReset": true, "manageSoftwareBridges": false, "resourceInjectorMatchCondition": true},
+			EnableInjector: true,
 		},
 		"configurationMode systemd: ":        {ConfigurationMode: "systemd"},
-		"enableInjector true: ":              {EnableInjector: true},
 		"useCDI true: ":                      {UseCDI: true},
 		"featureGates x: there is no such":   {FeatureGates: map[string]bool{"x": false}},
 		"featureGates parallelNicConfig fal": {FeatureGates: map[string]bool{"parallelNicConfig": false}},

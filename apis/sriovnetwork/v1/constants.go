@@ -38,6 +38,9 @@ const (
 	// ConditionWebhookReady is on a SriovOperatorConfig: whether admission by webhook is on
 	// and works.
 	ConditionWebhookReady = "WebhookReady"
+	// ConditionInjectorReady is on a SriovOperatorConfig: whether pods are given, by webhook,
+	// what their networks need.
+	ConditionInjectorReady = "InjectorReady"
 )
 
 // ConditionEvicting of a node state is true while pods are being evicted, for a change of

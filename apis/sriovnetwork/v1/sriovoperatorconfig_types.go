@@ -28,8 +28,9 @@ type SriovOperatorConfigSpec struct {
 	// node-role.kubernetes.io/worker="", or all Linux nodes when no node has it.
 	// +optional
 	ConfigDaemonNodeSelector map[string]string `json:"configDaemonNodeSelector,omitempty"`
-	// enableInjector asks for the network resources injector, which is a project of its
-	// own. A condition says that Sluice does not install it.
+	// enableInjector turns on the webhook that gives pods what the networks in their
+	// annotation need: the resource requests that they lack, node selectors, and the volume
+	// podnetinfo. It is true in the object that the operator makes.
 	// +optional
 	EnableInjector bool `json:"enableInjector,omitempty"`
 	// enableOperatorWebhook turns on admission by webhook for what the schemas cannot

@@ -3,8 +3,10 @@ package admission
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/url"
 	"slices"
+	"strings"
 	"time"
 
 	registrationv1 "k8s.io/api/admissionregistration/v1"
@@ -17,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/events"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
@@ -25,23 +28,35 @@ import (
 
 	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/internal/netselect"
+	"github.com/sluice-network/sluice/operator/inject"
 )
 
-// Names of objects. Configuration and Service have those of the SR-IOV network operator,
+// Names of objects. Configurations and Service have those of the SR-IOV network operator,
 // whose own are thereby replaced when its cluster moves to Sluice.
 const (
 	ConfigurationName = "sriov-operator-webhook-config"
+	InjectorName      = "network-resources-injector-config"
 	SecretName        = "operator-webhook-certificate"
 	serviceName       = "operator-webhook-service"
+	injectorService   = "network-resources-injector-service" // theirs
 	roleName          = "sluice-operator"
-	webhookName       = "operator-webhook.sriovnetwork.openshift.io"
-	path              = "/validate"
 )
+
+// Paths of the server.
+const (
+	validatePath = "/validate"
+	injectPath   = "/inject"
+)
+
+// GateInjectorFails is the feature gate by which pods with networks are not made while
+// nobody can say what they need.
+const GateInjectorFails = "resourceInjectorMatchCondition"
 
 // fieldOwner is the field manager of what the Configuration writes, its condition included.
 const fieldOwner = client.FieldOwner("sluice-operator-webhook")
 
-// Reasons of the condition WebhookReady.
+// Reasons of the conditions WebhookReady and InjectorReady.
 const (
 	reasonServing = "Serving"
 	reasonOff     = "Off"
@@ -53,27 +68,84 @@ const (
 type Settings struct {
 	// URL is where the server is; empty means the Service in the operator's namespace.
 	URL string
-	// Annotations are for the ValidatingWebhookConfiguration, such as
+	// Annotations are for the webhook configurations, such as
 	// cert-manager.io/inject-ca-from, with which somebody else is asked to write the CA of
 	// a mounted certificate.
 	Annotations map[string]string
 }
 
-// configuration keeps the ValidatingWebhookConfiguration, and the certificate if none is
-// mounted, while the SriovOperatorConfig wants the webhook.
+// configuration keeps the webhook configurations, and the certificate if none is mounted,
+// while the SriovOperatorConfig wants the webhooks.
 type configuration struct {
 	client.Client
 	live     client.Reader // for what is read too seldom to be cached
 	rules    Rules
 	settings Settings
 	server   *Server
+	events   events.EventRecorder
+}
+
+// registration is what the API server is told of one webhook.
+type registration struct {
+	object  client.Object
+	missing bool // from the API server
+	clients func() []registrationv1.WebhookClientConfig
+	fill    func(registrationv1.WebhookClientConfig) // makes it as it shall be
+	path    string
+
+	wanted       bool
+	serving, off string           // what the condition says then
+	ready        metav1.Condition // what became of it
+}
+
+func (g *registration) String() string {
+	if _, ok := g.object.(*registrationv1.MutatingWebhookConfiguration); ok {
+		return "MutatingWebhookConfiguration " + g.object.GetName()
+	}
+	return "ValidatingWebhookConfiguration " + g.object.GetName()
+}
+
+// registrations are those of both webhooks, as yet without what the API server has.
+func (r *configuration) registrations(spec *sriovv1.SriovOperatorConfigSpec, gone bool) []*registration {
+	validating := &registrationv1.ValidatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: ConfigurationName}}
+	mutating := &registrationv1.MutatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: InjectorName}}
+	return []*registration{{
+		object: validating, path: validatePath, wanted: !gone && spec.EnableOperatorWebhook,
+		clients: func() (all []registrationv1.WebhookClientConfig) {
+			for _, w := range validating.Webhooks {
+				all = append(all, w.ClientConfig)
+			}
+			return all
+		},
+		fill: func(c registrationv1.WebhookClientConfig) {
+			validating.Webhooks = []registrationv1.ValidatingWebhook{validatingWebhook(c)}
+		},
+		serving: "objects are judged before they are written",
+		off:     "spec.enableOperatorWebhook is false: what a webhook would refuse is accepted and then told in its status",
+		ready:   metav1.Condition{Type: sriovv1.ConditionWebhookReady},
+	}, {
+		object: mutating, path: injectPath, wanted: !gone && spec.EnableInjector,
+		clients: func() (all []registrationv1.WebhookClientConfig) {
+			for _, w := range mutating.Webhooks {
+				all = append(all, w.ClientConfig)
+			}
+			return all
+		},
+		fill: func(c registrationv1.WebhookClientConfig) {
+			mutating.Webhooks = []registrationv1.MutatingWebhook{injectorWebhook(c, spec.FeatureGates[GateInjectorFails])}
+		},
+		serving: "pods are given what their networks need before they are written",
+		off:     "spec.enableInjector is false: pods must ask for the resources of their networks themselves",
+		ready:   metav1.Condition{Type: sriovv1.ConditionInjectorReady},
+	}}
 }
 
 // Setup serves the webhook on every replica, and keeps its configuration on the one that
 // works. The server must be the manager's.
 func Setup(mgr ctrl.Manager, server *Server, rules Rules, settings Settings) error {
 	validator := NewValidator(mgr.GetClient(), mgr.GetScheme(), rules)
-	mgr.GetWebhookServer().Register(path, &webhook.Admission{Handler: validator, RecoverPanic: new(true)})
+	mgr.GetWebhookServer().Register(validatePath, &webhook.Admission{Handler: validator, RecoverPanic: new(true)})
+	mgr.GetWebhookServer().Register(injectPath, &webhook.Admission{Handler: NewInjector(mgr.GetAPIReader()), RecoverPanic: new(true)})
 	// A replica that waits has no controllers that would begin these watches.
 	node, namespace := &metav1.PartialObjectMetadata{}, &metav1.PartialObjectMetadata{}
 	node.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Node"))
@@ -94,7 +166,10 @@ func Setup(mgr ctrl.Manager, server *Server, rules Rules, settings Settings) err
 	}); err != nil {
 		return fmt.Errorf("watch Secret %s: %w", SecretName, err)
 	}
-	r := &configuration{Client: mgr.GetClient(), live: mgr.GetAPIReader(), rules: rules, settings: settings, server: server}
+	r := &configuration{
+		Client: mgr.GetClient(), live: mgr.GetAPIReader(), rules: rules, settings: settings, server: server,
+		events: mgr.GetEventRecorder("sluice-operator"),
+	}
 	one := handler.EnqueueRequestsFromMapFunc(func(context.Context, client.Object) []reconcile.Request {
 		return []reconcile.Request{{NamespacedName: client.ObjectKey{Namespace: rules.Namespace, Name: sriovv1.DefaultOperatorConfigName}}}
 	})
@@ -102,10 +177,11 @@ func Setup(mgr ctrl.Manager, server *Server, rules Rules, settings Settings) err
 		Watches(&sriovv1.SriovOperatorConfig{}, one).
 		Watches(&corev1.Secret{}, one).
 		Watches(&registrationv1.ValidatingWebhookConfiguration{}, one).
+		Watches(&registrationv1.MutatingWebhookConfiguration{}, one).
 		Complete(r)
 }
 
-// Reconcile makes or removes the ValidatingWebhookConfiguration.
+// Reconcile makes or removes the webhook configurations.
 func (r *configuration) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
 	config := &sriovv1.SriovOperatorConfig{}
 	err := r.Get(ctx, request.NamespacedName, config)
@@ -113,16 +189,13 @@ func (r *configuration) Reconcile(ctx context.Context, request ctrl.Request) (ct
 		return ctrl.Result{}, fmt.Errorf("read SriovOperatorConfig %s: %w", request.Name, err)
 	}
 	gone := err != nil || config.DeletionTimestamp != nil
-	ready, next, err := r.ensure(ctx, !gone && config.Spec.EnableOperatorWebhook)
+	all := r.registrations(&config.Spec, gone)
+	next, err := r.ensure(ctx, all)
 	if apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err) {
 		return ctrl.Result{RequeueAfter: time.Second}, nil // what is cached is old
 	}
-	if err != nil {
-		ready = metav1.Condition{Status: metav1.ConditionFalse, Reason: reasonFailed, Message: err.Error()}
-	}
 	if !gone {
-		ready.Type, ready.ObservedGeneration = sriovv1.ConditionWebhookReady, config.Generation
-		if reportErr := r.report(ctx, config, ready); err == nil {
+		if reportErr := r.report(ctx, config, all, err); err == nil {
 			err = reportErr
 		}
 	}
@@ -133,62 +206,85 @@ func (r *configuration) Reconcile(ctx context.Context, request ctrl.Request) (ct
 }
 
 // ensure brings all about and says how it is, and when to look again.
-func (r *configuration) ensure(ctx context.Context, wanted bool) (ready metav1.Condition, next time.Duration, err error) {
+func (r *configuration) ensure(ctx context.Context, all []*registration) (next time.Duration, err error) {
 	if err = r.removeMutating(ctx); err != nil {
-		return ready, 0, err
+		return 0, err
 	}
-	have := &registrationv1.ValidatingWebhookConfiguration{}
-	err = r.Get(ctx, client.ObjectKey{Name: ConfigurationName}, have)
-	if client.IgnoreNotFound(err) != nil {
-		return ready, 0, fmt.Errorf("read ValidatingWebhookConfiguration %s: %w", ConfigurationName, err)
-	}
-	missing := err != nil
-	foreign := slices.ContainsFunc(have.Webhooks, func(w registrationv1.ValidatingWebhook) bool { return !r.ours(w.ClientConfig) })
-	if !wanted {
-		if !missing && !foreign {
-			if err = r.Delete(ctx, have, client.Preconditions{UID: &have.UID}); client.IgnoreNotFound(err) != nil {
-				return ready, 0, fmt.Errorf("delete ValidatingWebhookConfiguration %s: %w", ConfigurationName, err)
+	var wanted []*registration
+	for _, g := range all {
+		err = r.Get(ctx, client.ObjectKeyFromObject(g.object), g.object)
+		if client.IgnoreNotFound(err) != nil {
+			return 0, fmt.Errorf("read %s: %w", g, err)
+		}
+		g.missing = err != nil
+		foreign := slices.ContainsFunc(g.clients(), func(c registrationv1.WebhookClientConfig) bool { return !r.ours(c) })
+		switch {
+		case g.wanted && foreign:
+			g.ready.Status, g.ready.Reason, g.ready.Message = metav1.ConditionFalse, reasonFailed, fmt.Sprintf(
+				"%s calls another service than %s/%s and is left as it is: delete it if nobody needs it, or turn this webhook off", g, r.rules.Namespace, serviceName)
+			continue
+		case g.wanted:
+			wanted = append(wanted, g)
+			continue
+		case !g.missing && !foreign:
+			if err = r.Delete(ctx, g.object, client.Preconditions{UID: new(g.object.GetUID())}); client.IgnoreNotFound(err) != nil {
+				return 0, fmt.Errorf("delete %s: %w", g, err)
 			}
 		}
-		return metav1.Condition{Status: metav1.ConditionFalse, Reason: reasonOff, Message: "spec.enableOperatorWebhook is false: what a webhook would refuse is accepted and then told in its status"}, 0, nil
+		g.ready.Status, g.ready.Reason, g.ready.Message = metav1.ConditionFalse, reasonOff, g.off
 	}
-	if foreign {
-		return metav1.Condition{Status: metav1.ConditionFalse, Reason: reasonFailed, Message: fmt.Sprintf(
-			"ValidatingWebhookConfiguration %s calls another service than %s/%s and is left as it is: delete it if nobody needs it, or set enableOperatorWebhook to false",
-			ConfigurationName, r.rules.Namespace, serviceName)}, 0, nil
+	switch {
+	case len(wanted) == 0:
+		return 0, nil
+	case r.server.mounted:
+		return r.ensureMounted(ctx, wanted)
 	}
-	if r.server.mounted {
-		return r.ensureMounted(ctx, have, missing)
-	}
-	secret, next, err := r.certificate(ctx, have, missing)
+	secret, next, err := r.certificate(ctx, wanted)
 	if err != nil {
-		return ready, 0, err
+		return 0, err
 	}
-	if err = r.write(ctx, have, missing, secret.ca); err != nil {
-		return ready, 0, err
+	for _, g := range wanted {
+		if err = r.write(ctx, g, secret.ca); err != nil {
+			return 0, err
+		}
+		g.ready.Status, g.ready.Reason, g.ready.Message = metav1.ConditionTrue, reasonServing, g.serving
 	}
-	return metav1.Condition{Status: metav1.ConditionTrue, Reason: reasonServing, Message: "objects are judged before they are written"}, next, nil
+	return next, nil
 }
 
 // ensureMounted does without a Secret. When nobody says whom the API server shall trust,
-// whoever mounted the certificate makes the configuration as well.
-func (r *configuration) ensureMounted(ctx context.Context, have *registrationv1.ValidatingWebhookConfiguration, missing bool) (ready metav1.Condition, next time.Duration, err error) {
+// whoever mounted the certificate makes the configurations as well.
+func (r *configuration) ensureMounted(ctx context.Context, wanted []*registration) (next time.Duration, err error) {
 	const look = time.Minute // for another CA
-	ca, err := r.server.mountedCA()
+	mounted, err := r.server.mountedCA()
 	if err != nil {
-		return ready, 0, err
+		return 0, err
 	}
-	if len(ca) == 0 && len(r.settings.Annotations) == 0 {
-		return metav1.Condition{Status: metav1.ConditionTrue, Reason: reasonMounted,
-			Message: "the certificate is mounted without ca.crt, so whoever mounted it makes the webhook configuration, too"}, look, nil
+	for _, g := range wanted {
+		g.ready.Status = metav1.ConditionTrue
+		if len(mounted) == 0 && len(r.settings.Annotations) == 0 {
+			g.ready.Reason = reasonMounted
+			g.ready.Message = "the certificate is mounted without ca.crt, so whoever mounted it makes the webhook configuration, too"
+			continue
+		}
+		ca := mounted
+		if len(ca) == 0 {
+			ca = g.ca() // as it was injected
+		}
+		if err = r.write(ctx, g, ca); err != nil {
+			return 0, err
+		}
+		g.ready.Reason, g.ready.Message = reasonServing, g.serving+"; the certificate is mounted"
 	}
-	if len(ca) == 0 && len(have.Webhooks) > 0 {
-		ca = have.Webhooks[0].ClientConfig.CABundle // as it was injected
+	return look, nil
+}
+
+// ca is whom the API server trusts to be the webhook.
+func (g *registration) ca() []byte {
+	if clients := g.clients(); len(clients) > 0 {
+		return clients[0].CABundle
 	}
-	if err = r.write(ctx, have, missing, ca); err != nil {
-		return ready, 0, err
-	}
-	return metav1.Condition{Status: metav1.ConditionTrue, Reason: reasonServing, Message: "objects are judged before they are written; the certificate is mounted"}, look, nil
+	return nil
 }
 
 // removeMutating removes what the SR-IOV network operator leaves: it would send our
@@ -216,14 +312,14 @@ func (r *configuration) removeMutating(ctx context.Context) error {
 // ours tells whether a webhook is at our Service or URL.
 func (r *configuration) ours(c registrationv1.WebhookClientConfig) bool {
 	if s := c.Service; s != nil {
-		return s.Namespace == r.rules.Namespace && s.Name == serviceName
+		return s.Namespace == r.rules.Namespace && (s.Name == serviceName || s.Name == injectorService)
 	}
-	return r.settings.URL != "" && c.URL != nil && *c.URL == r.settings.URL+path
+	return r.settings.URL != "" && c.URL != nil && strings.HasPrefix(*c.URL, r.settings.URL+"/")
 }
 
 // certificate gives the Secret's certificate, made or renewed if need be. The API server
 // is told of a new CA before anything is served that only that CA vouches for.
-func (r *configuration) certificate(ctx context.Context, have *registrationv1.ValidatingWebhookConfiguration, missing bool) (*pair, time.Duration, error) {
+func (r *configuration) certificate(ctx context.Context, wanted []*registration) (*pair, time.Duration, error) {
 	secret := &corev1.Secret{}
 	err := r.Get(ctx, client.ObjectKey{Namespace: r.rules.Namespace, Name: SecretName}, secret)
 	if client.IgnoreNotFound(err) != nil {
@@ -240,16 +336,18 @@ func (r *configuration) certificate(ctx context.Context, have *registrationv1.Va
 		return old, left, nil
 	}
 	var trusted []byte // now, by API servers: replicas serve what that vouches for
-	if len(have.Webhooks) > 0 {
-		trusted = have.Webhooks[0].ClientConfig.CABundle
+	for _, g := range wanted {
+		trusted = append(trusted, g.ca()...)
 	}
 	p, err := issue(time.Now(), names, trusted)
 	if err != nil {
 		return nil, 0, err
 	}
-	if !missing {
-		if err := r.write(ctx, have, missing, p.ca); err != nil {
-			return nil, 0, err
+	for _, g := range wanted {
+		if !g.missing {
+			if err := r.write(ctx, g, p.ca); err != nil {
+				return nil, 0, err
+			}
 		}
 	}
 	secret.Data = map[string][]byte{corev1.TLSCertKey: p.cert, corev1.TLSPrivateKeyKey: p.key, corev1.ServiceAccountRootCAKey: p.ca}
@@ -298,34 +396,50 @@ func (r *configuration) owner(ctx context.Context) ([]metav1.OwnerReference, err
 	return []metav1.OwnerReference{{APIVersion: rbacv1.SchemeGroupVersion.String(), Kind: "ClusterRole", Name: roleName, UID: role.UID}}, nil
 }
 
-// write makes the ValidatingWebhookConfiguration as it shall be, all of it: of the SR-IOV
-// network operator's nothing may stay.
-func (r *configuration) write(ctx context.Context, have *registrationv1.ValidatingWebhookConfiguration, missing bool, ca []byte) error {
+// write makes a webhook configuration as it shall be, all of it: of the SR-IOV network
+// operator's nothing may stay.
+func (r *configuration) write(ctx context.Context, g *registration, ca []byte) error {
 	owner, err := r.owner(ctx)
 	if err != nil {
 		return err
 	}
-	want := have.DeepCopy()
-	want.Name, want.OwnerReferences = ConfigurationName, owner
-	for key, value := range r.settings.Annotations {
-		metav1.SetMetaDataAnnotation(&want.ObjectMeta, key, value)
-	}
-	want.Webhooks = []registrationv1.ValidatingWebhook{r.webhook(ca)}
-	if missing {
-		if err = r.Create(ctx, want, fieldOwner); err != nil {
-			return fmt.Errorf("create ValidatingWebhookConfiguration %s: %w", want.Name, err)
+	have := g.object.DeepCopyObject()
+	g.object.SetOwnerReferences(owner)
+	if len(r.settings.Annotations) > 0 {
+		annotations := maps.Clone(r.settings.Annotations)
+		for key, value := range g.object.GetAnnotations() {
+			if _, set := annotations[key]; !set {
+				annotations[key] = value
+			}
 		}
-	} else if !equality.Semantic.DeepEqual(have, want) {
-		if err = r.Update(ctx, want, fieldOwner); err != nil {
-			return fmt.Errorf("update ValidatingWebhookConfiguration %s: %w", want.Name, err)
+		g.object.SetAnnotations(annotations)
+	}
+	g.fill(r.clientConfig(g.path, ca))
+	switch {
+	case g.missing:
+		if err = r.Create(ctx, g.object, fieldOwner); err != nil {
+			return fmt.Errorf("create %s: %w", g, err)
+		}
+		g.missing = false
+	case !equality.Semantic.DeepEqual(have, g.object):
+		if err = r.Update(ctx, g.object, fieldOwner); err != nil {
+			return fmt.Errorf("update %s: %w", g, err)
 		}
 	}
-	*have = *want
 	return nil
 }
 
-// webhook has every field that the API server would fill in.
-func (r *configuration) webhook(ca []byte) registrationv1.ValidatingWebhook {
+func (r *configuration) clientConfig(path string, ca []byte) registrationv1.WebhookClientConfig {
+	if r.settings.URL != "" {
+		return registrationv1.WebhookClientConfig{CABundle: ca, URL: new(r.settings.URL + path)}
+	}
+	return registrationv1.WebhookClientConfig{CABundle: ca, Service: &registrationv1.ServiceReference{
+		Namespace: r.rules.Namespace, Name: serviceName, Path: new(path), Port: new(int32(443)),
+	}}
+}
+
+// validatingWebhook has every field that the API server would fill in.
+func validatingWebhook(at registrationv1.WebhookClientConfig) registrationv1.ValidatingWebhook {
 	rule := func(version metav1.GroupVersion, resources ...string) registrationv1.RuleWithOperations {
 		return registrationv1.RuleWithOperations{
 			// DELETE is not among them: what is wrong must be easy to be rid of.
@@ -334,8 +448,8 @@ func (r *configuration) webhook(ca []byte) registrationv1.ValidatingWebhook {
 				Scope: new(registrationv1.NamespacedScope)},
 		}
 	}
-	w := registrationv1.ValidatingWebhook{
-		Name: webhookName,
+	return registrationv1.ValidatingWebhook{
+		Name: "operator-webhook.sriovnetwork.openshift.io", ClientConfig: at,
 		Rules: []registrationv1.RuleWithOperations{
 			rule(metav1.GroupVersion(sriovv1.SchemeGroupVersion), "sriovnetworknodepolicies", "sriovoperatorconfigs", "sriovnetworkpoolconfigs", "sriovnetworks", "sriovibnetworks", "ovsnetworks"),
 			rule(metav1.GroupVersion(sluicev1.SchemeGroupVersion), "macvlannodepolicies", "macvlannetworks"),
@@ -349,32 +463,77 @@ func (r *configuration) webhook(ca []byte) registrationv1.ValidatingWebhook {
 		// Labels and finalizers are nobody's business here, and must not wait for us.
 		MatchConditions: []registrationv1.MatchCondition{{Name: "spec-changes", Expression: "request.operation == 'CREATE' || object.?spec != oldObject.?spec"}},
 	}
-	w.ClientConfig.CABundle = ca
-	if r.settings.URL != "" {
-		w.ClientConfig.URL = new(r.settings.URL + path)
-	} else {
-		w.ClientConfig.Service = &registrationv1.ServiceReference{Namespace: r.rules.Namespace, Name: serviceName, Path: new(path), Port: new(int32(443))}
-	}
-	return w
 }
 
-// report writes the condition, if it changed.
-func (r *configuration) report(ctx context.Context, config *sriovv1.SriovOperatorConfig, ready metav1.Condition) error {
-	conditions := slices.Clone(config.Status.Conditions)
-	if !meta.SetStatusCondition(&conditions, ready) {
-		return nil
+// injectorWebhook is called only for pods that name networks. When it cannot be reached they
+// are made as they are, unless the configuration asks for the contrary.
+func injectorWebhook(at registrationv1.WebhookClientConfig, fail bool) registrationv1.MutatingWebhook {
+	policy := registrationv1.Ignore
+	if fail {
+		policy = registrationv1.Fail
 	}
-	value, err := runtime.DefaultUnstructuredConverter.ToUnstructured(meta.FindStatusCondition(conditions, ready.Type))
-	if err != nil {
-		return fmt.Errorf("convert condition %s: %w", ready.Type, err)
+	return registrationv1.MutatingWebhook{
+		Name: "network-resources-injector-config.k8s.io", ClientConfig: at,
+		Rules: []registrationv1.RuleWithOperations{{
+			Operations: []registrationv1.OperationType{registrationv1.Create},
+			Rule:       registrationv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{"pods"}, Scope: new(registrationv1.NamespacedScope)},
+		}},
+		FailurePolicy:     &policy,
+		MatchPolicy:       new(registrationv1.Equivalent),
+		NamespaceSelector: &metav1.LabelSelector{}, ObjectSelector: &metav1.LabelSelector{},
+		SideEffects: new(registrationv1.SideEffectClassNone), TimeoutSeconds: new(int32(5)), AdmissionReviewVersions: []string{"v1"},
+		// Other webhooks may write the annotation, and what is there is not added again.
+		ReinvocationPolicy: new(registrationv1.IfNeededReinvocationPolicy),
+		MatchConditions: []registrationv1.MatchCondition{{
+			Name:       "names-networks",
+			Expression: fmt.Sprintf("['%s', '%s'].exists(key, key in object.metadata.?annotations.orValue({}))", netselect.Annotation, inject.AnnotationDefaultNetwork),
+		}},
+	}
+}
+
+// report writes the conditions, if they changed, and tells when one became another.
+func (r *configuration) report(ctx context.Context, config *sriovv1.SriovOperatorConfig, all []*registration, failed error) error {
+	conditions := slices.Clone(config.Status.Conditions)
+	var own []any
+	changed := false
+	var tell []func()
+	for _, g := range all {
+		ready := g.ready
+		if failed != nil && (g.wanted || ready.Reason == "") {
+			ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, reasonFailed, failed.Error()
+		}
+		ready.ObservedGeneration = config.Generation
+		was := meta.FindStatusCondition(config.Status.Conditions, ready.Type)
+		changed = meta.SetStatusCondition(&conditions, ready) || changed
+		value, err := runtime.DefaultUnstructuredConverter.ToUnstructured(meta.FindStatusCondition(conditions, ready.Type))
+		if err != nil {
+			return fmt.Errorf("convert condition %s: %w", ready.Type, err)
+		}
+		own = append(own, value)
+		if was == nil && ready.Reason == reasonOff || was != nil && was.Status == ready.Status && was.Reason == ready.Reason {
+			continue
+		}
+		kind := corev1.EventTypeNormal
+		if ready.Reason == reasonFailed {
+			kind = corev1.EventTypeWarning
+		}
+		tell = append(tell, func() {
+			r.events.Eventf(config, nil, kind, ready.Type+ready.Reason, "Reconcile", "%.1000s", ready.Message)
+		})
+	}
+	if !changed {
+		return nil
 	}
 	status := &unstructured.Unstructured{Object: map[string]any{
 		"apiVersion": sriovv1.SchemeGroupVersion.String(), "kind": "SriovOperatorConfig",
 		"metadata": map[string]any{"name": config.Name, "namespace": config.Namespace},
-		"status":   map[string]any{"conditions": []any{value}},
+		"status":   map[string]any{"conditions": own},
 	}}
 	if err := r.Status().Apply(ctx, client.ApplyConfigurationFromUnstructured(status), fieldOwner, client.ForceOwnership); err != nil {
-		return client.IgnoreNotFound(fmt.Errorf("apply condition %s of SriovOperatorConfig %s: %w", ready.Type, config.Name, err))
+		return client.IgnoreNotFound(fmt.Errorf("apply the webhooks' conditions of SriovOperatorConfig %s: %w", config.Name, err))
+	}
+	for _, t := range tell {
+		t()
 	}
 	return nil
 }
