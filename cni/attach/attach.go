@@ -35,12 +35,27 @@ type Kernel interface {
 	AdoptMAC(ctx context.Context, l host.Netdev, mac net.HardwareAddr) error
 	DeleteAltName(ns *host.Netns, index int, name string) error
 
+	AddMacvlan(ctx context.Context, ns *host.Netns, parent host.Netdev, inPod bool, m host.Macvlan) error
+	AddVeth(ctx context.Context, name string, ns *host.Netns, peer string, mtu int) error
+	DeleteLink(ns *host.Netns, index int) error
+
 	PrepareIPv6(ns *host.Netns, link string) error
+	RefuseAdvertisedDefault(ns *host.Netns, link string) error
 	AddAddress(ns *host.Netns, index int, address net.IPNet) error
 	WaitIPv6(ctx context.Context, ns *host.Netns, index int) error
 	Addresses(ns *host.Netns, index int) ([]net.IPNet, error)
 	AddRoute(ns *host.Netns, index int, r host.Route) error
 	HasRoute(ns *host.Netns, index int, r host.Route) (bool, error)
+	DefaultLink(ns *host.Netns) (string, error)
+	HasDefaultRoute(ns *host.Netns, index int, v6 bool) (bool, error)
+	AddSourceRule(ns *host.Netns, ip net.IP, table int) error
+	HasSourceRule(ns *host.Netns, ip net.IP, table int) (bool, error)
+	DeleteSourceRules(ns *host.Netns, table int) error
+	KeepToOwnAddresses(ns *host.Netns, index int) error
+	KeepsToOwnAddresses(ns *host.Netns, index int) (bool, error)
+	AddNeighbour(ns *host.Netns, index int, ip net.IP, mac net.HardwareAddr) error
+	Source(v6 bool) (net.IP, error)
+	Probe(ctx context.Context, ns *host.Netns, link string, addresses []net.IPNet, wait time.Duration) error
 	Announce(ctx context.Context, ns *host.Netns, link string, addresses []net.IPNet) error
 }
 
@@ -139,6 +154,9 @@ func (a *Attacher) lock(ctx context.Context, names ...string) (unlock func(), er
 		}
 	}
 	for _, name := range names {
+		if name == "" {
+			continue
+		}
 		u, err := a.locks.Lock(ctx, name)
 		if err != nil {
 			unlock()
@@ -149,9 +167,18 @@ func (a *Attacher) lock(ctx context.Context, names ...string) (unlock func(), er
 	return unlock, nil
 }
 
-func keyLock(k Key) string        { return "attachment of " + k.String() }
-func deviceLock(id string) string { return noun(id) + " " + id }
-func pfLock(pf string) string     { return "PF " + pf }
+func keyLock(k Key) string { return "attachment of " + k.String() }
+
+// deviceLock is no lock for a sub-interface without a slot: that has no device that
+// anybody else could have.
+func deviceLock(id string) string {
+	if id == "" {
+		return ""
+	}
+	return noun(id) + " " + id
+}
+
+func pfLock(pf string) string { return "PF " + pf }
 
 // Add makes the device that the configuration names an interface of the pod and
 // returns the result in the configuration's version. ns is the pod's namespace;
@@ -220,18 +247,21 @@ func (a *Attacher) repeated(ctx context.Context, key Key, cfg *Config, ns *host.
 // definition can name any device in it, also one the kubelet has just promised to
 // another pod, or will.
 func (a *Attacher) allocated(ctx context.Context, cfg *Config) error {
-	if a.Allocated == nil || cfg.Pod == "" {
+	if a.Allocated == nil || cfg.Pod == "" || cfg.DeviceID == "" {
 		return nil
 	}
 	pod, ok, err := a.Allocated(ctx, cfg.DeviceID)
-	_, _, pooled := a.Baselines.Baseline(cfg.DeviceID)
+	pooled := cfg.Macvlan != nil // a slot is nothing outside of one
+	if !pooled {
+		_, _, pooled = a.Baselines.Baseline(cfg.DeviceID)
+	}
 	switch {
 	case err != nil:
 		return fail(types.ErrTryAgainLater, "network %q: deviceID %s: %w", cfg.Network, cfg.DeviceID, err)
 	case ok && pod != cfg.Pod:
-		return fail(CodeVFHeld, "network %q: deviceID %s: the %s is allocated to pod %s, not to %s: take deviceID out of the network definition", cfg.Network, cfg.DeviceID, noun(cfg.DeviceID), pod, cfg.Pod)
+		return fail(CodeHeld, "network %q: deviceID %s: the %s is allocated to pod %s, not to %s: take deviceID out of the network definition", cfg.Network, cfg.DeviceID, noun(cfg.DeviceID), pod, cfg.Pod)
 	case !ok && pooled:
-		return fail(CodeVFHeld, "network %q: deviceID %s: the %s is in a pool and not allocated to pod %s: let the pod request the pool's resource, and take deviceID out of the network definition", cfg.Network, cfg.DeviceID, noun(cfg.DeviceID), cfg.Pod)
+		return fail(CodeHeld, "network %q: deviceID %s: the %s is in a pool and not allocated to pod %s: let the pod request the pool's resource, and take deviceID out of the network definition", cfg.Network, cfg.DeviceID, noun(cfg.DeviceID), cfg.Pod)
 	}
 	return nil
 }
@@ -244,11 +274,11 @@ func (a *Attacher) claim(ctx context.Context, cfg *Config) error {
 		return nil
 	}
 	if a.alive(r) {
-		return fail(CodeVFHeld, "network %q: deviceID %s: the %s is held by %s", cfg.Network, cfg.DeviceID, noun(cfg.DeviceID), r.holder())
+		return fail(CodeHeld, "network %q: deviceID %s: the %s is held by %s", cfg.Network, cfg.DeviceID, noun(cfg.DeviceID), r.holder())
 	}
 	err := a.release(ctx, r, nil)
 	if r, held = a.journal.owner(cfg.DeviceID); held {
-		return fail(CodeVFHeld, "network %q: deviceID %s: the %s was held by %s, which is gone, and cannot be taken back yet: %w",
+		return fail(CodeHeld, "network %q: deviceID %s: the %s was held by %s, which is gone, and cannot be taken back yet: %w",
 			cfg.Network, cfg.DeviceID, noun(cfg.DeviceID), r.holder(), err)
 	}
 	if err != nil {
@@ -263,7 +293,10 @@ func (a *Attacher) attach(ctx context.Context, key Key, cfg *Config, req Request
 		Key: key, Pod: cfg.Pod, Device: cfg.DeviceID, Phase: Intent, NetnsPath: req.Netns, Netns: ns.ID,
 		IPAM: cfg.IPAM, Config: req.Stdin, Args: req.Args, Path: req.Path,
 	}
-	create, err := a.kindOf(r).prepare(cfg, ns, &r)
+	if cfg.HostInterface {
+		r.HostLink, r.HostRoutes = key.hostLink(), cfg.HostRoutes
+	}
+	create, err := a.kind(cfg.Macvlan).prepare(cfg, ns, &r)
 	if err != nil {
 		return nil, err
 	}
@@ -321,9 +354,13 @@ func (a *Attacher) make(ctx context.Context, undo *Record, r Record, cfg *Config
 	}
 	if link.Index != 0 {
 		iface.Mtu, iface.Sandbox = link.MTU, r.NetnsPath
-		a.step("add: set addresses")
-		if err := a.address(ctx, ns, link, result); err != nil {
+		if err := a.address(ctx, r, cfg, ns, link, result); err != nil {
 			return nil, refused("%w", err)
+		}
+		if r.HostLink != "" {
+			if err := a.connectHost(ctx, r, link.MTU, ns, result); err != nil {
+				return nil, refused("%w", err)
+			}
 		}
 	}
 	result.Interfaces = []*types100.Interface{iface}
@@ -357,49 +394,52 @@ func (a *Attacher) make(ctx context.Context, undo *Record, r Record, cfg *Config
 }
 
 // address puts the addresses and routes of the result on the link.
-func (a *Attacher) address(ctx context.Context, ns *host.Netns, link host.Netdev, result *types100.Result) error {
-	var gateway4, gateway6 net.IP
-	var six bool
+func (a *Attacher) address(ctx context.Context, r Record, cfg *Config, ns *host.Netns, link host.Netdev, result *types100.Result) error {
+	if !r.Only {
+		if err := a.Kernel.RefuseAdvertisedDefault(ns, link.Name); err != nil {
+			return err
+		}
+	}
+	if len(result.IPs) == 0 && len(result.Routes) == 0 {
+		return nil
+	}
+	prepared, wait6 := false, false
 	for _, ip := range result.IPs {
-		if ip.Address.IP.To4() != nil {
-			if gateway4 == nil {
-				gateway4 = ip.Gateway
-			}
-		} else {
-			if gateway6 == nil {
-				gateway6 = ip.Gateway
-			}
-			if !six {
-				six = true
+		if ip.Address.IP.To4() == nil {
+			wait6 = wait6 || ip.Gateway != nil
+			if !prepared {
 				if err := a.Kernel.PrepareIPv6(ns, link.Name); err != nil {
 					return err
 				}
+				prepared = true
 			}
 		}
+	}
+	if cfg.ConflictProbe > 0 {
+		a.step("add: probe")
+		err := a.Kernel.Probe(ctx, ns, link.Name, nets(result.IPs), cfg.ConflictProbe)
+		if conflict := (*host.AddressConflictError)(nil); errors.As(err, &conflict) {
+			return fail(CodeConflict, "probe on %s: %w: give that station another address, or exclude this one from the network's range", link.Name, err)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	a.step("add: set addresses")
+	for _, ip := range result.IPs {
 		if err := a.Kernel.AddAddress(ns, link.Index, ip.Address); err != nil {
 			return err
 		}
 	}
-	if gateway6 != nil {
+	if wait6 {
 		wait, cancel := context.WithTimeout(ctx, dadTimeout)
 		defer cancel()
 		if err := a.Kernel.WaitIPv6(wait, ns, link.Index); err != nil {
 			return err
 		}
 	}
-	for _, r := range result.Routes {
-		route := routeOf(r)
-		if route.Gateway == nil {
-			route.Gateway = gateway6
-			if r.Dst.IP.To4() != nil {
-				route.Gateway = gateway4
-			}
-		}
-		if err := a.Kernel.AddRoute(ns, link.Index, route); err != nil {
-			return err
-		}
-	}
-	return nil
+	a.step("add: set routes")
+	return a.route(r, ns, link, result)
 }
 
 func routeOf(r *types.Route) host.Route {

@@ -82,8 +82,8 @@ func TestAddOnlyToWhomTheVFIsAllocated(t *testing.T) {
 		code    uint // of the refusal; 0 for none
 	}{
 		"this pod":                 {vf: vf0, pod: "ns/c1"},
-		"another pod":              {vf: vf0, pod: "ns/other", code: CodeVFHeld},
-		"none, VF of a pool":       {vf: vf0, code: CodeVFHeld},
+		"another pod":              {vf: vf0, pod: "ns/other", code: CodeHeld},
+		"none, VF of a pool":       {vf: vf0, code: CodeHeld},
 		"none, VF of no pool":      {vf: vf1},
 		"the kubelet is not there": {vf: vf0, err: syscall.ECONNREFUSED, code: types.ErrTryAgainLater},
 	} {
@@ -129,7 +129,7 @@ func TestCheckFindsEveryChange(t *testing.T) {
 		"vlan":          {func(w *world, _ *host.Netdev) { s := w.settings[vf0]; s.VLAN = 7; w.settings[vf0] = s }, "vlan of the VF is 7"},
 		"trust":         {func(w *world, _ *host.Netdev) { s := w.settings[vf0]; s.Trust = false; w.settings[vf0] = s }, "trust of the VF is off, not on"},
 		"VF gone":       {func(w *world, _ *host.Netdev) { delete(w.vfs, vf0) }, "no such VF"},
-		"IPAM disagree": {func(w *world, _ *host.Netdev) { w.failAt = len(w.calls) + 6 }, "IPAM"},
+		"IPAM disagree": {func(w *world, _ *host.Netdev) { w.failOn = "IPAM CHECK" }, "IPAM"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld()
@@ -147,79 +147,100 @@ func TestCheckFindsEveryChange(t *testing.T) {
 	}
 }
 
+// attachments are requests of every kind, with every step that there is.
+var attachments = map[string]Request{
+	"VF":                   request(Add, "c1", pod1, vf0, full+`,"hostInterface":{"routes":["10.96.0.0/12","fd96::/112"]},"conflictProbe":50`),
+	"MacVLAN":              macvlanRequest("c1", pod1, `"deviceID":"ens1f0-7","hostInterface":{"routes":["10.96.0.0/12"]}`),
+	"MacVLAN without slot": macvlanRequest("c1", pod1, `"master":"ens1f0"`),
+}
+
+// forEachKind runs f for each of attachments.
+func forEachKind(t *testing.T, f func(t *testing.T, add, del Request)) {
+	for name, add := range attachments {
+		t.Run(name, func(t *testing.T) {
+			del := add
+			del.Command = Del
+			f(t, add, del)
+		})
+	}
+}
+
 // TestEachFailureOfAdd fails each call of an ADD once: the ADD fails with the
 // cause, all is as before, and the next ADD works.
 func TestEachFailureOfAdd(t *testing.T) {
-	ctx := context.Background()
-	// vf1 has no baseline and a stale alternative name, so that every step is taken.
-	req := request(Add, "c1", pod1, vf1, full)
-	prepare := func() *world {
-		w := newWorld()
-		w.links[hostNS][1].AltNames = append(w.links[hostNS][1].AltNames, "net1")
-		return w
-	}
-	probe := prepare()
-	if _, err := newAttacher(t, probe, t.TempDir(), nil).Add(ctx, req, nil); err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("%-45s %-6s %-6s %s", "failing call of ADD", "code", "undone", "retry")
-	for i, call := range probe.calls {
-		w := prepare()
-		before := strings.ReplaceAll(w.state(), " net1]", "]") // a stale name need not come back
-		dir := t.TempDir()
-		a := newAttacher(t, w, dir, nil)
-		w.failAt = i
-		_, err := a.Add(ctx, req, nil)
-		w.failAt = -1
-		undone := strings.ReplaceAll(w.state(), " net1]", "]") == before && len(a.journal.all()) == 0
-		files, _ := filepath.Glob(filepath.Join(dir, "*"))
-		if strings.HasPrefix(call, "change link") && err == nil {
-			// A move that fails with a MAC in it is done again without.
-			t.Logf("%-45s %-6s (second way)", call, "0")
-			continue
+	forEachKind(t, func(t *testing.T, req, _ Request) {
+		ctx := context.Background()
+		// vf1 has no baseline and a stale alternative name, so that every step is taken.
+		req.Stdin = []byte(strings.Replace(string(req.Stdin), vf0, vf1, 1))
+		prepare := func() *world {
+			w := newWorld()
+			w.links[hostNS][1].AltNames = append(w.links[hostNS][1].AltNames, "net1")
+			return w
 		}
-		_, retry := a.Add(ctx, req, nil)
-		t.Logf("%-45s %-6d %-6v %v", call, codeOf(err), undone, retry == nil)
-		if !injected(w, err) || !undone || len(files) != 0 || retry != nil {
-			t.Errorf("failing %q: error %v, files %v, retry %v, state\n%s, was\n%s", call, err, files, retry, w.state(), before)
+		probe := prepare()
+		if _, err := newAttacher(t, probe, t.TempDir(), nil).Add(ctx, req, nil); err != nil {
+			t.Fatal(err)
 		}
-	}
+		t.Logf("%-45s %-6s %-6s %s", "failing call of ADD", "code", "undone", "retry")
+		for i, call := range probe.calls {
+			w := prepare()
+			before := strings.ReplaceAll(w.state(), " net1]", "]") // a stale name need not come back
+			dir := t.TempDir()
+			a := newAttacher(t, w, dir, nil)
+			w.failAt = i
+			_, err := a.Add(ctx, req, nil)
+			w.failAt = -1
+			undone := strings.ReplaceAll(w.state(), " net1]", "]") == before && len(a.journal.all()) == 0
+			files, _ := filepath.Glob(filepath.Join(dir, "*"))
+			if strings.HasPrefix(call, "change link ens1f0v1") && err == nil {
+				// A move that fails with a MAC in it is done again without.
+				t.Logf("%-45s %-6s (second way)", call, "0")
+				continue
+			}
+			_, retry := a.Add(ctx, req, nil)
+			t.Logf("%-45s %-6d %-6v %v", call, codeOf(err), undone, retry == nil)
+			if !injected(w, err) || !undone || len(files) != 0 || retry != nil {
+				t.Errorf("failing %q: error %v, files %v, retry %v, state\n%s, was\n%s", call, err, files, retry, w.state(), before)
+			}
+		}
+	})
 }
 
 // TestEachFailureOfDel fails each call of a DEL once: the DEL says so, and the
 // next one ends at the baseline.
 func TestEachFailureOfDel(t *testing.T) {
-	ctx := context.Background()
-	add, del := request(Add, "c1", pod1, vf0, full), request(Del, "c1", pod1, vf0, full)
-	attached := func() (*world, *Attacher, string) {
-		w := newWorld()
-		before := w.state()
-		a := newAttacher(t, w, t.TempDir(), nil)
-		if _, err := a.Add(ctx, add, nil); err != nil {
+	forEachKind(t, func(t *testing.T, add, del Request) {
+		ctx := context.Background()
+		attached := func() (*world, *Attacher, string) {
+			w := newWorld()
+			before := w.state()
+			a := newAttacher(t, w, t.TempDir(), nil)
+			if _, err := a.Add(ctx, add, nil); err != nil {
+				t.Fatal(err)
+			}
+			return w, a, before
+		}
+		probe, a, _ := attached()
+		start := len(probe.calls)
+		if err := a.Del(ctx, del, nil); err != nil {
 			t.Fatal(err)
 		}
-		return w, a, before
-	}
-	probe, a, _ := attached()
-	start := len(probe.calls)
-	if err := a.Del(ctx, del, nil); err != nil {
-		t.Fatal(err)
-	}
-	for i := start; i < len(probe.calls); i++ {
-		w, a, before := attached()
-		w.failAt = i
-		err := a.Del(ctx, del, nil)
-		w.failAt = -1
-		_, held := a.Holder(vf0)
-		if probe.calls[i] == "IPAM DEL" && held {
-			t.Errorf("a VF waits for IPAM")
+		for i := start; i < len(probe.calls); i++ {
+			w, a, before := attached()
+			w.failAt = i
+			err := a.Del(ctx, del, nil)
+			w.failAt = -1
+			r, _ := a.journal.get(Key{"blue", "c1", "net1"})
+			if probe.calls[i] == "IPAM DEL" && r.Phase != Returned {
+				t.Errorf("a device waits for IPAM")
+			}
+			retry := a.Del(ctx, del, nil)
+			t.Logf("%-40s error %v, retry %v", probe.calls[i], err != nil, retry)
+			if !injected(w, err) || retry != nil || w.state() != before || len(a.journal.all()) != 0 {
+				t.Errorf("failing %q: error %v, retry %v, state\n%s", probe.calls[i], err, retry, w.state())
+			}
 		}
-		retry := a.Del(ctx, del, nil)
-		t.Logf("%-40s error %v, retry %v", probe.calls[i], err != nil, retry)
-		if !injected(w, err) || retry != nil || w.state() != before || len(a.journal.all()) != 0 {
-			t.Errorf("failing %q: error %v, retry %v, state\n%s", probe.calls[i], err, retry, w.state())
-		}
-	}
+	})
 }
 
 type crash struct{ step string }
@@ -245,41 +266,43 @@ func crashing(a *Attacher, at int, f func()) (step string) {
 }
 
 // TestAgentDiesAtEachStep ends the agent at each step of ADD and of DEL. Its
-// successor finds the VF properly attached or brings it to the baseline.
+// successor finds the device properly attached or brings it to the baseline.
 func TestAgentDiesAtEachStep(t *testing.T) {
-	ctx := context.Background()
-	add, del := request(Add, "c1", pod1, vf0, full), request(Del, "c1", pod1, vf0, full)
-	for at, done := 0, false; !done; at++ {
-		w, dir := newWorld(), t.TempDir()
-		before := w.state()
-		a := newAttacher(t, w, dir, nil)
-		var out []byte
-		step := crashing(a, at, func() { out, _ = a.Add(ctx, add, nil); _ = a.Del(ctx, del, nil) })
-		done = step == ""
-		b := newAttacher(t, w, dir, nil)
-		err := b.Recover(ctx)
-		if err != nil {
-			t.Errorf("dead at %q: recover: %v", step, err)
-		}
-		_, held := b.Holder(vf0)
-		t.Logf("dead at %-25q held %v", step, held)
-		if !held && w.state() != before {
-			t.Errorf("dead at %q: state\n%s", step, w.state())
-		}
-		if held {
-			rec, _ := b.journal.get(Key{"blue", "c1", "net1"})
-			check := request(Check, "c1", pod1, vf0, full+`,"prevResult":`+string(rec.Result))
-			if err = b.Check(ctx, check, nil); err != nil {
-				t.Errorf("dead at %q: half attached: %v", step, err)
+	forEachKind(t, func(t *testing.T, add, del Request) {
+		ctx := context.Background()
+		for at, done := 0, false; !done; at++ {
+			w, dir := newWorld(), t.TempDir()
+			before := w.state()
+			a := newAttacher(t, w, dir, nil)
+			var out []byte
+			step := crashing(a, at, func() { out, _ = a.Add(ctx, add, nil); _ = a.Del(ctx, del, nil) })
+			done = step == ""
+			b := newAttacher(t, w, dir, nil)
+			err := b.Recover(ctx)
+			if err != nil {
+				t.Errorf("dead at %q: recover: %v", step, err)
+			}
+			rec, held := b.journal.get(Key{"blue", "c1", "net1"})
+			t.Logf("dead at %-25q held %v", step, held)
+			if !held && w.state() != before {
+				t.Errorf("dead at %q: state\n%s", step, w.state())
+			}
+			if held {
+				check := add
+				check.Command = Check
+				check.Stdin = []byte(strings.TrimSuffix(string(add.Stdin), "}") + `,"prevResult":` + string(rec.Result) + "}")
+				if err = b.Check(ctx, check, nil); err != nil {
+					t.Errorf("dead at %q: half attached: %v", step, err)
+				}
+			}
+			if out, err = b.Add(ctx, add, nil); err != nil || !slices.ContainsFunc(w.links[w.netns[pod1]], func(l host.Netdev) bool { return l.Name == "net1" }) {
+				t.Errorf("dead at %q: retry of ADD: %s, %v", step, out, err)
+			}
+			if err := b.Del(ctx, del, nil); err != nil || w.state() != before {
+				t.Errorf("dead at %q: DEL after it: %v, state\n%s", step, err, w.state())
 			}
 		}
-		if out, err = b.Add(ctx, add, nil); err != nil || len(w.links[w.netns[pod1]]) != 1 {
-			t.Errorf("dead at %q: retry of ADD: %s, %v", step, out, err)
-		}
-		if err := b.Del(ctx, del, nil); err != nil || w.state() != before {
-			t.Errorf("dead at %q: DEL after it: %v, state\n%s", step, err, w.state())
-		}
-	}
+	})
 }
 
 func TestLateDelLeavesTheNewOwnerAlone(t *testing.T) {
@@ -342,12 +365,12 @@ func TestDelWithoutNamespace(t *testing.T) {
 	for name, gone := range map[string]func(*world){
 		"path not given":           func(*world) {},
 		"namespace ended":          func(w *world) { w.end(pod1) },
-		"name taken meanwhile":     func(w *world) { w.end(pod1); w.links[hostNS][1].Name = "dev7" },
+		"name taken meanwhile":     func(w *world) { w.end(pod1); w.links[hostNS][2].Name = "dev7" },
 		"path is another pod's":    func(w *world) { w.end(pod1); w.netns[pod1] = host.NetnsID{Dev: 4, Inode: 99} },
 		"renamed by the pod":       func(w *world) { w.links[w.netns[pod1]][0].Name = "eth7" },
 		"alternative name by pod":  func(w *world) { w.links[w.netns[pod1]][0].AltNames = []string{"enp1s0f0v0", "ens1f0"} },
 		"the VF is no more":        func(w *world) { w.end(pod1); delete(w.vfs, vf0) },
-		"set up by the host's NM ": func(w *world) { w.end(pod1); w.links[hostNS][1].Up = true },
+		"set up by the host's NM ": func(w *world) { w.end(pod1); w.links[hostNS][2].Up = true },
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld()
@@ -382,8 +405,8 @@ func TestRefusals(t *testing.T) {
 		says    string
 	}{
 		"no such VF":       {nil, request(Add, "c1", pod1, "0000:0f:10.0", ""), 7, "no PCI device 0000:0f:10.0"},
-		"no driver":        {func(w *world) { w.vfs[vf0].Driver = "" }, request(Add, "c1", pod1, vf0, ""), CodeVFUnusable, "no driver"},
-		"netdev elsewhere": {func(w *world) { w.links[hostNS] = nil }, request(Add, "c1", pod1, vf0, ""), CodeVFUnusable, "a container that is not known here may have it"},
+		"no driver":        {func(w *world) { w.vfs[vf0].Driver = "" }, request(Add, "c1", pod1, vf0, ""), CodeUnusable, "no driver"},
+		"netdev elsewhere": {func(w *world) { w.links[hostNS] = nil }, request(Add, "c1", pod1, vf0, ""), CodeUnusable, "a container that is not known here may have it"},
 		"name in the pod": {func(w *world) { w.links[w.netns[pod1]] = []host.Netdev{{Index: 3, Name: "net1"}} },
 			request(Add, "c1", pod1, vf0, ""), CodeNameTaken, "has an interface net1 already"},
 		"altname in the pod": {func(w *world) {
@@ -425,7 +448,7 @@ func TestHeldVF(t *testing.T) {
 	}
 	now := w.state()
 	_, err := a.Add(ctx, request(Add, "c2", pod2, vf0, ""), nil)
-	if codeOf(err) != CodeVFHeld || !strings.Contains(err.Error(), "held by pod ns/c1") || w.state() != now {
+	if codeOf(err) != CodeHeld || !strings.Contains(err.Error(), "held by pod ns/c1") || w.state() != now {
 		t.Errorf("code %d, error %v, state %s", codeOf(err), err, w.state())
 	}
 	// the failed ADD's own DEL touches nothing

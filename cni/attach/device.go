@@ -31,14 +31,26 @@ type kind interface {
 // pod; a link without index for a device that has none.
 type create func(ctx context.Context, r Record, ns *host.Netns) (host.Netdev, error)
 
-// kindOf returns the kind of the record's device.
-func (a *Attacher) kindOf(Record) kind { return vfs{a} }
+// kind returns the kind of what is a MacVLAN sub-interface, or else a VF.
+func (a *Attacher) kind(m *Macvlan) kind {
+	if m != nil {
+		return macvlans{a}
+	}
+	return vfs{a}
+}
 
 // device says what the configuration wants attached, for a message.
-func (c *Config) device() string { return "deviceID " + c.DeviceID }
+func (c *Config) device() string { return device(c.DeviceID, c.Macvlan) }
 
 // device says what is attached, for a message.
-func (r *Record) device() string { return "deviceID " + r.Device }
+func (r *Record) device() string { return device(r.Device, r.Macvlan) }
+
+func device(id string, m *Macvlan) string {
+	if id == "" && m != nil {
+		return fmt.Sprintf("master %q", m.Parent)
+	}
+	return "deviceID " + id
+}
 
 // noun is what a device is called in messages.
 func noun(deviceID string) string {

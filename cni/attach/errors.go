@@ -10,13 +10,14 @@ import (
 // The error codes of this plugin; codes below 100 are those of the CNI
 // specification.
 const (
-	CodeVFHeld      = 100 // the VF belongs to another live attachment
-	CodeVFUnusable  = 101 // the VF has no driver, or its netdev is not in the host's namespace
+	CodeHeld        = 100 // the VF or slot belongs to another live attachment, or pod
+	CodeUnusable    = 101 // the VF has no driver, or its netdev is not in the host's namespace; the parent is missing or down
 	CodeNameTaken   = 102 // the interface name, or a name of the VF, exists in the pod already
 	CodeKernel      = 103 // the kernel or the driver refused a change
 	CodeIPAM        = 104 // the IPAM plugin failed; its own message is in the error
 	CodeCheckFailed = 105 // CHECK found the attachment missing or changed
 	CodeNotUndone   = 106 // something failed and could not be undone entirely; DEL will try again
+	CodeConflict    = 107 // another station has the address; its MAC is in the error
 )
 
 // fail makes an error with a CNI error code.

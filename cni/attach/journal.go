@@ -69,7 +69,7 @@ func (b Baseline) Settings() host.VFSettings {
 type Record struct {
 	Key
 	Pod        string       `json:"pod,omitempty"` // namespace/name
-	Device     string       `json:"device"`        // PCI address of the VF
+	Device     string       `json:"device"`        // PCI address of the VF, or MacVLAN slot; empty for a sub-interface without a slot
 	Generation uint64       `json:"generation"`    // grows with every ADD of this node
 	Phase      Phase        `json:"phase"`
 	NetnsPath  string       `json:"netnsPath"`
@@ -79,7 +79,12 @@ type Record struct {
 	MTU        int          `json:"mtu,omitempty"`
 	Userspace  bool         `json:"userspace,omitempty"` // the VF has no netdev
 
-	Settings host.VFSettings `json:"settings"` // intended at the PF
+	Settings host.VFSettings `json:"settings"`          // intended at the PF
+	Macvlan  *Macvlan        `json:"macvlan,omitempty"` // nil for a VF
+
+	Only       bool      `json:"only,omitempty"`       // the pod had no other interface
+	HostLink   string    `json:"hostLink,omitempty"`   // the host's end of the host interface, if one is asked for
+	HostRoutes []network `json:"hostRoutes,omitempty"` // that lead there
 
 	IPAM   string          `json:"ipam,omitempty"` // plugin type
 	Config json.RawMessage `json:"config"`         // as received
@@ -139,7 +144,7 @@ func openJournal(dir string) (*journal, []string, error) {
 			if json.Unmarshal(b, &old) == nil {
 				r.Device = old.VF
 			}
-			if json.Unmarshal(b, r) != nil || r.file() != e.Name() || r.Device == "" {
+			if json.Unmarshal(b, r) != nil || r.file() != e.Name() || r.Device == "" && r.Macvlan == nil {
 				if err := os.Rename(path, path+".unreadable"); err != nil {
 					return nil, nil, fmt.Errorf("open journal: %w", err)
 				}
@@ -197,12 +202,12 @@ func (j *journal) get(k Key) (Record, bool) {
 	return Record{}, false
 }
 
-// owner returns the record that holds the device.
+// owner returns the record that holds the device. Nobody holds no device.
 func (j *journal) owner(device string) (Record, bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	for _, r := range j.records {
-		if r.Device == device && r.Phase != Returned {
+		if device != "" && r.Device == device && r.Phase != Returned {
 			return *r, true
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 
@@ -50,7 +51,7 @@ type Request struct {
 type Config struct {
 	CNIVersion string
 	Network    string // its name
-	DeviceID   string // PCI address of the VF
+	DeviceID   string // PCI address of the VF, or MacVLAN slot; empty for a parent that the configuration names
 	IPAM       string // plugin type, empty for none
 	DNS        types.DNS
 	Pod        string // namespace/name as far as the runtime told
@@ -65,6 +66,12 @@ type Config struct {
 	LinkState *host.LinkState
 	MinTxRate *int // Mb/s
 	MaxTxRate *int // Mb/s
+
+	Macvlan *Macvlan // nil for a VF
+
+	ConflictProbe time.Duration // how long to listen for other stations with the addresses; 0: not at all
+	HostInterface bool          // a pair of links to the host besides
+	HostRoutes    []network     // that the pod has by it, besides the node's address
 
 	PrevResult json.RawMessage
 	Valid      []types.GCAttachment // GC only: the attachments that stay
@@ -127,6 +134,14 @@ var fields = map[string]field{
 	"min_tx_rate": number(func(p *parser) **int { return &p.MinTxRate }),
 	"max_tx_rate": number(func(p *parser) **int { return &p.MaxTxRate }),
 
+	"master":          text(func(p *parser) *string { return &p.macvlan.Parent }),
+	"mode":            mode,
+	"linkInContainer": decode(func(p *parser) any { return &p.macvlan.InPod }),
+	"bcqueuelen":      number(func(p *parser) **int { return &p.bcQueueLen }),
+
+	"conflictProbe": number(func(p *parser) **int { return &p.probe }),
+	"hostInterface": hostInterface,
+
 	"logLevel": logLevel,
 	"logFile":  text(func(*parser) *string { return new(string) }),
 
@@ -142,6 +157,12 @@ var fields = map[string]field{
 	"cni.dev/attachments":       nil,
 }
 
+// vfKeys and macvlanKeys are the keys that mean something for one kind only.
+var (
+	vfKeys      = []string{"vlan", "vlanQoS", "vlanProto", "spoofchk", "trust", "link_state", "min_tx_rate", "max_tx_rate"}
+	macvlanKeys = []string{"master", "mode", "linkInContainer", "bcqueuelen"}
+)
+
 // runtimeKeys are the keys below runtimeConfig: the capabilities of the CNI
 // conventions and of the Network Plumbing Working Group.
 var runtimeKeys = map[string]field{
@@ -155,7 +176,8 @@ var runtimeKeys = map[string]field{
 type parser struct {
 	Config
 	kind, proto, mac, runtimeMAC string
-	qos, mtu                     *int
+	qos, mtu, bcQueueLen, probe  *int
+	macvlan                      Macvlan
 }
 
 // Parse reads a request's configuration. All errors carry CNI code 7 (6 when it
@@ -210,11 +232,8 @@ func (p *parser) parse(req Request, keys map[string]json.RawMessage) error {
 		return err
 	}
 	p.Pod = strings.Trim(args["K8S_POD_NAMESPACE"]+"/"+args["K8S_POD_NAME"], "/")
-	if p.DeviceID == "" && (req.Command == Add || req.Command == Check) {
-		return fmt.Errorf(`key "deviceID" is missing: the pod must request the resource that the network names in its annotation k8s.v1.cni.cncf.io/resourceName`)
-	}
-	if p.DeviceID != "" && !host.ValidPCIAddress(p.DeviceID) {
-		return fmt.Errorf("deviceID %q is not a PCI address like 0000:3b:02.1", p.DeviceID)
+	if err := p.chooseKind(req.Command, keys); err != nil {
+		return err
 	}
 	if req.Command == Add && len(p.PrevResult) > 0 {
 		return fmt.Errorf("prevResult is set: this plugin must be the first of its chain")
@@ -225,7 +244,16 @@ func (p *parser) parse(req Request, keys map[string]json.RawMessage) error {
 	if err := p.checkRates(); err != nil {
 		return err
 	}
-	if p.mtu != nil {
+	if p.HostInterface && p.IPAM == "" {
+		return fmt.Errorf("hostInterface is set and ipam is not: there are no addresses to lead to")
+	}
+	if p.probe != nil {
+		if *p.probe < 0 || *p.probe > 10_000 {
+			return fmt.Errorf("conflictProbe %d is not in the range 0-10000 (milliseconds; 0: no probe)", *p.probe)
+		}
+		p.ConflictProbe = time.Duration(*p.probe) * time.Millisecond
+	}
+	if p.mtu != nil && (*p.mtu != 0 || p.Macvlan == nil) { // 0 is the reference macvlan plugin's default
 		// 68 is the least an IPv4 host must take (RFC 791); the driver knows the most.
 		if *p.mtu < 68 || *p.mtu > 65535 {
 			return fmt.Errorf("mtu %d is not in the range 68-65535", *p.mtu)
@@ -235,6 +263,77 @@ func (p *parser) parse(req Request, keys map[string]json.RawMessage) error {
 	return p.chooseMAC(args["MAC"])
 }
 
+// defaultProbe is how long other stations may take to answer for an address of a
+// MacVLAN sub-interface. Neighbours on a LAN answer within a few milliseconds; RFC 5227
+// would have a pod wait for seconds.
+const defaultProbe = 50 * time.Millisecond
+
+// chooseKind decides between VF and MacVLAN by type and deviceID, and refuses keys
+// of the other kind.
+func (p *parser) chooseKind(c Command, keys map[string]json.RawMessage) error {
+	parent, _, notSlot := host.ParseSlotID(p.DeviceID)
+	slot, vf := notSlot == nil, host.ValidPCIAddress(p.DeviceID)
+	given := func(keys map[string]json.RawMessage, which []string) string {
+		for _, k := range which {
+			if raw, ok := keys[k]; ok && string(raw) != "null" && string(raw) != `""` {
+				return k
+			}
+		}
+		return ""
+	}
+	switch {
+	case p.DeviceID != "" && !slot && !vf:
+		return fmt.Errorf("deviceID %q is not a PCI address like 0000:3b:02.1, nor a MacVLAN slot like ens1f0-0", p.DeviceID)
+	case p.kind == "sriov" && slot:
+		return fmt.Errorf(`deviceID %q is a MacVLAN slot, and type "sriov" is for VFs: set type to "sluice"`, p.DeviceID)
+	case p.kind == "macvlan" && vf:
+		return fmt.Errorf(`deviceID %q is a VF, and type "macvlan" makes sub-interfaces of a master: set type to "sluice", or remove resource and deviceID`, p.DeviceID)
+	case slot, p.kind == "macvlan", p.DeviceID == "" && p.kind != "sriov" && p.macvlan.Parent != "":
+		if k := given(keys, vfKeys); k != "" {
+			return fmt.Errorf("%s %s is a setting of VFs, and this is a MacVLAN network: remove it", k, show(keys[k]))
+		}
+		if slot && p.macvlan.InPod {
+			return fmt.Errorf("linkInContainer true is for a master in the pod, and the parent of slot %q is in the host: remove one of both", p.DeviceID)
+		}
+		if slot && p.macvlan.Parent != "" && p.macvlan.Parent != parent {
+			return fmt.Errorf("master %q is not the parent of slot %q: remove master, or let the pods request the resource of master's slots", p.macvlan.Parent, p.DeviceID)
+		}
+		return p.completeMacvlan(parent)
+	case vf, p.kind == "sriov":
+		if k := given(keys, macvlanKeys); k != "" {
+			return fmt.Errorf("%s %s is a setting of MacVLAN networks, and this is one of VFs: remove it", k, show(keys[k]))
+		}
+	}
+	if p.DeviceID == "" && (c == Add || c == Check) {
+		return fmt.Errorf(`key "deviceID" is missing: the pod must request the resource that the network names in its annotation k8s.v1.cni.cncf.io/resourceName`)
+	}
+	return nil
+}
+
+func (p *parser) completeMacvlan(slotParent string) error {
+	if slotParent != "" {
+		p.macvlan.Parent = slotParent
+	}
+	if p.macvlan.Parent != "" && !validLinkName(p.macvlan.Parent) {
+		return fmt.Errorf("master %q is not a valid interface name", p.macvlan.Parent)
+	}
+	if p.bcQueueLen != nil {
+		if *p.bcQueueLen < 0 || *p.bcQueueLen > 1<<32-1 {
+			return fmt.Errorf("bcqueuelen %d is not a number of frames (0: the kernel's default)", *p.bcQueueLen)
+		}
+		p.macvlan.BroadcastQueue = *p.bcQueueLen
+	}
+	if p.macvlan.Mode == "" {
+		p.macvlan.Mode = "bridge"
+	}
+	p.Macvlan, p.ConflictProbe = &p.macvlan, defaultProbe
+	return nil
+}
+
+func validLinkName(s string) bool {
+	return s != "" && len(s) <= 15 && s != "." && s != ".." && !strings.ContainsAny(s, "/: \t\n\v\f\r%")
+}
+
 func checkEnvironment(req Request) error {
 	bad := func(format string, a ...any) error {
 		return fail(types.ErrInvalidEnvironmentVariables, format, a...)
@@ -242,7 +341,7 @@ func checkEnvironment(req Request) error {
 	switch {
 	case req.ContainerID == "":
 		return bad("CNI_CONTAINERID is empty")
-	case req.IfName == "" || len(req.IfName) > 15 || req.IfName == "." || req.IfName == ".." || strings.ContainsAny(req.IfName, "/: \t\n\v\f\r%"):
+	case !validLinkName(req.IfName):
 		return bad("CNI_IFNAME %q is not a valid interface name", req.IfName)
 	case req.Netns == "" && req.Command != Del:
 		return bad("CNI_NETNS is empty")
@@ -398,6 +497,43 @@ func linkState(p *parser, raw json.RawMessage) error {
 		p.LinkState = &s
 	}
 	return err
+}
+
+func mode(p *parser, raw json.RawMessage) (err error) {
+	p.macvlan.Mode, err = word(raw, slices.Sorted(maps.Keys(host.MacvlanModes))...)
+	return err
+}
+
+// hostInterface is an object, so that the routes are part of the wish.
+func hostInterface(p *parser, raw json.RawMessage) error {
+	if string(raw) == "null" {
+		return nil
+	}
+	keys, err := object(raw)
+	if err != nil {
+		return err
+	}
+	p.HostInterface = true
+	return p.read("hostInterface.", keys, map[string]field{"routes": decode(func(p *parser) any { return &p.HostRoutes })})
+}
+
+// network is an IP network in configuration and journal, as CIDR.
+type network net.IPNet
+
+// MarshalText implements encoding.TextMarshaler.
+func (n network) MarshalText() ([]byte, error) { return []byte((*net.IPNet)(&n).String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (n *network) UnmarshalText(b []byte) error {
+	ip, parsed, err := net.ParseCIDR(string(b))
+	if err != nil {
+		return fmt.Errorf("has %q, which is not a network like 10.96.0.0/12", b)
+	}
+	if !ip.Equal(parsed.IP) {
+		return fmt.Errorf("has %q, which is an address and not a network: write %s", b, parsed)
+	}
+	*n = network(*parsed)
+	return nil
 }
 
 func logLevel(_ *parser, raw json.RawMessage) error {

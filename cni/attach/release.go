@@ -82,9 +82,15 @@ func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error 
 		}
 	}
 	owner, owned := a.journal.owner(r.Device)
-	if owned && owner.Generation == r.Generation {
-		if err := a.kindOf(r).restore(ctx, r, ns); err != nil {
+	if owned && owner.Generation == r.Generation || r.Device == "" && r.Phase != Returned {
+		if err := a.disconnectHost(r); err != nil {
 			return err
+		}
+		if err := a.kind(r.Macvlan).restore(ctx, r, ns); err != nil {
+			return err
+		}
+		if err := a.unroute(r, ns); err != nil {
+			return refused("%w", err)
 		}
 	}
 	if r.IPAM != "" {
@@ -239,7 +245,7 @@ func previous(cfg *Config) (*types100.Result, error) {
 // compare lists what differs from what was attached.
 func (a *Attacher) compare(r Record, ns *host.Netns, prev *types100.Result) (wrong []error, err error) {
 	differs := func(format string, args ...any) { wrong = append(wrong, fmt.Errorf(format, args...)) }
-	k := a.kindOf(r)
+	k := a.kind(r.Macvlan)
 	if wrong, err = k.differences(r); err != nil || r.Userspace {
 		return wrong, err
 	}
@@ -285,14 +291,15 @@ func (a *Attacher) compare(r Record, ns *host.Netns, prev *types100.Result) (wro
 	if err := json.Unmarshal(r.Result, &own); err != nil {
 		return nil, fmt.Errorf("read journal: %w", err)
 	}
-	for _, route := range own.Routes {
-		has, err := a.Kernel.HasRoute(ns, link.Index, routeOf(route))
+	for _, differences := range []func() ([]error, error){
+		func() ([]error, error) { return a.routeDifferences(r, ns, link, &own) },
+		func() ([]error, error) { return a.hostDifferences(r, ns, &own) },
+	} {
+		more, err := differences()
 		if err != nil {
 			return nil, err
 		}
-		if !has {
-			differs("route to %s via %s is missing", route.Dst.String(), r.IfName)
-		}
+		wrong = append(wrong, more...)
 	}
 	return wrong, nil
 }

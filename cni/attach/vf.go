@@ -20,7 +20,7 @@ type vfs struct{ *Attacher }
 
 // prepare implements kind.
 func (a vfs) prepare(cfg *Config, ns *host.Netns, r *Record) (create, error) {
-	vf, link, stale, err := a.inspect(cfg, ns, r.IfName)
+	vf, link, stale, err := a.inspect(cfg, ns, r)
 	if err != nil {
 		return nil, err
 	}
@@ -48,34 +48,37 @@ func (a vfs) prepare(cfg *Config, ns *host.Netns, r *Record) (create, error) {
 // inspect finds the VF and its link and checks that the link can go to the pod
 // under the wanted name. stale are alternative names of the link that stand in
 // the way and that no one else has.
-func (a vfs) inspect(cfg *Config, ns *host.Netns, ifName string) (vf host.VFRef, link host.Netdev, stale []string, err error) {
+func (a vfs) inspect(cfg *Config, ns *host.Netns, r *Record) (vf host.VFRef, link host.Netdev, stale []string, err error) {
 	bad := func(code uint, format string, args ...any) error { return refusal(cfg, code, format, args...) }
 	vf, err = a.Kernel.VF(cfg.DeviceID)
 	switch {
 	case errors.Is(err, host.ErrNoVF):
 		return vf, link, nil, bad(types.ErrInvalidNetworkConfig, "%w", err)
 	case err != nil:
-		return vf, link, nil, bad(CodeVFUnusable, "%w", err)
+		return vf, link, nil, bad(CodeUnusable, "%w", err)
 	case vf.Driver == "":
-		return vf, link, nil, bad(CodeVFUnusable, "the VF has no driver: bind one")
+		return vf, link, nil, bad(CodeUnusable, "the VF has no driver: bind one")
+	case vf.Userspace && cfg.HostInterface:
+		return vf, link, nil, bad(types.ErrInvalidNetworkConfig, "hostInterface is set, and the VF has no interface that it could stand beside: its driver is %s", vf.Driver)
 	case vf.Userspace:
 		return vf, link, nil, nil
 	case vf.Name == "":
-		return vf, link, nil, bad(CodeVFUnusable, "driver %s has no netdev for the VF in the host's network namespace: a container that is not known here may have it", vf.Driver)
+		return vf, link, nil, bad(CodeUnusable, "driver %s has no netdev for the VF in the host's network namespace: a container that is not known here may have it", vf.Driver)
 	}
 	if link, err = a.Kernel.Link(nil, vf.Name); err != nil {
-		return vf, link, nil, bad(CodeVFUnusable, "%w", err)
+		return vf, link, nil, bad(CodeUnusable, "%w", err)
 	}
-	others, err := a.taken(cfg, ns, ifName)
+	others, err := a.taken(cfg, ns, r.IfName)
 	if err != nil {
 		return vf, link, nil, err
 	}
+	r.Only = only(others)
 	for _, alt := range link.AltNames {
 		// The kernel moves a link with all its names or not at all.
 		if i := slices.IndexFunc(others, func(o host.Netdev) bool { return o.Has(alt) }); i >= 0 {
 			return vf, link, nil, bad(CodeNameTaken, "alternative name %s of %s is a name of %s in the pod already", alt, vf.Name, others[i].Name)
 		}
-		if alt == ifName {
+		if alt == r.IfName {
 			stale = append(stale, alt)
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/go-logr/logr"
@@ -32,9 +33,15 @@ type world struct {
 	routes   map[int][]host.Route
 	netns    map[string]host.NetnsID // by path, the living
 	leases   map[string]bool
+	rules    map[host.NetnsID][]string
+	kept     map[int]bool // links that keep to their own addresses
+	neighs   map[int][]string
+	stations map[string]string // MAC by address, of other stations
+	index    int
 
 	calls  []string
-	failAt int // index into calls, -1 for none
+	failAt int    // index into calls, -1 for none
+	failOn string // a call
 	errno  error
 }
 
@@ -52,7 +59,7 @@ func newWorld() *world {
 		vfs: map[string]*host.VFRef{}, settings: map[string]host.VFSettings{}, links: map[host.NetnsID][]host.Netdev{},
 		addrs: map[int][]net.IPNet{}, routes: map[int][]host.Route{},
 		netns:  map[string]host.NetnsID{pod1: {Dev: 4, Inode: 11}, pod2: {Dev: 4, Inode: 12}},
-		leases: map[string]bool{}, failAt: -1, errno: syscall.EIO,
+		leases: map[string]bool{}, rules: map[host.NetnsID][]string{}, kept: map[int]bool{}, neighs: map[int][]string{}, index: 100, failAt: -1, errno: syscall.EIO,
 	}
 	for i, pci := range []string{vf0, vf1} {
 		mac := net.HardwareAddr{2, 0, 0, 0, 0, byte(0x10 + i)}
@@ -61,6 +68,7 @@ func newWorld() *world {
 		w.settings[pci] = host.VFSettings{MAC: mac, VLANProto: host.Dot1Q, SpoofChk: true}
 		w.links[hostNS] = append(w.links[hostNS], host.Netdev{Index: 10 + i, Name: name, AltNames: []string{"enp1s0f0v" + fmt.Sprint(i)}, MAC: mac, MTU: 1500, PCIAddress: pci})
 	}
+	w.links[hostNS] = append(w.links[hostNS], host.Netdev{Index: 5, Name: "ens1f0", MAC: net.HardwareAddr{2, 0, 0, 0, 0, 5}, MTU: 9000, Up: true})
 	return w
 }
 
@@ -69,7 +77,7 @@ func (w *world) call(format string, args ...any) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.calls = append(w.calls, fmt.Sprintf(format, args...))
-	if len(w.calls)-1 == w.failAt {
+	if len(w.calls)-1 == w.failAt || w.failOn != "" && w.calls[len(w.calls)-1] == w.failOn {
 		return w.errno
 	}
 	return nil
@@ -80,11 +88,16 @@ func (w *world) state() string {
 	var b strings.Builder
 	for _, ns := range slices.SortedFunc(maps.Keys(w.links), func(a, b host.NetnsID) int { return int(a.Inode) - int(b.Inode) }) {
 		for _, l := range slices.SortedFunc(slices.Values(w.links[ns]), func(a, b host.Netdev) int { return a.Index - b.Index }) {
-			fmt.Fprintf(&b, "ns %d link %+v addrs %v routes %v\n", ns.Inode, l, w.addrs[l.Index], w.routes[l.Index])
+			fmt.Fprintf(&b, "ns %d link %+v addrs %v routes %v %v\n", ns.Inode, l, w.addrs[l.Index], w.routes[l.Index], w.neighs[l.Index])
 		}
 	}
 	for _, pci := range slices.Sorted(maps.Keys(w.settings)) {
 		fmt.Fprintf(&b, "vf %s %+v\n", pci, w.settings[pci])
+	}
+	for ns, rules := range w.rules {
+		if len(rules) > 0 {
+			fmt.Fprintf(&b, "ns %d rules %q\n", ns.Inode, rules)
+		}
 	}
 	fmt.Fprintf(&b, "leases %v\n", w.leases)
 	return b.String()
@@ -273,7 +286,127 @@ func (w *world) AddRoute(_ *host.Netns, index int, r host.Route) error {
 }
 
 func (w *world) HasRoute(_ *host.Netns, index int, r host.Route) (bool, error) {
-	return slices.ContainsFunc(w.routes[index], func(h host.Route) bool { return h.Dst.String() == r.Dst.String() }), w.call("list routes")
+	return slices.ContainsFunc(w.routes[index], func(h host.Route) bool { return h.Dst.String() == r.Dst.String() && h.Table == r.Table }), w.call("list routes")
+}
+
+func (w *world) add(ns *host.Netns, l host.Netdev) error {
+	if slices.ContainsFunc(w.links[nsID(ns)], func(o host.Netdev) bool { return o.Has(l.Name) }) {
+		return syscall.EEXIST
+	}
+	w.index++
+	l.Index, l.Up = w.index, true
+	w.links[nsID(ns)] = append(slices.Clone(w.links[nsID(ns)]), l)
+	return nil
+}
+
+func (w *world) AddMacvlan(_ context.Context, ns *host.Netns, parent host.Netdev, _ bool, m host.Macvlan) error {
+	if err := w.call("add macvlan"); err != nil {
+		return err
+	}
+	mac := m.MAC
+	if m.Mode == host.MacvlanPassthru {
+		mac = parent.MAC
+	}
+	return w.add(ns, host.Netdev{Name: m.Name, MAC: mac, MTU: m.MTU, Group: m.Group, Kind: "macvlan", Mode: m.Mode})
+}
+
+func (w *world) AddVeth(_ context.Context, name string, ns *host.Netns, peer string, mtu int) error {
+	if err := w.call("add veth"); err != nil {
+		return err
+	}
+	mac := net.HardwareAddr{2, 0, 0, 0, 1, byte(w.index)}
+	return errors.Join(w.add(nil, host.Netdev{Name: name, MAC: mac, MTU: mtu, Kind: "veth"}), w.add(ns, host.Netdev{Name: peer, MAC: mac, MTU: mtu, Kind: "veth"}))
+}
+
+func (w *world) DeleteLink(ns *host.Netns, index int) error {
+	if err := w.call("delete link"); err != nil {
+		return err
+	}
+	at := func(id host.NetnsID) int {
+		return slices.IndexFunc(w.links[id], func(l host.Netdev) bool { return l.Index == index })
+	}
+	i := at(nsID(ns))
+	if i < 0 {
+		return nil
+	}
+	l := w.links[nsID(ns)][i]
+	for id := range w.links {
+		w.links[id] = slices.DeleteFunc(slices.Clone(w.links[id]), func(o host.Netdev) bool {
+			return o.Index == index || l.Kind == "veth" && o.Kind == "veth" && bytes.Equal(o.MAC, l.MAC)
+		})
+		if len(w.links[id]) == 0 {
+			delete(w.links, id)
+		}
+	}
+	return nil
+}
+
+func (w *world) RefuseAdvertisedDefault(*host.Netns, string) error { return nil }
+
+func (w *world) DefaultLink(*host.Netns) (string, error) {
+	return "ens1f0", w.call("find default link")
+}
+
+func (w *world) HasDefaultRoute(ns *host.Netns, index int, v6 bool) (bool, error) {
+	for _, l := range w.links[nsID(ns)] {
+		if l.Index != index && slices.ContainsFunc(w.routes[l.Index], func(r host.Route) bool {
+			ones, _ := r.Dst.Mask.Size()
+			return ones == 0 && r.Table == 0 && (r.Dst.IP.To4() == nil) == v6
+		}) {
+			return true, w.call("find default route")
+		}
+	}
+	return false, w.call("find default route")
+}
+
+func (w *world) AddSourceRule(ns *host.Netns, ip net.IP, table int) error {
+	if err := w.call("add rule from %s", ip); err != nil {
+		return err
+	}
+	w.rules[ns.ID] = append(w.rules[ns.ID], fmt.Sprintf("%s %d", ip, table))
+	return nil
+}
+
+func (w *world) HasSourceRule(ns *host.Netns, ip net.IP, table int) (bool, error) {
+	return slices.Contains(w.rules[ns.ID], fmt.Sprintf("%s %d", ip, table)), w.call("list rules")
+}
+
+func (w *world) DeleteSourceRules(ns *host.Netns, table int) error {
+	if err := w.call("delete rules"); err != nil {
+		return err
+	}
+	w.rules[ns.ID] = slices.DeleteFunc(w.rules[ns.ID], func(r string) bool { return strings.HasSuffix(r, fmt.Sprintf(" %d", table)) })
+	return nil
+}
+
+func (w *world) KeepToOwnAddresses(_ *host.Netns, index int) error {
+	w.kept[index] = true
+	return w.call("set arp_ignore")
+}
+
+func (w *world) KeepsToOwnAddresses(_ *host.Netns, index int) (bool, error) {
+	return w.kept[index], w.call("read arp_ignore")
+}
+
+func (w *world) AddNeighbour(_ *host.Netns, index int, ip net.IP, mac net.HardwareAddr) error {
+	w.neighs[index] = append(w.neighs[index], fmt.Sprint(ip, mac))
+	return w.call("add neighbour %s", ip)
+}
+
+func (w *world) Source(v6 bool) (net.IP, error) {
+	if v6 {
+		return nil, w.call("find source")
+	}
+	return net.IPv4(192, 168, 0, 1), w.call("find source")
+}
+
+func (w *world) Probe(_ context.Context, _ *host.Netns, _ string, addresses []net.IPNet, _ time.Duration) error {
+	for _, a := range addresses {
+		if mac, ok := w.stations[a.IP.String()]; ok {
+			return &host.AddressConflictError{IP: a.IP, MAC: must(net.ParseMAC(mac))}
+		}
+	}
+	return w.call("probe")
 }
 
 func (w *world) Announce(context.Context, *host.Netns, string, []net.IPNet) error { return nil }
@@ -327,6 +460,11 @@ func (w *world) end(path string) {
 	id := w.netns[path]
 	delete(w.netns, path)
 	for _, l := range w.links[id] {
+		if l.Kind != "" {
+			// A virtual link ends with its namespace.
+			_ = w.DeleteLink(&host.Netns{ID: id}, l.Index)
+			continue
+		}
 		l.Up = false
 		for i := 0; slices.ContainsFunc(w.links[hostNS], func(o host.Netdev) bool {
 			return o.Name == l.Name || slices.Contains(o.AltNames, l.Name)
@@ -338,6 +476,7 @@ func (w *world) end(path string) {
 		w.links[hostNS] = append(w.links[hostNS], l)
 	}
 	delete(w.links, id)
+	delete(w.rules, id)
 }
 
 func newAttacher(t *testing.T, w *world, dir string, onStep func(string)) *Attacher {

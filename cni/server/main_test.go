@@ -31,12 +31,15 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// ipamPlugin gives each attachment an address by the address of its VF, and
-// keeps a file for each one given.
+// ipamPlugin gives each attachment an address by the address of its VF, or the result
+// that the configuration has, and keeps a file for each one given.
 func ipamPlugin() int {
 	var conf struct {
 		DeviceID string
-		IPAM     struct{ Dir, Fail string }
+		IPAM     struct {
+			Dir, Fail string
+			Result    json.RawMessage
+		}
 	}
 	stdin, _ := io.ReadAll(os.Stdin)
 	if err := json.Unmarshal(stdin, &conf); err != nil {
@@ -58,6 +61,10 @@ func ipamPlugin() int {
 		if err := os.WriteFile(lease, nil, 0o600); err != nil {
 			fmt.Printf(`{"code":5,"msg":%q}`, err)
 			return 1
+		}
+		if conf.IPAM.Result != nil {
+			fmt.Printf("%s", conf.IPAM.Result)
+			return 0
 		}
 		// 0000:02:10.3 gets 10.20.2.131
 		var bus, dev, fn int

@@ -23,6 +23,8 @@ type Route struct {
 	Priority int    // 0: the kernel's choice
 	Table    int    // 0: main
 	Scope    *int   // nil: universe with a gateway, link without
+	Src      net.IP // nil: the kernel's choice
+	OnLink   bool   // the gateway is a neighbour, whatever the routes say
 }
 
 // PrepareIPv6 makes a link of ns ready for IPv6 addresses: IPv6 on, and where
@@ -41,6 +43,16 @@ func (a *Attacher) PrepareIPv6(ns *Netns, link string) error {
 		}
 		// An option of the kernel; and /proc/sys is read-only in some containers.
 		_ = os.WriteFile(filepath.Join(dir, "optimistic_dad"), []byte("1"), 0o644)
+		return nil
+	})
+}
+
+// RefuseAdvertisedDefault keeps a link of ns from taking the default route that
+// routers advertise (IPv6), where /proc/sys can be written to: netlink has no way to
+// set it.
+func (a *Attacher) RefuseAdvertisedDefault(ns *Netns, link string) error {
+	return ns.Do(func() error {
+		_ = os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", filepath.Base(link), "accept_ra_defrtr"), []byte("0"), 0o644)
 		return nil
 	})
 }
@@ -163,7 +175,10 @@ func (a *Attacher) HasRoute(ns *Netns, index int, r Route) (bool, error) {
 func (r Route) netlink(index int) *netlink.Route {
 	out := &netlink.Route{
 		LinkIndex: index, Dst: &r.Dst, Gw: r.Gateway,
-		MTU: r.MTU, AdvMSS: r.AdvMSS, Priority: r.Priority, Table: r.Table,
+		MTU: r.MTU, AdvMSS: r.AdvMSS, Priority: r.Priority, Table: r.Table, Src: r.Src,
+	}
+	if r.OnLink {
+		out.Flags = unix.RTNH_F_ONLINK
 	}
 	switch {
 	case r.Scope != nil:

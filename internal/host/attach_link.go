@@ -24,6 +24,9 @@ type Netdev struct {
 	Up         bool   // administratively
 	Carrier    bool   // IFF_LOWER_UP
 	PCIAddress string // of the PCI function it belongs to (IFLA_PARENT_DEV_NAME, Linux 5.14); empty without one
+	Group      uint32
+	Kind       string      // "macvlan", "veth"; empty or "device" for a NIC's
+	Mode       MacvlanMode // of a MacVLAN sub-interface
 }
 
 // Has tells whether name is the link's name or one of its alternative names.
@@ -47,7 +50,7 @@ func (a *Attacher) Links(ns *Netns) ([]Netdev, error) {
 		}
 		out := make([]Netdev, len(links))
 		for i, l := range links {
-			out[i] = netdevFrom(l.Attrs())
+			out[i] = netdevFrom(l)
 		}
 		return out, nil
 	}
@@ -66,18 +69,29 @@ func (a *Attacher) Link(ns *Netns, name string) (Netdev, error) {
 	if err != nil {
 		return Netdev{}, fmt.Errorf("find link %s: %w", name, err)
 	}
-	return netdevFrom(l.Attrs()), nil
+	return netdevFrom(l), nil
 }
 
-func netdevFrom(l *netlink.LinkAttrs) Netdev {
+func netdevFrom(from netlink.Link) Netdev {
+	l := from.Attrs()
 	out := Netdev{
 		Index: l.Index, Name: l.Name, AltNames: l.AltNames, MAC: l.HardwareAddr, MTU: l.MTU,
 		Up: l.RawFlags&unix.IFF_UP != 0, Carrier: l.RawFlags&unix.IFF_LOWER_UP != 0,
+		Group: l.Group, Kind: from.Type(),
+	}
+	if m, ok := from.(*netlink.Macvlan); ok {
+		out.Mode = macvlanModes[m.Mode]
 	}
 	if l.ParentDevBus == "pci" {
 		out.PCIAddress = l.ParentDev
 	}
 	return out
+}
+
+// macvlanModes are the modes by the library's numbers.
+var macvlanModes = map[netlink.MacvlanMode]MacvlanMode{
+	netlink.MACVLAN_MODE_PRIVATE: MacvlanPrivate, netlink.MACVLAN_MODE_VEPA: MacvlanVEPA,
+	netlink.MACVLAN_MODE_BRIDGE: MacvlanBridge, netlink.MACVLAN_MODE_PASSTHRU: MacvlanPassthru,
 }
 
 // AdminState is what to do with a link's administrative state.
