@@ -79,6 +79,9 @@ type Options struct {
 	// whoever names it: there is no kubelet.
 	Allocated func(ctx context.Context, deviceID string) (pod string, ok bool, err error)
 
+	// Ready tells why no ADD can work, nil when one can. Nil is ready.
+	Ready func() error
+
 	// OnStep, unless nil, is called before each step of making and undoing an
 	// attachment, with the step's name. Tests end the process in it.
 	OnStep func(step string)
@@ -90,6 +93,7 @@ type Attacher struct {
 	Options
 	journal *journal
 	locks   Locks
+	answers answers
 }
 
 const (

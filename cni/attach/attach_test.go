@@ -9,8 +9,10 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
@@ -540,12 +542,60 @@ func TestStatus(t *testing.T) {
 	w := newWorld()
 	a := newAttacher(t, w, t.TempDir(), nil)
 	req := Request{Stdin: []byte(`{"cniVersion":"1.1.0","name":"blue","type":"sriov","ipam":{"type":"static"}}`)}
-	if err := a.Status(ctx, req); err != nil {
-		t.Error(err)
-	}
 	w.failAt = len(w.calls)
 	if err := a.Status(ctx, req); codeOf(err) != 50 {
 		t.Errorf("code %d, %v", codeOf(err), err)
+	}
+	// A good answer counts for a while: each is a process.
+	for range 3 {
+		if err := a.Status(ctx, req); err != nil {
+			t.Error(err)
+		}
+	}
+	if n := len(w.calls); n != 2 {
+		t.Errorf("the IPAM plugin was asked: %v", w.calls)
+	}
+	missing := Request{Stdin: []byte(`{"cniVersion":"1.1.0","name":"blue","type":"sriov","ipam":{"type":"nosuch"}}`)}
+	if err := a.Status(ctx, missing); codeOf(err) != 50 || !strings.Contains(err.Error(), "nosuch") {
+		t.Errorf("no IPAM plugin: code %d, %v", codeOf(err), err)
+	}
+	a.Ready = func() error { return errors.New("resource x is not registered") }
+	if err := a.Status(ctx, req); codeOf(err) != 50 || !strings.Contains(err.Error(), "resource x") {
+		t.Errorf("not ready: code %d, %v", codeOf(err), err)
+	}
+}
+
+// A look at everything leaves alone what is being made.
+func TestRecoverBesideAdd(t *testing.T) {
+	w := newWorld()
+	var a *Attacher
+	var beside sync.WaitGroup
+	a = newAttacher(t, w, t.TempDir(), func(step string) {
+		if step == "add: write result" {
+			beside.Go(func() {
+				if err := a.Recover(context.Background()); err != nil {
+					t.Error(err)
+				}
+			})
+			time.Sleep(20 * time.Millisecond)
+		}
+	})
+	if _, err := a.Add(context.Background(), request(Add, "c1", pod1, vf0, full), nil); err != nil {
+		t.Fatal(err)
+	}
+	beside.Wait()
+	if _, ok := a.Attached(vf0); !ok || a.Orphan(vf0) {
+		t.Error("what was being made was ended")
+	}
+	w.end(pod1)
+	if !a.Orphan(vf0) {
+		t.Error("the pod is gone, and its VF no orphan")
+	}
+	if err := a.Recover(context.Background()); err != nil {
+		t.Error(err)
+	}
+	if pods := a.Attachments(); len(pods) > 0 || len(w.leases) > 0 {
+		t.Errorf("left: %v, leases %v", pods, w.leases)
 	}
 }
 

@@ -109,9 +109,10 @@ func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error 
 	return nil
 }
 
-// Recover finishes what an earlier agent left: attachments that were being made
-// or undone are undone, attachments whose pod is gone are released. The others
-// stay as they are. It goes on after a failure; a record that failed is kept.
+// Recover finishes what nobody may ask for any more: attachments that an earlier
+// agent was making or undoing, those whose pod is gone, and addresses that could not
+// be released. The others stay as they are. It can be called at any time, and goes on
+// after a failure; a record that failed is kept.
 func (a *Attacher) Recover(ctx context.Context) error {
 	records := a.journal.all()
 	errs := make([]error, len(records))
@@ -120,10 +121,10 @@ func (a *Attacher) Recover(ctx context.Context) error {
 	g.SetLimit(8)
 	for i, r := range records {
 		g.Go(func() error {
-			if r.Phase == Attached && a.alive(r) {
+			if !a.garbage(r) {
 				return nil
 			}
-			if err := a.collect(ctx, r); err != nil {
+			if err := a.collect(ctx, r, a.garbage); err != nil {
 				errs[i] = fmt.Errorf("recover %s: %w", r.Key, err)
 			}
 			return nil
@@ -132,6 +133,14 @@ func (a *Attacher) Recover(ctx context.Context) error {
 	_ = g.Wait()
 	return errors.Join(errs...)
 }
+
+// Orphan tells whether a device is held by a pod that is gone.
+func (a *Attacher) Orphan(deviceID string) bool {
+	r, held := a.journal.owner(deviceID)
+	return held && r.Phase == Attached && !a.alive(r)
+}
+
+func (a *Attacher) garbage(r Record) bool { return r.Phase != Attached || !a.alive(r) }
 
 // GC releases the attachments of the request's network that are not in its list
 // of valid ones, and has the IPAM plugin do the same.
@@ -149,7 +158,7 @@ func (a *Attacher) GC(ctx context.Context, req Request) error {
 		if r.Network != cfg.Network || slices.Contains(cfg.Valid, types.GCAttachment{ContainerID: r.ContainerID, IfName: r.IfName}) {
 			continue
 		}
-		if err := a.collect(ctx, r); err != nil {
+		if err := a.collect(ctx, r, func(Record) bool { return true }); err != nil {
 			errs = append(errs, err)
 		}
 	}
@@ -161,29 +170,18 @@ func (a *Attacher) GC(ctx context.Context, req Request) error {
 	return errors.Join(errs...)
 }
 
-func (a *Attacher) collect(ctx context.Context, r Record) error {
+// collect releases the record if it is still garbage when its turn comes: a call may
+// be working on it, or have made another of the same key.
+func (a *Attacher) collect(ctx context.Context, r Record, garbage func(Record) bool) error {
 	unlock, err := a.lock(ctx, keyLock(r.Key))
 	if err != nil {
 		return err
 	}
 	defer unlock()
+	if now, ok := a.journal.get(r.Key); !ok || now.Generation != r.Generation || !garbage(now) {
+		return nil
+	}
 	return a.finish(ctx, r, nil)
-}
-
-// Status tells whether ADD can work: the configuration is valid and its IPAM
-// plugin is ready.
-func (a *Attacher) Status(ctx context.Context, req Request) error {
-	req.Command = Status
-	cfg, err := Parse(req)
-	if err != nil || cfg.IPAM == "" {
-		return err
-	}
-	_, err = a.IPAM.Exec(ctx, cfg.IPAM, req)
-	var coded *codedError
-	if errors.As(err, &coded) && coded.code == CodeIPAM {
-		return fail(types.ErrPluginNotAvailable, "network %q: %w", cfg.Network, err)
-	}
-	return err
 }
 
 // Check compares the attachment with the kernel: link, addresses and routes in

@@ -102,9 +102,15 @@ func agent(dir string) int {
 	if err != nil {
 		dieAt = -1
 	}
+	links, err := host.Open(host.DefaultSysfs)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	var taken atomic.Int64
 	s, err := New(Options{
 		Socket: filepath.Join(dir, "cni.sock"), StateDir: dir, Kernel: kernel, Baselines: noBaselines{}, Log: logr.Discard(),
+		Changes: links.Watch,
 		OnStep: func(step string) {
 			if taken.Add(1)-1 == dieAt {
 				_ = os.WriteFile(filepath.Join(dir, "died-at"), []byte(step), 0o600)

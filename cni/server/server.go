@@ -23,7 +23,6 @@ import (
 	"github.com/sluice-network/sluice/cni/attach"
 	"github.com/sluice-network/sluice/cni/standalone"
 	"github.com/sluice-network/sluice/cni/wire"
-	"github.com/sluice-network/sluice/internal/durable"
 	"github.com/sluice-network/sluice/internal/host"
 )
 
@@ -38,6 +37,13 @@ type Options struct {
 
 	Allocated func(ctx context.Context, pciAddress string) (pod string, ok bool, err error) // see attach.Options
 	OnStep    func(step string)                                                             // see attach.Options
+
+	// Ready tells why no ADD can work, nil when one can. STATUS tells it when it has
+	// lasted. Nil is ready.
+	Ready func() error
+	// Changes tells where netdevs of the host's namespace changed, as host.Watch does.
+	// Nil leaves VFs whose pod died to DEL and to the next look.
+	Changes func(context.Context) (<-chan host.Changes, error)
 
 	// PodNetworks is what the mode without a meta plugin stands on, of which the
 	// server adds what it knows itself. Without an API nothing runs in that mode.
@@ -55,6 +61,8 @@ type Server struct {
 	networks      *standalone.Networks
 	log           logr.Logger
 	slots         *semaphore.Weighted
+	changes       func(context.Context) (<-chan host.Changes, error)
+	working       sync.Mutex // on the queue
 }
 
 // New makes a Server and reads the journal, so that Holder is right from the
@@ -63,14 +71,14 @@ func New(o Options) (*Server, error) {
 	a, err := attach.New(attach.Options{
 		Kernel: o.Kernel, Baselines: o.Baselines, IPAM: attach.ExecIPAM{Dirs: o.IPAMDirs},
 		Dir: filepath.Join(o.StateDir, "attachments"), Log: o.Log,
-		Allocated: o.Allocated, OnStep: o.OnStep,
+		Allocated: o.Allocated, OnStep: o.OnStep, Ready: lasting(o.Ready, time.Now),
 	})
 	if err != nil {
 		return nil, err
 	}
 	s := &Server{
 		socket: o.Socket, queue: filepath.Join(o.StateDir, "del-queue"),
-		attacher: a, log: o.Log, slots: semaphore.NewWeighted(parallel),
+		attacher: a, log: o.Log, slots: semaphore.NewWeighted(parallel), changes: o.Changes,
 	}
 	if p := o.PodNetworks; p.API != nil {
 		p.Plugin, p.Alive, p.Dirs, p.Dir, p.Log = s.plugin, a.Alive, o.IPAMDirs, filepath.Join(o.StateDir, "pod-networks"), o.Log
@@ -97,19 +105,19 @@ func (s *Server) Holder(pciAddress string) (pod string, held bool) {
 // Run finishes what an earlier agent left, works off the shim's queue, then
 // serves until the context ends and the calls being worked on are answered.
 func (s *Server) Run(ctx context.Context) error {
-	// What cannot be finished now is held by the journal: DEL, GC and the next
-	// ADD on the VF try again. Other VFs do not wait for it.
-	if err := s.attacher.Recover(ctx); err != nil {
-		s.log.Error(err, "Cannot finish attachments of an earlier run")
-	}
-	s.drain(ctx)
+	// What cannot be finished now is held by the journal: DEL, GC, the next ADD on
+	// the VF and the next look try again. Other VFs do not wait for it.
+	s.tidy(ctx)
 
 	l, err := listen(s.socket)
 	if err != nil {
 		return fmt.Errorf("serve CNI: %w", err)
 	}
+	ctx, end := context.WithCancel(ctx)
 	var calls sync.WaitGroup
 	defer calls.Wait()
+	defer end()
+	calls.Go(func() { s.keep(ctx) })
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
 	defer l.Close()
@@ -149,38 +157,6 @@ func listen(path string) (*net.UnixListener, error) {
 		return nil, err
 	}
 	return l, nil
-}
-
-// drain works off the DELs that the shim could not hand over. One that fails
-// stays: its attachment is in the journal as well, or the runtime tries again.
-func (s *Server) drain(ctx context.Context) {
-	files, _ := filepath.Glob(filepath.Join(s.queue, "*.json"))
-	for _, file := range files {
-		one, cancel := context.WithTimeout(ctx, wire.ServeTimeout)
-		if err := s.workOff(one, file); err != nil {
-			s.log.Error(err, "Cannot work off a queued DEL", "file", file)
-		}
-		cancel()
-	}
-}
-
-// workOff does one queued DEL, if it is there.
-func (s *Server) workOff(ctx context.Context, file string) error {
-	b, err := os.ReadFile(file)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	var req wire.Request
-	if err == nil {
-		err = json.Unmarshal(b, &req)
-	}
-	if err == nil {
-		_, err = s.do(ctx, req, nil)
-	}
-	if err != nil {
-		return fmt.Errorf("do the DEL queued in %s: %w", file, err)
-	}
-	return durable.Remove(file)
 }
 
 // inOrder does the call after the DEL that was queued for the same interface,

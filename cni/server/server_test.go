@@ -21,6 +21,7 @@ import (
 
 	"github.com/sluice-network/sluice/cni/attach"
 	"github.com/sluice-network/sluice/cni/wire"
+	"github.com/sluice-network/sluice/internal/durable"
 	"github.com/sluice-network/sluice/internal/host"
 )
 
@@ -280,6 +281,50 @@ func TestQueuedDelIsWorkedOff(t *testing.T) {
 		if _, err := os.Stat(gone); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s: %v", gone, err)
 		}
+	}
+}
+
+// One that comes while the server runs waits for nobody's call.
+func TestQueuedDelIsDoneWhileServing(t *testing.T) {
+	dir, leases := start(t, noVFs{}), t.TempDir()
+	lease := filepath.Join(leases, "c-net1")
+	if err := os.WriteFile(lease, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	req := wire.Request{Command: "DEL", ContainerID: "c", IfName: "net1", Path: pluginDir(t), Stdin: conf("0000:01:10.0", `,"ipam":{"type":"testipam","dir":"`+leases+`"}`)}
+	b, _ := json.Marshal(req)
+	file := filepath.Join(dir, "del-queue", wire.QueueName(req))
+	if err := durable.WriteFile(file, b); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		_, queued := os.Stat(file)
+		_, leased := os.Stat(lease)
+		if errors.Is(queued, os.ErrNotExist) && errors.Is(leased, os.ErrNotExist) {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("still there: %v, %v", queued, leased)
+		}
+	}
+}
+
+func TestReadyIsToldWhenItLasts(t *testing.T) {
+	now, why := time.Unix(0, 0), errors.New("no")
+	ready := lasting(func() error { return why }, func() time.Time { return now })
+	for after, want := range []error{nil, nil, why, why} {
+		now = time.Unix(0, 0).Add(time.Duration(after) * settled / 2)
+		if err := ready(); err != want {
+			t.Errorf("after %v: %v, want %v", now, err, want)
+		}
+	}
+	why = nil
+	if err := ready(); err != nil {
+		t.Error(err)
+	}
+	why = errors.New("again")
+	if err := ready(); err != nil {
+		t.Errorf("at once: %v", err)
 	}
 }
 

@@ -15,7 +15,8 @@ const (
 	// Socket is where the server listens unless told otherwise.
 	Socket = "/var/run/sluice/cni.sock"
 	// DelQueue is the folder in which the shim leaves each DEL that it could
-	// not hand to the agent, as a Request.
+	// not hand to the agent, as a Request. The server works it off when it starts
+	// and whenever a file comes into it.
 	DelQueue = "/var/lib/sluice/del-queue"
 
 	// AckTimeout is how long the shim waits for the Ack.
@@ -26,6 +27,11 @@ const (
 	// than what the server takes and shorter than what container runtimes wait,
 	// two minutes.
 	AnswerTimeout = 100 * time.Second
+
+	// Heartbeat is how often the server renews the socket's time of change, and
+	// RestartTimeout how old that may be for the next server to be on its way.
+	Heartbeat      = 10 * time.Second
+	RestartTimeout = 60 * time.Second
 
 	// Ack is the byte that says that a request was received.
 	Ack = 0x06

@@ -2,9 +2,12 @@
 // hands each call to the Sluice agent of the node over a unix socket and prints
 // the agent's answer. It can be installed under other names, such as "sriov".
 //
-// Without an agent ADD, CHECK and GC fail with code 11 (try again later) and
-// STATUS with code 50 (not available). DEL is written to a queue that the agent
-// works off when it starts, and fails as well, so that the runtime tries again.
+// Without an agent ADD, CHECK and GC fail with code 11 (try again later). DEL is
+// written to a queue that the agent works off, and succeeds once it is on the disk:
+// pods must end also where an agent is gone for long, and what they had is free only
+// when the agent has done the DEL. STATUS fails with code 50 (not available) when the
+// agent has been away for longer than a restart takes: runtimes take a node whose
+// STATUS fails for not ready.
 //
 // The environment variables SLUICE_CNI_SOCKET and SLUICE_CNI_DEL_QUEUE replace
 // the built-in paths.
@@ -66,13 +69,17 @@ func run(getenv func(string) string, stdin io.Reader) (out []byte, failed bool) 
 	msg := "reach the Sluice agent: " + err.Error()
 	switch req.Command {
 	case "STATUS":
+		if restarting(cmp.Or(getenv("SLUICE_CNI_SOCKET"), wire.Socket)) {
+			return nil, false
+		}
 		return fail(req, codeNotAvailable, msg)
 	case "DEL":
 		dir := cmp.Or(getenv("SLUICE_CNI_DEL_QUEUE"), wire.DelQueue)
 		if err := enqueue(dir, req); err != nil {
 			return fail(req, codeTryAgain, msg+"; queue the DEL: "+err.Error())
 		}
-		return fail(req, codeTryAgain, msg+"; the DEL is queued for it")
+		fmt.Fprintln(os.Stderr, msg+"; the DEL is queued for it in", dir) // runtimes log it
+		return nil, false
 	}
 	return fail(req, codeTryAgain, msg)
 }
@@ -176,6 +183,13 @@ func (s socket) Read(b []byte) (int, error) {
 		}
 		return n, nil
 	}
+}
+
+// restarting tells whether an agent was there so lately that it may just be followed
+// by another: while it serves it keeps the socket's time of change new.
+func restarting(socket string) bool {
+	var st syscall.Stat_t
+	return syscall.Stat(socket, &st) == nil && time.Since(time.Unix(st.Mtim.Unix())) < wire.RestartTimeout
 }
 
 // enqueue leaves a DEL for the agent.

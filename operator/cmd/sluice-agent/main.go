@@ -167,10 +167,12 @@ func run(ctx context.Context, c *config) error {
 	// The parts need one another: what is attached is known to the CNI server, who
 	// holds a device to the ledger, what a VF goes back to to the node's configuration.
 	var agent *node.Agent
+	var plugin *deviceplugin.Manager
 	var ledger *deviceplugin.Ledger
 	cni, err := server.New(server.Options{
 		Socket: c.socket, StateDir: c.stateDir, Kernel: attacher, IPAMDirs: []string{c.cniDir}, Log: log.WithName("cni"),
 		Baselines: baselines(func() *node.Agent { return agent }), Allocated: func(ctx context.Context, id string) (string, bool, error) { return ledger.Allocated(ctx, id) },
+		Changes: kernel.Watch, Ready: func() error { return registered(plugin)() },
 		PodNetworks: standalone.Options{API: pods, Kernel: attacher, Devices: kubelet.Pod, DeviceInfo: func(resource, id string) (*nadv1.DeviceInfo, error) {
 			return deviceplugin.ReadDeviceInfo(c.deviceInfo, resource, id)
 		}},
@@ -181,7 +183,7 @@ func run(ctx context.Context, c *config) error {
 	if ledger, err = deviceplugin.OpenLedger(filepath.Join(c.stateDir, "devices.json"), cni.Holder, kubelet.Devices, log.WithName("ledger")); err != nil {
 		return err
 	}
-	plugin, err := deviceplugin.New(deviceplugin.Options{
+	plugin, err = deviceplugin.New(deviceplugin.Options{
 		Prefix: c.prefix, Dir: c.devicePlugins, DeviceInfoDir: c.deviceInfo, SysFS: c.sysfs, Log: log.WithName("deviceplugin"),
 		Exists: exists(attacher, kernel), Ledger: ledger,
 	})
