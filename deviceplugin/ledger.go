@@ -28,7 +28,7 @@ const (
 	askTimeout = 2 * time.Second
 	// lastRepeat is the longest time between two requests to write the checkpoint: the
 	// kubelet syncs it to the disk.
-	lastRepeat = time.Minute
+	lastRepeat = 10 * time.Second
 )
 
 // unknownPod stands for the holder while the kubelet does not answer.

@@ -131,7 +131,7 @@ func TestACheckpointIsDoubted(t *testing.T) {
 			t.Errorf("the checkpoint is asked for %d times at first", repeated)
 		}
 		time.Sleep(time.Hour)
-		if repeated > 70 || repeated < 50 {
+		if repeated > 370 || repeated < 350 {
 			t.Errorf("asked for %d times in an hour in which it is the same", repeated)
 		}
 		before := repeated

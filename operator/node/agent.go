@@ -49,6 +49,9 @@ type Config struct {
 	// Attached tells the settings that a VF was given at its PF for the pod it is
 	// attached to; it is not ok while it is attached to none, or not yet.
 	Attached func(pciAddress string) (settings host.VFSettings, ok bool)
+	// Networks tells the networks of a cloud, as nicSelector.netFilter names them, by the
+	// MAC addresses of the machine's NICs on them. It is nil elsewhere.
+	Networks func(context.Context) (map[string]string, error)
 	// Uninstall takes what the rest of the agent has put on the node off it. It fails
 	// while that is needed.
 	Uninstall func() error
@@ -84,7 +87,8 @@ type Agent struct {
 	// unsettable are the settings of VFs that the driver of a PF cannot set.
 	unsettable map[string]host.VFAttrs
 
-	records *records
+	records  *records
+	networks networks
 
 	// Of the worker alone.
 	state  *v1.SriovNetworkNodeState
@@ -300,6 +304,7 @@ func (a *Agent) reconcile(ctx context.Context) time.Duration {
 		return resync
 	}
 	p.findPath(ctx)
+	p.learnNetworks(ctx)
 	p.collect()
 	p.assign()
 	p.system(ctx)

@@ -185,6 +185,7 @@ type rig struct {
 
 	uninstall       func() error
 	reboot          func(context.Context) error
+	networks        func(context.Context) (map[string]string, error)
 	modprobe        string
 	bootID          string
 	ended           chan error // how the agent ended by itself
@@ -215,7 +216,7 @@ func rigWith(t *testing.T) *rig {
 
 // start makes a new agent, as after a restart.
 func (r *rig) start() {
-	r.agent = New(Config{Node: "vm1", StateDir: r.state, UpstreamDir: r.upstream, Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Attached: r.usage.Attached, Lifeline: r.line, Uninstall: r.uninstall, ModprobeDir: r.modprobe, BootID: r.bootID, Reboot: r.reboot, Log: testr.New(r.t),
+	r.agent = New(Config{Node: "vm1", StateDir: r.state, UpstreamDir: r.upstream, Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Attached: r.usage.Attached, Lifeline: r.line, Uninstall: r.uninstall, ModprobeDir: r.modprobe, BootID: r.bootID, Reboot: r.reboot, Networks: r.networks, Log: testr.New(r.t),
 		Conditions: []metav1.Condition{{Type: "Alias", Status: metav1.ConditionTrue, Reason: "Installed"}}})
 	r.agent.regain, r.agent.proof = 200*time.Millisecond, 10*time.Millisecond
 	ctx, cancel := context.WithCancel(context.Background())

@@ -38,7 +38,7 @@ func (p *pass) collect() {
 	}
 	for _, address := range slices.Sorted(maps.Keys(p.nics)) {
 		n := p.nics[address]
-		p.reports = append(p.reports, &report{have: n.pf, stale: n.stale, carries: carriersOf(n.pf, p.path).vfs, vfTrouble: map[int]trouble{}, touched: map[string]bool{}})
+		p.reports = append(p.reports, &report{have: n.pf, network: p.networks.network(n.pf), stale: n.stale, carries: carriersOf(n.pf, p.path).vfs, vfTrouble: map[int]trouble{}, touched: map[string]bool{}})
 	}
 }
 

@@ -51,6 +51,7 @@ type trouble struct {
 // report is one PF as it is, and what is in its way.
 type report struct {
 	have      host.PF
+	network   string        // that it is on, as nicSelector.netFilter names it
 	want      *v1.Interface // nil when the spec does not speak of the PF
 	asked     bool          // want comes from the spec, not from giving the PF up
 	takenOver bool          // see plan.PF
@@ -285,7 +286,7 @@ func (r *report) interfaceStatus() v1.InterfaceExt {
 		Name: pf.Name, AltNames: pf.AltNames, Mac: macText(pf.MAC), Driver: pf.Driver, PciAddress: pf.PCIAddress,
 		Vendor: pf.Vendor, DeviceID: pf.DeviceID, Mtu: pf.MTU, NumVfs: pf.NumVFs, TotalVfs: pf.TotalVFs,
 		LinkType: string(pf.LinkType), EswitchMode: string(pf.Eswitch), Message: cmp.Or(r.trouble.message, r.waits(-1)),
-		ExternallyManaged: r.want != nil && r.want.ExternallyManaged,
+		ExternallyManaged: r.want != nil && r.want.ExternallyManaged, NetFilter: r.network,
 	}
 	if pf.LinkSpeed > 0 {
 		s.LinkSpeed = fmt.Sprintf("%d Mb/s", pf.LinkSpeed)

@@ -62,6 +62,7 @@ var mayImport = map[string][]string{
 	"apis":               {},
 	"internal/host":      {},
 	"internal/durable":   {},
+	"internal/cloud":     {},
 	"internal/netselect": {},
 	"operator":           {"apis", "internal/host", "internal/durable", "internal/netselect"},
 	"deviceplugin":       {"apis", "internal/host", "internal/durable"},

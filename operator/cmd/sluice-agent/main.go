@@ -35,6 +35,7 @@ import (
 	"github.com/sluice-network/sluice/cni/standalone"
 	"github.com/sluice-network/sluice/deviceplugin"
 	"github.com/sluice-network/sluice/deviceplugin/podresources"
+	"github.com/sluice-network/sluice/internal/cloud"
 	"github.com/sluice-network/sluice/internal/host"
 	"github.com/sluice-network/sluice/operator/node"
 )
@@ -190,13 +191,17 @@ func run(ctx context.Context, c *config) error {
 	if err != nil {
 		return err
 	}
+	var networks func(context.Context) (map[string]string, error)
+	if cloud.IsOpenStack(c.sysfs) {
+		networks = func(ctx context.Context) (map[string]string, error) { return cloud.Networks(ctx, cloud.Metadata) }
+	}
 	before, _ := os.Lstat(c.socket) // of an earlier agent, if any
 	recovered := make(chan struct{})
 	agent = node.New(node.Config{
 		Node: c.node, StateDir: c.stateDir, UpstreamDir: c.upstreamDir,
 		Kernel: kernel, States: objects, Conditions: []metav1.Condition{aliasCondition(aliasErr)},
 		Advertiser: advertiser{plugin, recovered}, Usage: ledger, Attached: cni.Attached, Lifeline: lifeline,
-		Reboot: func(ctx context.Context) error { return host.Reboot(ctx, c.systemBus) }, BootID: bootID, ModprobeDir: c.modprobeDir,
+		Reboot: func(ctx context.Context) error { return host.Reboot(ctx, c.systemBus) }, BootID: bootID, ModprobeDir: c.modprobeDir, Networks: networks,
 		Uninstall: func() error { return uninstall(c.cniDir, cni.Attachments()) }, Log: log.WithName("node"),
 	})
 
