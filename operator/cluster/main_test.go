@@ -1,16 +1,21 @@
 package cluster
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
@@ -29,6 +34,7 @@ var (
 	apiConfig      *rest.Config
 	api            client.Client // may do everything
 	webhookAddress string
+	wires          sync.Map // addresses behind Services, by cluster address and port: what kube-proxy would do
 	kubectl        func(ctx context.Context, args ...string) ([]byte, error)
 
 	operator ctrl.Manager // runs the controllers
@@ -55,6 +61,14 @@ func withCluster(run func() int) (code int, err error) {
 	ctrl.SetLogger(klog.Background())
 	env := &envtest.Environment{}
 	defer func() { err = errors.Join(err, env.Stop()) }() // also what a failed start left
+	dir, err := os.MkdirTemp("", "sluice-proxy")
+	if err != nil {
+		return 0, fmt.Errorf("make a directory for the proxy: %w", err)
+	}
+	defer os.RemoveAll(dir)
+	if err = carryToServices(env, dir); err != nil {
+		return 0, err
+	}
 	if apiConfig, err = env.Start(); err != nil {
 		return 0, fmt.Errorf("start the API server: %w", err)
 	}
@@ -81,6 +95,9 @@ func withCluster(run func() int) (code int, err error) {
 	if webhookAddress, err = serveWebhook(&config); err != nil {
 		return 0, err
 	}
+	if err = wireWebhook(ctx, operatorNamespace, webhookAddress); err != nil {
+		return 0, err
+	}
 	account := as("sluice-operator", nil)
 	account.QPS = -1 // as the operator has it
 	account.Wrap(wrote.count)
@@ -104,7 +121,73 @@ func withCluster(run func() int) (code int, err error) {
 	return code, <-stopped
 }
 
-// serveWebhook lets the API server get at the webhook on this machine, at the address.
+// carryToServices makes the API server open its connections to Services through a proxy,
+// as it does where it is in another network than they are, which looks into wires.
+func carryToServices(env *envtest.Environment, dir string) error {
+	socket, config := filepath.Join(dir, "proxy"), filepath.Join(dir, "egress.yaml")
+	proxy, err := net.Listen("unix", socket)
+	if err != nil {
+		return fmt.Errorf("start the proxy: %w", err)
+	}
+	go func() {
+		for {
+			c, err := proxy.Accept()
+			if err != nil {
+				return
+			}
+			go carry(c)
+		}
+	}()
+	if err = os.WriteFile(config, []byte(`apiVersion: apiserver.k8s.io/v1beta1
+kind: EgressSelectorConfiguration
+egressSelections:
+- name: cluster
+  connection: {proxyProtocol: HTTPConnect, transport: {uds: {udsName: `+socket+`}}}
+`), 0o600); err != nil {
+		return fmt.Errorf("write the proxy's configuration: %w", err)
+	}
+	env.ControlPlane.GetAPIServer().Configure().Append("egress-selector-config-file", config)
+	return nil
+}
+
+// carry answers an HTTP CONNECT.
+func carry(from net.Conn) {
+	defer from.Close()
+	in := bufio.NewReader(from)
+	request, err := http.ReadRequest(in)
+	if err != nil {
+		return
+	}
+	address, ok := wires.Load(request.Host)
+	if !ok {
+		_, _ = io.WriteString(from, "HTTP/1.1 502 no such Service\r\n\r\n")
+		return
+	}
+	to, err := net.Dial("tcp", address.(string))
+	if err != nil {
+		_, _ = io.WriteString(from, "HTTP/1.1 502 nobody serves\r\n\r\n")
+		return
+	}
+	defer to.Close()
+	_, _ = io.WriteString(from, "HTTP/1.1 200 OK\r\n\r\n")
+	go func() {
+		_, _ = io.Copy(to, in)
+		_ = to.(*net.TCPConn).CloseWrite()
+	}()
+	_, _ = io.Copy(from, to)
+}
+
+// wireWebhook leads what goes to the webhook's Service of a namespace to an address.
+func wireWebhook(ctx context.Context, namespace, address string) error {
+	s := &corev1.Service{}
+	if err := api.Get(ctx, client.ObjectKey{Namespace: namespace, Name: "operator-webhook-service"}, s); err != nil {
+		return fmt.Errorf("read the webhook's Service: %w", err)
+	}
+	wires.Store(net.JoinHostPort(s.Spec.ClusterIP, "443"), address)
+	return nil
+}
+
+// serveWebhook lets the webhook be served on this machine, at the address.
 func serveWebhook(config *Config) (address string, err error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -118,7 +201,6 @@ func serveWebhook(config *Config) (address string, err error) {
 		return "", err
 	}
 	config.Webhook.Settle = 2 * time.Second
-	config.WebhookSettings.URL = "https://" + address
 	return address, nil
 }
 

@@ -42,8 +42,8 @@ type Config struct {
 	ImagePullSecrets []corev1.LocalObjectReference
 	// Webhook is the manager's webhook server; nil for no webhook.
 	Webhook *admission.Server
-	// WebhookSettings say how the API server gets at it.
-	WebhookSettings admission.Settings
+	// WebhookAnnotations are for the webhooks' configurations.
+	WebhookAnnotations map[string]string
 }
 
 // NewScheme has every kind the controllers use.
@@ -103,7 +103,7 @@ func Setup(mgr ctrl.Manager, config Config) error {
 	}
 	if config.Webhook != nil {
 		rules := admission.Rules{Namespace: config.Namespace, ResourcePrefix: config.ResourcePrefix, Unsupported: unsupported}
-		if err := admission.Setup(mgr, config.Webhook, rules, config.WebhookSettings); err != nil {
+		if err := admission.Setup(mgr, config.Webhook, rules, config.WebhookAnnotations); err != nil {
 			return fmt.Errorf("set up the webhook: %w", err)
 		}
 	}

@@ -59,7 +59,7 @@ func judge(findings []plan.Finding, state *sriovv1.SriovNetworkNodeState, acted 
 		if _, settled := verdicts[f.Policy]; settled {
 			continue
 		}
-		v := verdict{reason: string(f.Reason), message: shorten(f.Message, maxVerdict)}
+		v := verdict{reason: string(f.Reason), message: shorten(f.String(), maxVerdict)}
 		switch {
 		case f.Refused():
 			v.degraded = f.Reason != plan.Overridden

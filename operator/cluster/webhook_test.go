@@ -325,7 +325,7 @@ func testOtherReplica(t *testing.T) {
 	}
 	trusted := x509.NewCertPool()
 	trusted.AppendCertsFromPEM(hook.Webhooks[0].ClientConfig.CABundle)
-	caller := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: trusted}}}
+	caller := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: trusted, ServerName: "operator-webhook-service." + operatorNamespace + ".svc"}}}
 	defer caller.CloseIdleConnections()
 	policy := object(t, "SriovNetworkNodePolicy", "other-replica", "nodeSelector: {test: wh}\nresourceName: wh-b\nnumVfs: 8\nnicSelector: {pfNames: [ens1f0]}")
 	raw, err := policy.MarshalJSON()
@@ -451,14 +451,26 @@ func TestWebhookWithMountedCertificate(t *testing.T) {
 	needAPI(t)
 	const namespace = "hook-mounted"
 	makeNamespace(t, namespace)
-	switchWebhook(t, true) // for a certificate
-	secret := &corev1.Secret{}
-	if err := api.Get(t.Context(), client.ObjectKey{Namespace: operatorNamespace, Name: admission.SecretName}, secret); err != nil {
+	if err := api.Create(t.Context(), &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "operator-webhook-service"}, Spec: corev1.ServiceSpec{Ports: []corev1.ServicePort{{Port: 443}}}}); err != nil {
 		t.Fatal(err)
 	}
-	switchWebhook(t, false)
 	config := &sriovv1.SriovOperatorConfig{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "default"}, Spec: sriovv1.SriovOperatorConfigSpec{EnableOperatorWebhook: true}}
 	if err := api.Create(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	// A certificate that fits, of the operator's own making.
+	stop := mountedOperator(t, namespace, "/nonexistent", nil)
+	wantCondition(t, config, func() []metav1.Condition { return config.Status.Conditions }, sriovv1.ConditionWebhookReady, metav1.ConditionTrue, "Serving", "")
+	stop()
+	secret := &corev1.Secret{}
+	if err := api.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: admission.SecretName}, secret); err != nil {
+		t.Fatal(err)
+	}
+	hook, err := getWebhook(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(api.Delete(t.Context(), secret), api.Delete(t.Context(), hook)); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct {
@@ -520,10 +532,14 @@ func TestWebhookWithMountedCertificate(t *testing.T) {
 func mountedOperator(t *testing.T, namespace, dir string, annotations map[string]string) (stop func()) {
 	t.Helper()
 	config := Config{Namespace: namespace}
-	if _, err := serveWebhook(&config); err != nil {
+	address, err := serveWebhook(&config)
+	if err != nil {
 		t.Fatal(err)
 	}
-	port, err := strconv.Atoi(config.WebhookSettings.URL[strings.LastIndex(config.WebhookSettings.URL, ":")+1:])
+	if err = wireWebhook(t.Context(), namespace, address); err != nil {
+		t.Fatal(err)
+	}
+	port, err := strconv.Atoi(address[strings.LastIndex(address, ":")+1:])
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -539,7 +555,7 @@ func mountedOperator(t *testing.T, namespace, dir string, annotations map[string
 		t.Fatal(err)
 	}
 	rules := admission.Rules{Namespace: namespace, ResourcePrefix: "openshift.io", Unsupported: unsupported}
-	if err := admission.Setup(mgr, hook, rules, admission.Settings{URL: config.WebhookSettings.URL, Annotations: annotations}); err != nil {
+	if err := admission.Setup(mgr, hook, rules, annotations); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))

@@ -178,8 +178,7 @@ func (a *admission) own(findings []Finding) {
 		if f.Policy != a.policy {
 			continue
 		}
-		message, _, _ := strings.Cut(f.Message, "; until then it keeps the ") // it is not written yet
-		switch f.Reason {
+		switch message := f.Message; f.Reason { // what it keeps is no matter: it is not written yet
 		case Configured:
 			a.configured = true
 		case PolicyInvalid, Conflict:
@@ -206,7 +205,7 @@ func (a *admission) others(policy, kind string, before, after []Finding) {
 		if f.Reason == Conflict {
 			to = &a.errors
 		}
-		a.remark(to, fmt.Sprintf("%s %s would not have what it asks for: %s", kind, f.Policy, f.Message))
+		a.remark(to, fmt.Sprintf("%s %s would not have what it asks for: %s", kind, f.Policy, f))
 	}
 }
 

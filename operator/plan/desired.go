@@ -39,6 +39,15 @@ type Finding struct {
 	Link       string // the same for a MacvlanNodePolicy: the link whose slots it is about
 	Reason     Reason
 	Message    string // names object, field, value and, unless all is well, the mend
+	Keeps      string // what a refused policy keeps of what it had: VFs or slots; empty for nothing
+}
+
+// String is the message, with what the policy keeps until that is mended.
+func (f Finding) String() string {
+	if f.Keeps == "" {
+		return f.Message
+	}
+	return f.Message + "; until then it keeps the " + f.Keeps + " it had"
 }
 
 // Refused tells whether the policy asks for something on this node that it does not get.
@@ -193,7 +202,8 @@ func (n *nodePlan) add(policy *compiled, nodeLabels map[string]string) {
 		for _, p := range n.pfs {
 			kept = policy.reason != PolicyIgnored && p.keep(policy.SriovNetworkNodePolicy) || kept
 		}
-		n.find(policy, nil, policy.reason, func() string { return ending(policy.why, kept) })
+		n.find(policy, nil, policy.reason, func() string { return policy.why })
+		n.keeps(kept)
 		return
 	}
 	if len(n.pfs) == 0 {
@@ -218,21 +228,18 @@ func (n *nodePlan) add(policy *compiled, nodeLabels map[string]string) {
 	}
 }
 
-const keptSuffix = "; until then it keeps the VFs it had"
-
-// ending tells of a refused policy whether it keeps what it had.
-func ending(why string, kept bool) string {
-	if kept {
-		return why + keptSuffix
+// keeps notes whether the policy that was found refused last keeps VFs it had.
+func (n *nodePlan) keeps(kept bool) {
+	if kept && n.explain {
+		n.findings[len(n.findings)-1].Keeps = "VFs"
 	}
-	return why
 }
 
 // claim adds the policy's claim on a PF that it selects, or the finding that says why not.
 func (n *nodePlan) claim(policy *compiled, p *pfPlan) {
 	if reason, why := p.refuse(policy.SriovNetworkNodePolicy); why != "" {
-		kept := p.keep(policy.SriovNetworkNodePolicy)
-		n.find(policy, p, reason, func() string { return ending(why, kept) })
+		n.find(policy, p, reason, func() string { return why })
+		n.keeps(p.keep(policy.SriovNetworkNodePolicy))
 		return
 	}
 	c := newClaim(policy.SriovNetworkNodePolicy, p.pf, policy.chosenVFs(p.pf))

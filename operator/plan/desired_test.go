@@ -193,8 +193,8 @@ func TestDesiredRefusedEditKeepsWhatWas(t *testing.T) {
 		if diff := cmp.Diff(prior, spec); diff != "" {
 			t.Error(diff)
 		}
-		if !strings.HasSuffix(findings[0].Message, keptSuffix) {
-			t.Errorf("the finding is %q", findings[0].Message)
+		if !strings.HasSuffix(findings[0].String(), "; until then it keeps the VFs it had") {
+			t.Errorf("the finding is %q", findings[0])
 		}
 	}
 }

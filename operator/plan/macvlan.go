@@ -106,10 +106,10 @@ func (n *macvlanPlan) add(policy *sluicev1.MacvlanNodePolicy, nodeLabels map[str
 		return
 	}
 	if reason, why := n.refuseEverywhere(policy); why != "" {
-		if n.keep(policy) {
-			why += "; until then it keeps the slots it had"
-		}
 		n.find(policy, "", reason, why)
+		if n.keep(policy) {
+			n.findings[len(n.findings)-1].Keeps = "slots"
+		}
 		return
 	}
 	if len(n.links) == 0 {

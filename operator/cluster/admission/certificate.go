@@ -10,7 +10,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"net"
 	"time"
 )
 
@@ -28,11 +27,11 @@ type pair struct {
 	ca        []byte // whom clients shall trust: the CA of cert, and those before it
 }
 
-// issue makes a certificate for names (DNS names or IP addresses) by a CA of its own. The
-// CA's key is forgotten: nobody, who reads the Secret either, can make another
-// certificate that the API server would trust. Clients shall go on to trust the CAs of
-// trusted, which may be empty, while they are valid.
-func issue(now time.Time, names []string, trusted []byte) (*pair, error) {
+// issue makes a certificate for a DNS name by a CA of its own. The CA's key is forgotten:
+// nobody, who reads the Secret either, can make another certificate that the API server
+// would trust. Clients shall go on to trust the CAs of trusted, which may be empty, while
+// they are valid.
+func issue(now time.Time, name string, trusted []byte) (*pair, error) {
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("make a CA key: %w", err)
@@ -47,16 +46,9 @@ func issue(now time.Time, names []string, trusted []byte) (*pair, error) {
 		IsCA: true, BasicConstraintsValid: true, MaxPathLenZero: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	leaf := &x509.Certificate{
-		Subject:   pkix.Name{CommonName: names[0]},
+		Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
 		NotBefore: ca.NotBefore, NotAfter: ca.NotAfter,
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-	for _, name := range names {
-		if ip := net.ParseIP(name); ip != nil {
-			leaf.IPAddresses = append(leaf.IPAddresses, ip)
-		} else {
-			leaf.DNSNames = append(leaf.DNSNames, name)
-		}
 	}
 	caDER, err := x509.CreateCertificate(rand.Reader, ca, ca, caKey.Public(), caKey)
 	if err != nil {
@@ -92,9 +84,9 @@ func stillValid(bundle []byte, now time.Time) []byte {
 	return kept
 }
 
-// check says why the certificate cannot serve under all the names, to clients that trust
-// its bundle, and if it can, how long until it shall be renewed.
-func (p *pair) check(now time.Time, names []string) (time.Duration, error) {
+// check says why the certificate cannot serve under the name, to clients that trust its
+// bundle, and if it can, how long until it shall be renewed.
+func (p *pair) check(now time.Time, name string) (time.Duration, error) {
 	c, err := p.parse()
 	if err != nil {
 		return 0, err
@@ -103,10 +95,8 @@ func (p *pair) check(now time.Time, names []string) (time.Duration, error) {
 	if !roots.AppendCertsFromPEM(p.ca) {
 		return 0, errors.New("ca.crt has no certificate")
 	}
-	for _, name := range names {
-		if _, err := c.Leaf.Verify(x509.VerifyOptions{DNSName: name, Roots: roots, CurrentTime: now}); err != nil {
-			return 0, fmt.Errorf("certificate: %w", err)
-		}
+	if _, err := c.Leaf.Verify(x509.VerifyOptions{DNSName: name, Roots: roots, CurrentTime: now}); err != nil {
+		return 0, fmt.Errorf("certificate: %w", err)
 	}
 	left := c.Leaf.NotAfter.Sub(now) - renewBefore
 	if left <= 0 {

@@ -10,9 +10,9 @@ import (
 
 var noon = time.Date(2026, 1, 1, 12, 0, 0, 0, time.UTC)
 
-func issued(t *testing.T, now time.Time, names []string, trusted []byte) *pair {
+func issued(t *testing.T, now time.Time, name string, trusted []byte) *pair {
 	t.Helper()
-	p, err := issue(now, names, trusted)
+	p, err := issue(now, name, trusted)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -20,29 +20,29 @@ func issued(t *testing.T, now time.Time, names []string, trusted []byte) *pair {
 }
 
 func TestCertificate(t *testing.T) {
-	names := []string{"operator-webhook-service.ns.svc", "127.0.0.1"}
-	p := issued(t, noon, names, nil)
-	other := issued(t, noon, names, nil)
+	name := "operator-webhook-service.ns.svc"
+	p := issued(t, noon, name, nil)
+	other := issued(t, noon, name, nil)
 	for _, c := range []struct {
-		name  string
-		pair  pair
-		now   time.Time
-		names []string
-		want  string // empty: it can serve
+		name string
+		pair pair
+		now  time.Time
+		as   string
+		want string // empty: it can serve
 	}{
-		{"as made", *p, noon, names, ""},
-		{"by a clock that is behind", *p, noon.Add(-time.Minute), names, ""},
-		{"shortly before its renewal", *p, noon.Add(lifetime - renewBefore - time.Second), names, ""},
-		{"when it is to be renewed", *p, noon.Add(lifetime - renewBefore), names, "it expires at 2027-01-01T12:00:00Z"},
-		{"after it expired", *p, noon.Add(lifetime + time.Second), names, "expired"},
-		{"for another name", *p, noon, []string{"operator-webhook-service.other.svc"}, "not operator-webhook-service.other.svc"},
-		{"by another CA", pair{p.cert, p.key, other.ca}, noon, names, "unknown authority"},
-		{"with another key", pair{p.cert, other.key, p.ca}, noon, names, "private key does not match"},
-		{"without a CA", pair{p.cert, p.key, nil}, noon, names, "ca.crt has no certificate"},
-		{"nothing", pair{}, noon, names, "read certificate and key"},
-		{"nonsense", pair{[]byte("a"), []byte("b"), []byte("c")}, noon, names, "read certificate and key"},
+		{"as made", *p, noon, name, ""},
+		{"by a clock that is behind", *p, noon.Add(-time.Minute), name, ""},
+		{"shortly before its renewal", *p, noon.Add(lifetime - renewBefore - time.Second), name, ""},
+		{"when it is to be renewed", *p, noon.Add(lifetime - renewBefore), name, "it expires at 2027-01-01T12:00:00Z"},
+		{"after it expired", *p, noon.Add(lifetime + time.Second), name, "expired"},
+		{"for another name", *p, noon, "operator-webhook-service.other.svc", "not operator-webhook-service.other.svc"},
+		{"by another CA", pair{p.cert, p.key, other.ca}, noon, name, "unknown authority"},
+		{"with another key", pair{p.cert, other.key, p.ca}, noon, name, "private key does not match"},
+		{"without a CA", pair{p.cert, p.key, nil}, noon, name, "ca.crt has no certificate"},
+		{"nothing", pair{}, noon, name, "read certificate and key"},
+		{"nonsense", pair{[]byte("a"), []byte("b"), []byte("c")}, noon, name, "read certificate and key"},
 	} {
-		left, err := c.pair.check(c.now, c.names)
+		left, err := c.pair.check(c.now, c.as)
 		switch {
 		case c.want == "" && (err != nil || left != p.expires(t).Add(-renewBefore).Sub(c.now)):
 			t.Errorf("%s: %s left, %v", c.name, left, err)
@@ -62,10 +62,10 @@ func (p *pair) expires(t *testing.T) time.Time {
 
 // While a certificate is exchanged, both it and its successor are trusted.
 func TestRenewal(t *testing.T) {
-	names := []string{"a.svc"}
-	old := issued(t, noon, names, nil)
+	name := "a.svc"
+	old := issued(t, noon, name, nil)
 	later := noon.Add(lifetime - renewBefore)
-	renewed := issued(t, later, names, old.ca)
+	renewed := issued(t, later, name, old.ca)
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(renewed.ca)
 	for _, p := range []*pair{old, renewed} {
@@ -78,15 +78,15 @@ func TestRenewal(t *testing.T) {
 		}
 	}
 	// What has expired is forgotten, and what is no certificate, and the oldest of many.
-	if last := issued(t, noon.Add(lifetime), names, old.ca); bytes.Contains(last.ca, old.ca) {
+	if last := issued(t, noon.Add(lifetime), name, old.ca); bytes.Contains(last.ca, old.ca) {
 		t.Error("an expired CA is trusted")
 	}
-	p := issued(t, noon, names, []byte("nonsense"))
+	p := issued(t, noon, name, []byte("nonsense"))
 	if n := bytes.Count(p.ca, []byte("BEGIN")); n != 1 {
 		t.Errorf("there are %d CAs", n)
 	}
 	for range 5 {
-		p = issued(t, noon, names, p.ca)
+		p = issued(t, noon, name, p.ca)
 	}
 	if n := bytes.Count(p.ca, []byte("BEGIN")); n != 3 {
 		t.Errorf("there are %d CAs", n)

@@ -4,9 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"net/url"
 	"slices"
-	"strings"
 	"time"
 
 	registrationv1 "k8s.io/api/admissionregistration/v1"
@@ -64,25 +62,15 @@ const (
 	reasonMounted = "ConfiguredElsewhere"
 )
 
-// Settings say how the API server gets at the webhook.
-type Settings struct {
-	// URL is where the server is; empty means the Service in the operator's namespace.
-	URL string
-	// Annotations are for the webhook configurations, such as
-	// cert-manager.io/inject-ca-from, with which somebody else is asked to write the CA of
-	// a mounted certificate.
-	Annotations map[string]string
-}
-
 // configuration keeps the webhook configurations, and the certificate if none is mounted,
 // while the SriovOperatorConfig wants the webhooks.
 type configuration struct {
 	client.Client
-	live     client.Reader // for what is read too seldom to be cached
-	rules    Rules
-	settings Settings
-	server   *Server
-	events   events.EventRecorder
+	live        client.Reader // for what is read too seldom to be cached
+	rules       Rules
+	annotations map[string]string
+	server      *Server
+	events      events.EventRecorder
 }
 
 // registration is what the API server is told of one webhook.
@@ -140,9 +128,11 @@ func (r *configuration) registrations(spec *sriovv1.SriovOperatorConfigSpec, gon
 	}}
 }
 
-// Setup serves the webhook on every replica, and keeps its configuration on the one that
-// works. The server must be the manager's.
-func Setup(mgr ctrl.Manager, server *Server, rules Rules, settings Settings) error {
+// Setup serves the webhooks on every replica, and keeps their configurations on the one
+// that works. The server must be the manager's. Annotations are for the configurations,
+// such as cert-manager.io/inject-ca-from, with which somebody else is asked to write the CA
+// of a mounted certificate.
+func Setup(mgr ctrl.Manager, server *Server, rules Rules, annotations map[string]string) error {
 	validator := NewValidator(mgr.GetClient(), mgr.GetScheme(), rules)
 	mgr.GetWebhookServer().Register(validatePath, &webhook.Admission{Handler: validator, RecoverPanic: new(true)})
 	mgr.GetWebhookServer().Register(injectPath, &webhook.Admission{Handler: NewInjector(mgr.GetAPIReader()), RecoverPanic: new(true)})
@@ -167,7 +157,7 @@ func Setup(mgr ctrl.Manager, server *Server, rules Rules, settings Settings) err
 		return fmt.Errorf("watch Secret %s: %w", SecretName, err)
 	}
 	r := &configuration{
-		Client: mgr.GetClient(), live: mgr.GetAPIReader(), rules: rules, settings: settings, server: server,
+		Client: mgr.GetClient(), live: mgr.GetAPIReader(), rules: rules, annotations: annotations, server: server,
 		events: mgr.GetEventRecorder("sluice-operator"),
 	}
 	one := handler.EnqueueRequestsFromMapFunc(func(context.Context, client.Object) []reconcile.Request {
@@ -262,7 +252,7 @@ func (r *configuration) ensureMounted(ctx context.Context, wanted []*registratio
 	}
 	for _, g := range wanted {
 		g.ready.Status = metav1.ConditionTrue
-		if len(mounted) == 0 && len(r.settings.Annotations) == 0 {
+		if len(mounted) == 0 && len(r.annotations) == 0 {
 			g.ready.Reason = reasonMounted
 			g.ready.Message = "the certificate is mounted without ca.crt, so whoever mounted it makes the webhook configuration, too"
 			continue
@@ -309,12 +299,10 @@ func (r *configuration) removeMutating(ctx context.Context) error {
 	return nil
 }
 
-// ours tells whether a webhook is at our Service or URL.
+// ours tells whether a webhook is at our Service, or at one whose place it takes.
 func (r *configuration) ours(c registrationv1.WebhookClientConfig) bool {
-	if s := c.Service; s != nil {
-		return s.Namespace == r.rules.Namespace && (s.Name == serviceName || s.Name == injectorService)
-	}
-	return r.settings.URL != "" && c.URL != nil && strings.HasPrefix(*c.URL, r.settings.URL+"/")
+	s := c.Service
+	return s != nil && s.Namespace == r.rules.Namespace && (s.Name == serviceName || s.Name == injectorService)
 }
 
 // certificate gives the Secret's certificate, made or renewed if need be. The API server
@@ -327,11 +315,8 @@ func (r *configuration) certificate(ctx context.Context, wanted []*registration)
 	}
 	first := err != nil
 	old := pairOf(secret)
-	names, err := r.names()
-	if err != nil {
-		return nil, 0, err
-	}
-	left, why := old.check(time.Now(), names)
+	name := serviceName + "." + r.rules.Namespace + ".svc" // as the API server calls the server
+	left, why := old.check(time.Now(), name)
 	if why == nil {
 		return old, left, nil
 	}
@@ -339,7 +324,7 @@ func (r *configuration) certificate(ctx context.Context, wanted []*registration)
 	for _, g := range wanted {
 		trusted = append(trusted, g.ca()...)
 	}
-	p, err := issue(time.Now(), names, trusted)
+	p, err := issue(time.Now(), name, trusted)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -371,18 +356,6 @@ func pairOf(secret *corev1.Secret) *pair {
 	return &pair{cert: secret.Data[corev1.TLSCertKey], key: secret.Data[corev1.TLSPrivateKeyKey], ca: secret.Data[corev1.ServiceAccountRootCAKey]}
 }
 
-// names are what the API server calls the server.
-func (r *configuration) names() ([]string, error) {
-	if r.settings.URL == "" {
-		return []string{serviceName + "." + r.rules.Namespace + ".svc"}, nil
-	}
-	u, err := url.Parse(r.settings.URL)
-	if err != nil {
-		return nil, fmt.Errorf("read the webhook's URL: %w", err)
-	}
-	return []string{u.Hostname()}, nil
-}
-
 // owner lets what is made go with the installation.
 func (r *configuration) owner(ctx context.Context) ([]metav1.OwnerReference, error) {
 	role := &metav1.PartialObjectMetadata{}
@@ -405,16 +378,17 @@ func (r *configuration) write(ctx context.Context, g *registration, ca []byte) e
 	}
 	have := g.object.DeepCopyObject()
 	g.object.SetOwnerReferences(owner)
-	if len(r.settings.Annotations) > 0 {
-		annotations := maps.Clone(r.settings.Annotations)
-		for key, value := range g.object.GetAnnotations() {
-			if _, set := annotations[key]; !set {
-				annotations[key] = value
-			}
+	if len(r.annotations) > 0 {
+		all := maps.Clone(g.object.GetAnnotations())
+		if all == nil {
+			all = map[string]string{}
 		}
-		g.object.SetAnnotations(annotations)
+		maps.Copy(all, r.annotations)
+		g.object.SetAnnotations(all)
 	}
-	g.fill(r.clientConfig(g.path, ca))
+	g.fill(registrationv1.WebhookClientConfig{CABundle: ca, Service: &registrationv1.ServiceReference{
+		Namespace: r.rules.Namespace, Name: serviceName, Path: new(g.path), Port: new(int32(443)),
+	}})
 	switch {
 	case g.missing:
 		if err = r.Create(ctx, g.object, fieldOwner); err != nil {
@@ -427,15 +401,6 @@ func (r *configuration) write(ctx context.Context, g *registration, ca []byte) e
 		}
 	}
 	return nil
-}
-
-func (r *configuration) clientConfig(path string, ca []byte) registrationv1.WebhookClientConfig {
-	if r.settings.URL != "" {
-		return registrationv1.WebhookClientConfig{CABundle: ca, URL: new(r.settings.URL + path)}
-	}
-	return registrationv1.WebhookClientConfig{CABundle: ca, Service: &registrationv1.ServiceReference{
-		Namespace: r.rules.Namespace, Name: serviceName, Path: new(path), Port: new(int32(443)),
-	}}
 }
 
 // validatingWebhook has every field that the API server would fill in.

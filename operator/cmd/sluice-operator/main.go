@@ -66,7 +66,7 @@ func parse(args []string, env func(string) string) (*settings, error) {
 	if err := f.Parse(args); err != nil {
 		return nil, err
 	}
-	s.WebhookSettings.Annotations = annotated.Annotations
+	s.WebhookAnnotations = annotated.Annotations
 	if f.NArg() > 0 {
 		return nil, fmt.Errorf("unexpected argument %q: all settings are flags", f.Arg(0))
 	}

@@ -14,8 +14,8 @@ func TestParse(t *testing.T) {
 	if s.Namespace != "ns" || s.ResourcePrefix != "example.com" || s.metrics != "0" || s.probes != ":8081" || s.pod != "p" || !s.elect {
 		t.Errorf("the settings are %+v", s)
 	}
-	if s, _ = parse([]string{"--webhook-annotation=a/b=c=d", "--webhook-annotation=e=f"}, func(k string) string { return env[k] }); s.WebhookSettings.Annotations["a/b"] != "c=d" || s.WebhookSettings.Annotations["e"] != "f" {
-		t.Errorf("the annotations are %v", s.WebhookSettings.Annotations)
+	if s, _ = parse([]string{"--webhook-annotation=a/b=c=d", "--webhook-annotation=e=f"}, func(k string) string { return env[k] }); s.WebhookAnnotations["a/b"] != "c=d" || s.WebhookAnnotations["e"] != "f" {
+		t.Errorf("the annotations are %v", s.WebhookAnnotations)
 	}
 	delete(env, "RESOURCE_PREFIX")
 	if s, _ = parse(nil, func(k string) string { return env[k] }); s.ResourcePrefix != "openshift.io" {
