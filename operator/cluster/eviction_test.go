@@ -400,6 +400,13 @@ func TestReboot(t *testing.T) {
 	if state, err := getState(t, "re-1"); err != nil || state.Annotations[sriovv1.AnnotationRebootAllowed] != "" {
 		t.Errorf("a reboot is allowed while a pod is there: %v", err)
 	}
+	// Told to disturb nobody while it was at it, it leaves the node schedulable.
+	config := getConfig(t)
+	change(t, config, func(c *sriovv1.SriovOperatorConfig) { c.Spec.DisableDrain = true })
+	unschedulable(false)
+	wantEvicting(t, "re-1", metav1.ConditionFalse, "Disabled", "SetRdmaMode exclusive", "Reboot_Required Idle")
+	change(t, config, func(c *sriovv1.SriovOperatorConfig) { c.Spec.DisableDrain = false })
+	unschedulable(true)
 	end(t, pod)
 	eventually(t, func() error {
 		state, err := getState(t, "re-1")

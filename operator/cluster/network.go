@@ -40,6 +40,9 @@ var networkKinds = []schema.GroupVersionKind{
 	sluicev1.SchemeGroupVersion.WithKind("MacvlanNetwork"),
 }
 
+// apiextensions is the group that defines kinds.
+var apiextensions = schema.GroupVersion{Group: "apiextensions.k8s.io", Version: "v1"}
+
 // Indexes of the cache: networks by the namespace they belong in, and
 // NetworkAttachmentDefinitions by the owner that their annotation names.
 const (
@@ -65,7 +68,8 @@ type networkKey struct {
 // In the network's own namespace the garbage collector deletes it with the network. In
 // another, where no owner reference reaches, it is known by its annotations as an orphan
 // when the network is gone: a finalizer would do the same, and would hold networks, and
-// their namespaces, for ever where no operator is left.
+// their namespaces, for ever where no operator is left. There the network's kind owns it, so
+// that it goes with an installation that is deleted as a whole.
 type network struct {
 	client.Client
 	live   client.Reader // not cached: before an orphan is deleted
@@ -261,6 +265,12 @@ func (r *network) ensure(ctx context.Context, object client.Object) error {
 func (r *network) write(ctx context.Context, net *render.Network, want *nadv1.NetworkAttachmentDefinition) error {
 	have := &nadv1.NetworkAttachmentDefinition{}
 	err := r.Get(ctx, client.ObjectKeyFromObject(want), have)
+	if client.IgnoreNotFound(err) == nil && net.Target != net.GetNamespace() {
+		var failed error
+		if want.OwnerReferences, failed = r.ownedByKind(ctx, net.Kind, have); failed != nil {
+			return failed
+		}
+	}
 	if apierrors.IsNotFound(err) {
 		// Create, not apply: it must fail if somebody else was faster.
 		if err = r.Create(ctx, want, fieldOwner); err != nil {
@@ -292,6 +302,27 @@ func (r *network) write(ctx context.Context, net *render.Network, want *nadv1.Ne
 		return fmt.Errorf("apply NetworkAttachmentDefinition %s/%s: %w", want.Namespace, want.Name, err)
 	}
 	return nil
+}
+
+// ownedByKind names the CustomResourceDefinition of a network as the owner of what it makes.
+// If one is named there already it is trusted to be that of now: of what another one owned
+// the garbage collector has left nothing.
+func (r *network) ownedByKind(ctx context.Context, kind schema.GroupKind, have *nadv1.NetworkAttachmentDefinition) ([]metav1.OwnerReference, error) {
+	mapping, err := r.RESTMapper().RESTMapping(kind)
+	if err != nil {
+		return nil, fmt.Errorf("find the resource of kind %s: %w", kind, err)
+	}
+	definition := metadataOf(apiextensions.WithKind("CustomResourceDefinition"))
+	name := mapping.Resource.GroupResource().String()
+	for _, o := range have.OwnerReferences {
+		if o.Kind == definition.Kind && o.Name == name {
+			return []metav1.OwnerReference{o}, nil
+		}
+	}
+	if err = r.live.Get(ctx, client.ObjectKey{Name: name}, definition); err != nil {
+		return nil, fmt.Errorf("read CustomResourceDefinition %s: %w", name, err)
+	}
+	return []metav1.OwnerReference{{APIVersion: apiextensions.String(), Kind: definition.Kind, Name: name, UID: definition.UID}}, nil
 }
 
 func asWanted(have, want *nadv1.NetworkAttachmentDefinition) bool {

@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -182,6 +183,10 @@ func testNetwork(t *testing.T, k kindOfNetwork) {
 			t.Fatal(err)
 		}
 		version := made.ResourceVersion
+		plural := strings.ToLower(k.name) + "s."
+		if len(made.OwnerReferences) != 1 || made.OwnerReferences[0].Kind != "CustomResourceDefinition" || !strings.HasPrefix(made.OwnerReferences[0].Name, plural) || made.OwnerReferences[0].UID == "" {
+			t.Errorf("it is owned by %+v, which the garbage collector would not see go with the network's kind", made.OwnerReferences)
+		}
 
 		// Status and metadata changes write nothing; a changed or deleted one is put right.
 		change(t, n, func(n client.Object) { n.SetLabels(map[string]string{"touched": "yes"}) })

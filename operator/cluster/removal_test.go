@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -122,6 +123,43 @@ func TestRemovalToldToKeep(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// While NICs are to be given back first, nothing that takes is deleted before.
+func TestRemovalInTheWrongOrder(t *testing.T) {
+	needAPI(t)
+	config := getConfig(t)
+	change(t, config, func(c *sriovv1.SriovOperatorConfig) { c.Spec.OnRemoval = sriovv1.OnRemovalRestore })
+	parts := [][]string{
+		{"namespace", operatorNamespace}, {"crd", "sriovoperatorconfigs.sriovnetwork.openshift.io"}, {"crd", "macvlannetworks.sluice.dev"},
+		{"clusterrolebinding", "sluice-operator"}, {"-n", operatorNamespace, "role", "sluice-agent"}, {"-n", operatorNamespace, "deployment", "sluice-operator"},
+	}
+	try := func(part []string) (string, error) {
+		out, err := kubectl(t.Context(), append([]string{"delete", "--dry-run=server"}, part...)...)
+		return string(out), err
+	}
+	for _, part := range parts {
+		eventually(t, func() error { // the API server takes a moment to see the finalizer
+			out, err := try(part)
+			if err == nil || !strings.Contains(out, "SriovOperatorConfig default has onRemoval Restore, and without the operator nobody gives back the NICs: delete the SriovOperatorConfig first") {
+				return fmt.Errorf("kubectl delete %s says %s: %w", part, out, errors.Join(err))
+			}
+			return nil
+		})
+	}
+	if out, err := try([]string{"clusterrole", "view"}); err != nil {
+		t.Errorf("what is not ours cannot be deleted: %s", out)
+	}
+	change(t, config, func(c *sriovv1.SriovOperatorConfig) { c.Spec.OnRemoval = sriovv1.OnRemovalKeep })
+	for _, part := range parts {
+		eventually(t, func() error {
+			out, err := try(part)
+			if err != nil {
+				err = fmt.Errorf("kubectl delete %s says %s: %w", part, out, err)
+			}
+			return err
+		})
+	}
 }
 
 func TestIsLost(t *testing.T) {
