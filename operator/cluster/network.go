@@ -10,6 +10,7 @@ import (
 	"github.com/go-logr/logr"
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -18,17 +19,20 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/tools/events"
+	"k8s.io/client-go/util/workqueue"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/operator/cluster/admission"
 	"github.com/sluice-network/sluice/operator/render"
 )
 
@@ -59,6 +63,12 @@ type networkKey struct {
 	kind schema.GroupVersionKind
 	client.ObjectKey
 }
+
+// everyNetwork stands for all networks, when the cluster uses other addresses than before:
+// once for what many nodes that come at a time bring along.
+var everyNetwork networkKey
+
+const everyAfter = time.Second
 
 // network keeps the NetworkAttachmentDefinitions of networks of all kinds.
 //
@@ -107,6 +117,24 @@ func (r *network) setup(mgr ctrl.Manager) error {
 			return []networkKey{{kind, client.ObjectKeyFromObject(o)}}
 		}))
 	}
+	every := handler.TypedFuncs[client.Object, networkKey]{
+		CreateFunc: func(_ context.Context, _ event.TypedCreateEvent[client.Object], queue workqueue.TypedRateLimitingInterface[networkKey]) {
+			queue.AddAfter(everyNetwork, everyAfter)
+		},
+		UpdateFunc: func(_ context.Context, e event.TypedUpdateEvent[client.Object], queue workqueue.TypedRateLimitingInterface[networkKey]) {
+			before, isNode := e.ObjectOld.(*corev1.Node)
+			if after, _ := e.ObjectNew.(*corev1.Node); !isNode || !slices.Equal(before.Spec.PodCIDRs, after.Spec.PodCIDRs) {
+				queue.AddAfter(everyNetwork, everyAfter)
+			}
+		},
+		DeleteFunc: func(_ context.Context, _ event.TypedDeleteEvent[client.Object], queue workqueue.TypedRateLimitingInterface[networkKey]) {
+			queue.AddAfter(everyNetwork, everyAfter)
+		},
+	}
+	b = b.Watches(&corev1.Node{}, every)
+	if _, err := mgr.GetRESTMapper().RESTMapping(admission.ServiceCIDR.GroupKind(), admission.ServiceCIDR.Version); err == nil {
+		b = b.Watches(&networkingv1.ServiceCIDR{}, every)
+	}
 	c, err := b.Build(r)
 	r.controller = c
 	return err
@@ -128,14 +156,18 @@ func target(o client.Object) []string {
 	return []string{net.Target}
 }
 
-// inNamespace finds the networks of all kinds that belong in a namespace; if a name is
-// given, only those.
+// inNamespace finds the networks of all kinds that belong in a namespace, or in any; if a
+// name is given, only those.
 func (r *network) inNamespace(ctx context.Context, namespace, name string) []networkKey {
 	var keys []networkKey
 	for _, kind := range networkKinds {
 		list, err := r.Scheme().New(kind.GroupVersion().WithKind(kind.Kind + "List"))
 		if err == nil {
-			err = r.List(ctx, list.(client.ObjectList), client.MatchingFields{byTarget: namespace})
+			var in []client.ListOption
+			if namespace != "" {
+				in = append(in, client.MatchingFields{byTarget: namespace})
+			}
+			err = r.List(ctx, list.(client.ObjectList), in...)
 		}
 		if err == nil {
 			err = meta.EachListItem(list, func(o runtime.Object) error {
@@ -192,6 +224,14 @@ func (e *refusal) Error() string { return e.message }
 
 // Reconcile makes, mends or removes the NetworkAttachmentDefinition of one network.
 func (r *network) Reconcile(ctx context.Context, key networkKey) (ctrl.Result, error) {
+	if key == everyNetwork {
+		var failed []error
+		for _, key := range r.inNamespace(ctx, "", "") {
+			_, err := r.Reconcile(ctx, key)
+			failed = append(failed, err)
+		}
+		return ctrl.Result{}, errors.Join(failed...)
+	}
 	object, err := r.newNetwork(key.kind)
 	if err != nil {
 		return ctrl.Result{}, err
@@ -238,6 +278,13 @@ func (r *network) ensure(ctx context.Context, object client.Object) error {
 	net, _ := render.Of(object)
 	want, errs := net.Definition(r.config.ResourcePrefix, r.config.Namespace)
 	if len(errs) > 0 {
+		return &refusal{sriovv1.ReasonNADInvalid, errs.ToAggregate().Error()}
+	}
+	used, err := admission.UsedRanges(ctx, r)
+	if err != nil {
+		return err
+	}
+	if errs = net.Overlapping(used); len(errs) > 0 {
 		return &refusal{sriovv1.ReasonNADInvalid, errs.ToAggregate().Error()}
 	}
 	want.Annotations[sriovv1.AnnotationOwnerUID] = string(net.GetUID())

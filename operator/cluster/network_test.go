@@ -173,6 +173,41 @@ func TestNetwork(t *testing.T) {
 	}
 }
 
+// A network is not made in addresses that the cluster uses, and one that is there when the
+// cluster comes to use them is left and told.
+func TestNetworkInTheClustersAddresses(t *testing.T) {
+	needAPI(t)
+	installMultus(t)
+	in := func(name, subnet string) client.Object {
+		n := &sriovv1.SriovNetwork{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: name}}
+		n.Spec.ResourceName, n.Spec.IPAM = "r", fmt.Sprintf(`{"type": "host-local", "subnet": %q}`, subnet)
+		if err := api.Create(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = api.Delete(t.Context(), n) })
+		return n
+	}
+	services := in("in-services", "10.0.0.128/25")
+	wantNetwork(t, services, sriovv1.ReasonNADInvalid, `spec.ipam: Invalid value: "10.0.0.128/25": it overlaps 10.0.0.0/24, which the cluster uses for Services (ServiceCIDR kubernetes)`)
+	if _, err := getNAD(t, operatorNamespace, "in-services"); !apierrors.IsNotFound(err) {
+		t.Errorf("it was made all the same: %v", err)
+	}
+	pods := in("in-pods", "192.0.2.0/25")
+	wantNetwork(t, pods, sriovv1.ReasonNetworkReady, "")
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "in-pods"}, Spec: corev1.NodeSpec{PodCIDR: "192.0.2.64/26", PodCIDRs: []string{"192.0.2.64/26"}}}
+	if err := api.Create(t.Context(), node); err != nil {
+		t.Fatal(err)
+	}
+	wantNetwork(t, pods, sriovv1.ReasonNADInvalid, "it overlaps 192.0.2.64/26, which the cluster uses for the pods of node in-pods")
+	if _, err := getNAD(t, operatorNamespace, "in-pods"); err != nil {
+		t.Errorf("pods that use it would lose it: %v", err)
+	}
+	if err := api.Delete(t.Context(), node); err != nil {
+		t.Fatal(err)
+	}
+	wantNetwork(t, pods, sriovv1.ReasonNetworkReady, "")
+}
+
 func testNetwork(t *testing.T, k kindOfNetwork) {
 	t.Run("another namespace", func(t *testing.T) {
 		name := k.plugin + "-moving"

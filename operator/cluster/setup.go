@@ -67,8 +67,9 @@ func CacheOptions(config Config) cache.Options {
 	}
 	return cache.Options{ByObject: map[client.Object]cache.ByObject{
 		&corev1.Secret{}: named(admission.SecretName),
-		&registrationv1.ValidatingWebhookConfiguration{}:             {Field: fields.OneTermEqualSelector("metadata.name", admission.ConfigurationName)},
-		&registrationv1.MutatingWebhookConfiguration{}:               {Field: fields.OneTermEqualSelector("metadata.name", admission.InjectorName)},
+		&registrationv1.ValidatingWebhookConfiguration{}: {Field: fields.OneTermEqualSelector("metadata.name", admission.ConfigurationName)},
+		&registrationv1.MutatingWebhookConfiguration{}:   {Field: fields.OneTermEqualSelector("metadata.name", admission.InjectorName)},
+		&corev1.Node{}:                                               {Transform: admission.KeepPodCIDRs},
 		&sriovv1.SriovNetworkNodePolicy{}:                            own,
 		&sriovv1.SriovNetworkNodeState{}:                             own,
 		&sriovv1.SriovOperatorConfig{}:                               own,

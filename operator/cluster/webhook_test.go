@@ -229,6 +229,8 @@ func testVerdicts(t *testing.T) {
 		{"MacvlanNodePolicy", "", on + "resourceName: wh-slots\nparentSelector: {pfNames: [bond9]}", nil, []string{"parentSelector selects no link of the node: not bond0"}},
 		{"MacvlanNodePolicy", "hook-tenant", on + "resourceName: wh-slots\nparentSelector: {pfNames: [bond0]}", nil, []string{"only a MacvlanNodePolicy in namespace"}},
 
+		{"SriovNetwork", "", "resourceName: wh-a\nipam: '{\"type\": \"static\", \"addresses\": [{\"address\": \"10.0.0.200/30\"}]}'",
+			causes{"spec.ipam": `Invalid value: "10.0.0.200/30": it overlaps 10.0.0.0/24, which the cluster uses for Services (ServiceCIDR kubernetes)`}, nil},
 		{"SriovNetwork", "", "resourceName: wh-a\nlogFile: /var/log/x\nnetworkNamespace: hook-tenant", nil, nil},
 		{"SriovNetwork", "hook-tenant", "resourceName: wh-a\nlogFile: /var/log/x\nnetworkNamespace: default", causes{
 			"spec.networkNamespace": "it is default, and only networks in namespace sriov-network-operator may name another namespace: remove networkNamespace",

@@ -9,6 +9,7 @@ import (
 
 	registrationv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -140,8 +141,12 @@ func Setup(mgr ctrl.Manager, server *Server, rules Rules, annotations map[string
 	node, namespace := &metav1.PartialObjectMetadata{}, &metav1.PartialObjectMetadata{}
 	node.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Node"))
 	namespace.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Namespace"))
-	for _, object := range []client.Object{node, namespace, &sriovv1.SriovNetworkNodePolicy{}, &sriovv1.SriovNetworkNodeState{},
-		&sriovv1.SriovNetworkPoolConfig{}, &sluicev1.MacvlanNodePolicy{}} {
+	watched := []client.Object{node, namespace, &corev1.Node{}, &sriovv1.SriovNetworkNodePolicy{}, &sriovv1.SriovNetworkNodeState{},
+		&sriovv1.SriovNetworkPoolConfig{}, &sluicev1.MacvlanNodePolicy{}}
+	if _, err := mgr.GetRESTMapper().RESTMapping(ServiceCIDR.GroupKind(), ServiceCIDR.Version); err == nil {
+		watched = append(watched, &networkingv1.ServiceCIDR{})
+	}
+	for _, object := range watched {
 		if _, err := mgr.GetCache().GetInformer(context.Background(), object); err != nil {
 			return fmt.Errorf("watch %T: %w", object, err)
 		}

@@ -245,6 +245,13 @@ func (v *Validator) network(ctx context.Context, f *findings, object client.Obje
 	if f.errors = errs; len(errs) > 0 {
 		return nil
 	}
+	used, err := UsedRanges(ctx, v)
+	if err != nil {
+		return err
+	}
+	if f.errors = net.Overlapping(used); len(f.errors) > 0 {
+		return nil
+	}
 	namespace := &metav1.PartialObjectMetadata{}
 	namespace.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Namespace"))
 	if err := v.Get(ctx, client.ObjectKey{Name: net.Target}, namespace); apierrors.IsNotFound(err) {
