@@ -261,7 +261,7 @@ func kindOfPolicy(kind string) schema.GroupVersionKind {
 func summarise(generation int64, verdicts map[string]verdict) policyCounts {
 	status := policyCounts{ObservedGeneration: generation}
 	bare, agentless := 0, 0
-	open := map[verdict][]string{}
+	open, passed := map[verdict][]string{}, map[verdict][]string{}
 	for node, v := range verdicts {
 		switch {
 		case v.reason == reasonNoAgent:
@@ -269,6 +269,9 @@ func summarise(generation int64, verdicts map[string]verdict) policyCounts {
 			continue
 		case v.ready:
 			status.ReadyNodeCount++
+			if v.message != "" {
+				passed[v] = append(passed[v], node)
+			}
 		case v.reason == string(plan.NoNICSelected):
 			bare++
 			open[v] = append(open[v], node)
@@ -286,6 +289,9 @@ func summarise(generation int64, verdicts map[string]verdict) policyCounts {
 	}
 	if agentless > 0 {
 		text += fmt.Sprintf("; %d more get no agent: see configDaemonNodeSelector of SriovOperatorConfig default", agentless)
+	}
+	if len(passed) > 0 {
+		text += "; " + tell(passed).message
 	}
 	fine := why{reasonAllNodesReady, text}
 	var unready, progressing, degraded why

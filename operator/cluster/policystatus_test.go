@@ -82,6 +82,25 @@ func TestSummariseGroupsFindings(t *testing.T) {
 	}
 }
 
+// A policy that is in effect tells of NICs that it names, and does not get by the rest of
+// its selector; of others, which it leaves alone, it is silent.
+func TestSummariseTellsWhatIsNamedAndNotSelected(t *testing.T) {
+	policies := ten()[:1]
+	policies[0].Spec.NicSelector.PfNames = []sriovv1.PfName{"ens1f0#0-9", "ens2f0"}
+	policies[0].Spec.NicSelector.Vendor = "8086"
+	nodes, states := fleet(2, policies)
+	for i := range states {
+		pf := &states[i].Status.Interfaces
+		(*pf)[0].Vendor = "8086"
+		*pf = append(*pf, sriovv1.InterfaceExt{Name: "ens2f0", PciAddress: "0000:02:00.0", Vendor: "15b3", TotalVfs: 8}, sriovv1.InterfaceExt{Name: "ens3f0", PciAddress: "0000:03:00.0", Vendor: "15b3", TotalVfs: 8})
+	}
+	ready := summarise(1, verdictsOf(policies, "p0", nodes, states)).Conditions[0]
+	const want = "in effect on 2 of 2 selected nodes; nodes n0000, n0001: not PF ens2f0 (0000:02:00.0): its vendor is 15b3, nicSelector.vendor wants 8086"
+	if ready.Status != metav1.ConditionTrue || ready.Message != want {
+		t.Errorf("the condition is %+v, want %q", ready, want)
+	}
+}
+
 // Two thousand nodes, each with a long trouble of its own, make a message of bounded length.
 func TestSummariseIsBounded(t *testing.T) {
 	verdicts := map[string]verdict{}

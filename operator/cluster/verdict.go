@@ -34,10 +34,10 @@ type policyKey struct{ kind, name string }
 // verdict is what became of a policy on one node.
 type verdict struct {
 	reason   string
-	message  string
-	ready    bool // in effect on all that it selects
-	progress bool // the agent has yet to finish
-	degraded bool // somebody has to mend something
+	message  string // of one that is ready: what it names and does not select; may be empty
+	ready    bool   // in effect on all that it selects
+	progress bool   // the agent has yet to finish
+	degraded bool   // somebody has to mend something
 }
 
 // judged is a verdict with the generation of the policy that it speaks of.
@@ -55,6 +55,7 @@ const maxVerdict = 2000
 func judge(findings []plan.Finding, state *sriovv1.SriovNetworkNodeState, acted bool, bare string, onNode func(policy string, places []string) verdict) map[string]verdict {
 	verdicts := map[string]verdict{}
 	places := map[string][]string{} // PFs or links that have what a policy asks
+	passed := map[string][]string{} // why not those that its selector names
 	for _, f := range findings {
 		if _, settled := verdicts[f.Policy]; settled {
 			continue
@@ -63,6 +64,9 @@ func judge(findings []plan.Finding, state *sriovv1.SriovNetworkNodeState, acted 
 		switch {
 		case f.Refused():
 			v.degraded = f.Reason != plan.Overridden
+		case f.Reason == plan.NotSelected && f.Named:
+			passed[f.Policy] = append(passed[f.Policy], f.Message)
+			continue
 		case f.Reason == plan.Configured:
 			places[f.Policy] = append(places[f.Policy], cmp.Or(f.PCIAddress, f.Link))
 			continue
@@ -84,7 +88,9 @@ func judge(findings []plan.Finding, state *sriovv1.SriovNetworkNodeState, acted 
 		}
 		v := verdict{reason: reasonNodesInProgress, message: "the node's agent has yet to act on the spec", progress: true}
 		if acted {
-			v = onNode(policy, where)
+			if v = onNode(policy, where); v.ready {
+				v.message = strings.Join(passed[policy], "; ")
+			}
 			v.message = shorten(v.message, maxVerdict)
 		}
 		verdicts[policy] = v

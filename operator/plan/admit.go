@@ -187,6 +187,10 @@ func (a *admission) own(findings []Finding) {
 			a.remark(&a.unmet, message)
 		case Overridden, UnsupportedByNode, PolicyIgnored:
 			a.remark(&a.warnings, message)
+		case NotSelected:
+			if f.Named {
+				a.remark(&a.warnings, message)
+			}
 		case NoNICSelected, InventoryPending:
 			a.remark(&a.bare, message)
 		}

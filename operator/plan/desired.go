@@ -39,6 +39,7 @@ type Finding struct {
 	Link       string // the same for a MacvlanNodePolicy: the link whose slots it is about
 	Reason     Reason
 	Message    string // names object, field, value and, unless all is well, the mend
+	Named      bool   // the selector names the PF or link, by its name or address, and does not select it all the same
 	Keeps      string // what a refused policy keeps of what it had: VFs or slots; empty for nothing
 }
 
@@ -220,6 +221,7 @@ func (n *nodePlan) add(policy *compiled, nodeLabels map[string]string) {
 		} else if n.explain {
 			why := fmt.Sprintf("not PF %s: %s", p, whyNot())
 			n.find(policy, p, NotSelected, func() string { return why })
+			n.findings[len(n.findings)-1].Named = policy.namesPF(p.pf)
 			whys = append(whys, why)
 		}
 	}

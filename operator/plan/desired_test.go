@@ -125,6 +125,8 @@ func TestDesired(t *testing.T) {
 		{"one resource with two topologies", []sriovv1.SriovNetworkNodePolicy{
 			policy("a", resource("r")), policy("b", resource("r"), pfNames("ens2f0"), func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.ExcludeTopology = true })},
 			"ens1f0 0-3: a/r=0-3", []string{"b Conflict ens2f0: excludeTopology is true here and false in policy a"}},
+		{"named, and of another vendor", []sriovv1.SriovNetworkNodePolicy{policy("a", pfNames("ens1f0", "ens2f0"), func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.NicSelector.RootDevices = []string{"0000:01:00.0"} })},
+			"ens1f0 0-3: a/res-a=0-3", []string{"a NotSelected ens2f0: not PF ens2f0 (0000:02:00.0): its address is not among nicSelector.rootDevices 0000:01:00.0"}},
 		{"a software bridge", []sriovv1.SriovNetworkNodePolicy{policy("a", func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.Bridge.OVS = &sriovv1.OVSConfig{} })}, "",
 			[]string{"a UnsupportedByNode : bridge.ovs is not supported"}},
 	} {

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 
+	"k8s.io/apimachinery/pkg/util/intstr"
+
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 )
 
@@ -78,6 +80,27 @@ func FuzzNetFilter(f *testing.F) {
 		plain := netFilter(s)
 		if netFilter(plain) != plain || netFilter("  "+s+" ") != plain {
 			t.Errorf("%q gives %q", s, plain)
+		}
+	})
+}
+
+// A limit is within the pool, and a share of it that is not none lets one node at least.
+func FuzzMaxUnavailable(f *testing.F) {
+	for _, s := range []string{"1", "0", "30%", "0%", "100%", "-1", "101%", "%", "1.5%", "9999999999999999999%"} {
+		f.Add(s, 7)
+	}
+	f.Fuzz(func(t *testing.T, s string, n int) {
+		if n < 1 || n > 100000 {
+			return
+		}
+		pool := &v1.SriovNetworkPoolConfig{}
+		pool.Spec.MaxUnavailable = new(intstr.Parse(s))
+		limit, err := MaxUnavailable(pool, n)
+		if err != nil && limit != 0 {
+			t.Errorf("%q of %d nodes lets %d: %v", s, n, limit, err)
+		}
+		if err == nil && (limit < 0 || limit == 0 && strings.Trim(s, "0+-%") != "") {
+			t.Errorf("%q of %d nodes lets %d", s, n, limit)
 		}
 	})
 }

@@ -128,6 +128,7 @@ func (n *macvlanPlan) add(policy *sluicev1.MacvlanNodePolicy, nodeLabels map[str
 		// Put together by hand: on a node with many links this is most of planning.
 		why = "not " + link.Name + ": " + why
 		n.find(policy, link.Name, NotSelected, why)
+		n.findings[len(n.findings)-1].Named = selector.names(link)
 		whys = append(whys, why)
 	}
 	if len(whys) == len(n.links) {
@@ -279,9 +280,14 @@ func compileParents(s *sluicev1.ParentSelector) parentSelector {
 	return parentSelector{s, strings.Join(s.RootDevices, " "), strings.Join(s.PfNames, " "), strings.Join(kinds, " ")}
 }
 
+// names tells whether the selector has the link's name, or another of its names, in it.
+func (s parentSelector) names(link *sriovv1.Link) bool {
+	return slices.ContainsFunc(s.PfNames, func(name string) bool { return name == link.Name || slices.Contains(link.AltNames, name) })
+}
+
 // whyNot says why the selector does not select the link; empty when it does.
 func (s parentSelector) whyNot(link *sriovv1.Link) string {
-	named := slices.ContainsFunc(s.PfNames, func(name string) bool { return name == link.Name || slices.Contains(link.AltNames, name) })
+	named := s.names(link)
 	switch {
 	case s.Vendor != "" && !strings.EqualFold(s.Vendor, link.Vendor):
 		return "its vendor is \"" + link.Vendor + "\", parentSelector.vendor wants " + s.Vendor

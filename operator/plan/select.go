@@ -57,6 +57,12 @@ func (c *compiled) whyNotNIC(pf *sriovv1.InterfaceExt) func() string {
 	return nil
 }
 
+// namesPF tells whether the nicSelector has the PF's name or address in it.
+func (c *compiled) namesPF(pf *sriovv1.InterfaceExt) bool {
+	return slices.ContainsFunc(c.Spec.NicSelector.RootDevices, func(d string) bool { return strings.EqualFold(d, pf.PciAddress) }) ||
+		slices.ContainsFunc(c.pfNames, func(p pfChoice) bool { return p.names(pf) })
+}
+
 // names tells whether an entry of pfNames names the PF, by its name or an alternative one.
 func (p pfChoice) names(pf *sriovv1.InterfaceExt) bool {
 	return p.name != "" && (p.name == pf.Name || slices.Contains(pf.AltNames, p.name))

@@ -27,7 +27,7 @@ func (n *Network) Overlapping(used []Range) field.ErrorList {
 			if !subnet.Overlaps(r.Prefix) {
 				continue
 			}
-			if more++; more == 0 || cmp.Or(cmp.Compare(r.For, first.For), r.Prefix.Compare(first.Prefix)) < 0 {
+			if more++; more == 0 || cmp.Or(cmp.Compare(r.For, first.For), r.Compare(first.Prefix)) < 0 {
 				first = r
 			}
 		}
