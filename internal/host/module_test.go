@@ -67,6 +67,43 @@ func TestMissingDriversAreLoaded(t *testing.T) {
 	}
 }
 
+// A vDPA device that is there before its driver is bound by the kernel when that comes, or
+// here when another driver had it.
+func TestMissingVDPADriversAreLoaded(t *testing.T) {
+	for name, bound := range map[string]bool{"the kernel binds it": true, "another driver has it": false} {
+		t.Run(name, func(t *testing.T) {
+			const device = "vdpa:0000:3b:10.0"
+			tr := newTree(t)
+			tr.write("bus/vdpa/devices/"+device+"/driver_override", "")
+			tr.write("bus/vdpa/drivers/virtio_vdpa/unbind", "")
+			if !bound {
+				tr.link("../../drivers/virtio_vdpa", "bus/vdpa/devices/"+device+"/driver")
+			}
+			h := tr.host()
+			socket, calls := systemd(t, func() {
+				tr.write("bus/vdpa/drivers/vhost_vdpa/bind", "")
+				if bound {
+					tr.link("../../drivers/vhost_vdpa", "bus/vdpa/devices/"+device+"/driver")
+				}
+			})
+			h.SystemBus = socket
+			if err := h.bindVDPA(t.Context(), device, "vhost_vdpa"); err != nil {
+				t.Fatal(err)
+			}
+			<-calls // Hello
+			if call := <-calls; call.Body[0] != "modprobe@vhost_vdpa.service" {
+				t.Errorf("called %v", call.Body)
+			}
+			want := map[bool][]string{true: {"", "", ""}, false: {"vhost_vdpa", device, device}}[bound]
+			for i, file := range []string{"bus/vdpa/devices/" + device + "/driver_override", "bus/vdpa/drivers/virtio_vdpa/unbind", "bus/vdpa/drivers/vhost_vdpa/bind"} {
+				if got := tr.read(file); got != want[i] {
+					t.Errorf("%s holds %q, want %q", file, got, want[i])
+				}
+			}
+		})
+	}
+}
+
 func TestDriversThatCannotBeLoaded(t *testing.T) {
 	const vf = "0000:3b:10.0"
 	tr := newTree(t)

@@ -163,11 +163,14 @@ func (r *records) before(address string, op plan.Operation) error {
 // leaves a file with what it last applied, for PFs that others manage too.
 func (r *records) ofUpstream(address string) bool {
 	b, err := os.ReadFile(filepath.Join(r.upstream, address))
-	if err != nil {
-		return false
-	}
+	return err == nil && madeVFs(b, address)
+}
+
+// madeVFs reads the file that the SR-IOV network operator keeps of a PF. One that does
+// not speak of the PF is not believed: its VFs would stay as they are for ever.
+func madeVFs(file []byte, address string) bool {
 	var applied v1.Interface
-	return json.Unmarshal(b, &applied) == nil && !applied.ExternallyManaged
+	return json.Unmarshal(file, &applied) == nil && applied.PciAddress == address && !applied.ExternallyManaged
 }
 
 // fill adds to the PF, as planning sees it, what is recorded of it.

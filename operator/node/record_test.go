@@ -185,3 +185,30 @@ func TestUnreadableRecordsAreSetAside(t *testing.T) {
 		t.Errorf("%+v", r.byPF)
 	}
 }
+
+// Whatever the SR-IOV network operator's file of a PF has, its VFs are taken over only when
+// it names that PF.
+func FuzzMadeVFs(f *testing.F) {
+	for _, seed := range []string{
+		`{"name":"ens1f0","pciAddress":"` + nic0 + `","numVfs":4,"vfGroups":[{"vfRange":"0-3","resourceName":"a"}]}`,
+		`{"pciAddress":"` + nic0 + `","externallyManaged":true}`, `{"pciAddress":"` + nic1 + `"}`, "{}", "null", "", `{"numVfs":4,`,
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, file []byte) {
+		if madeVFs(file, nic0) && (!json.Valid(file) || madeVFs(file, nic1)) {
+			t.Fatalf("believed: %q", file)
+		}
+	})
+}
+
+func TestMadeVFs(t *testing.T) {
+	for file, want := range map[string]bool{
+		`{"pciAddress":"` + nic0 + `","numVfs":4}`: true, `{"pciAddress":"` + nic0 + `","externallyManaged":true}`: false,
+		`{"pciAddress":"` + nic1 + `","numVfs":4}`: false, `{"numVfs":4}`: false, "": false,
+	} {
+		if got := madeVFs([]byte(file), nic0); got != want {
+			t.Errorf("%s: %v", file, got)
+		}
+	}
+}

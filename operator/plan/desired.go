@@ -209,6 +209,9 @@ func (n *nodePlan) add(policy *compiled, nodeLabels map[string]string) {
 	}
 	if len(n.pfs) == 0 {
 		n.find(policy, nil, InventoryPending, func() string {
+			if policy.Spec.NicSelector.NetFilter != "" {
+				return "the node has not reported any SR-IOV NIC, and nicSelector.netFilter selects those that a virtual machine has whole: one that is itself a VF, or virtio, is not given to pods"
+			}
 			return "the node has not reported any SR-IOV NIC: see that it has one, that SR-IOV is on in its firmware, and that the agent's pod runs there"
 		})
 		return

@@ -186,6 +186,14 @@ func TestDesiredWithoutInventoryKeepsThePriorSpec(t *testing.T) {
 	}
 }
 
+func TestANetworkWithoutInventory(t *testing.T) {
+	p := policy("a", pfNames(), func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.NicSelector.NetFilter = "openstack/NetworkID:x" })
+	_, findings := Desired([]sriovv1.SriovNetworkNodePolicy{p}, nil, nil, sriovv1.SriovNetworkNodeStateSpec{})
+	if len(findings) != 1 || findings[0].Reason != InventoryPending || !strings.Contains(findings[0].Message, "virtual machine has whole") {
+		t.Errorf("the findings are %+v", findings)
+	}
+}
+
 // A typing error in a policy that is in effect must not take its VFs from pods.
 func TestDesiredRefusedEditKeepsWhatWas(t *testing.T) {
 	prior, _ := Desired([]sriovv1.SriovNetworkNodePolicy{policy("a", numVfs(8), pfNames("ens1f0#0-3,6")), policy("b", numVfs(8), pfNames("ens1f0#4-5"))}, nil, nics(), sriovv1.SriovNetworkNodeStateSpec{})
