@@ -35,11 +35,7 @@ func TestLabEswitchMode(t *testing.T) {
 			}
 		}
 	}
-	t.Cleanup(func() {
-		if err := errors.Join(h.SetNumVFs(context.Background(), pf.PCIAddress, 0), h.SetEswitchMode(context.Background(), pf.PCIAddress, Legacy)); err != nil {
-			t.Error(err)
-		}
-	})
+	legacyAfter(t, h, pf)
 	refused := func(want unix.Errno, mode EswitchMode) {
 		t.Helper()
 		before := again(t, h, pf.PCIAddress)
@@ -146,4 +142,27 @@ func TestLabEswitchMode(t *testing.T) {
 		t.Fatal(err)
 	}
 	is(again(t, h, pf.PCIAddress), Legacy, "", "")
+}
+
+// legacyAfter takes the PF back to legacy mode when the test ends.
+func legacyAfter(t *testing.T, h *Host, pf PF) {
+	t.Cleanup(func() {
+		if err := errors.Join(h.SetNumVFs(context.Background(), pf.PCIAddress, 0), h.SetEswitchMode(context.Background(), pf.PCIAddress, Legacy)); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// switchdevVFs makes n VFs with drivers in switchdev mode.
+func switchdevVFs(t *testing.T, h *Host, pf PF, n int) {
+	t.Helper()
+	legacyAfter(t, h, pf)
+	if err := errors.Join(h.SetEswitchMode(t.Context(), pf.PCIAddress, Switchdev), h.SetNumVFs(t.Context(), pf.PCIAddress, n)); err != nil {
+		t.Fatal(err)
+	}
+	for _, vf := range again(t, h, pf.PCIAddress).VFs {
+		if err := h.BindDriver(t.Context(), vf.PCIAddress, DefaultDriver); err != nil {
+			t.Fatal(err)
+		}
+	}
 }

@@ -21,9 +21,9 @@ const (
 
 var vdpaDrivers = map[string]string{VDPAVirtio: "virtio_vdpa", VDPAVhost: "vhost_vdpa"}
 
-// vdpaQueues is how many virtqueues a device gets where the driver lets one
-// choose: hardware offload shares the VF's queues among as many.
-const vdpaQueues = 32
+// vdpaPairs is how many pairs of virtqueues a device gets where the driver lets one
+// choose and has as many: hardware offload shares the VF's queues among them.
+const vdpaPairs = 32
 
 var vdpaHints = []hint{
 	{unix.ENODEV, "the VF's driver makes no vDPA devices: load its vDPA module (mlx5_vdpa), and set eSwitchMode to switchdev"},
@@ -78,7 +78,11 @@ func (h *Host) SetVDPA(ctx context.Context, vfAddress, kind string) error {
 	if driver == "" {
 		return fail(fmt.Errorf("type %q is not known: use %s or %s", kind, VDPAVirtio, VDPAVhost))
 	}
-	err := h.rt.VDPANewDev(name, "pci", vfAddress, netlink.VDPANewDevParams{MaxVQP: vdpaQueues})
+	pairs, err := h.vdpaPairs(vfAddress)
+	if err != nil {
+		return fail(err)
+	}
+	err = h.rt.VDPANewDev(name, "pci", vfAddress, netlink.VDPANewDevParams{MaxVQP: pairs})
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		err = h.rt.VDPANewDev(name, "pci", vfAddress, netlink.VDPANewDevParams{})
 	}
@@ -89,6 +93,19 @@ func (h *Host) SetVDPA(ctx context.Context, vfAddress, kind string) error {
 		return errors.Join(fail(err), h.rt.VDPADelDev(name))
 	}
 	return nil
+}
+
+// vdpaPairs is how many pairs of virtqueues the VF's vDPA device can have. Drivers
+// refuse more than they have with EINVAL (mlx5_vdpa_dev_add).
+func (h *Host) vdpaPairs(vfAddress string) (uint16, error) {
+	mgmt, err := h.rt.VDPAGetMGMTDevByBusAndName("pci", vfAddress)
+	switch {
+	case err != nil:
+		return 0, err
+	case mgmt.MaxVQS < 2: // it does not tell
+		return vdpaPairs, nil
+	}
+	return uint16(min(vdpaPairs, mgmt.MaxVQS/2)), nil
 }
 
 // bindVDPA binds a vDPA device, which the kernel may have given to another driver.

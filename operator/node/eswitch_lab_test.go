@@ -195,3 +195,44 @@ func TestLabSwitchdevRefused(t *testing.T) {
 	set("0")
 	l.looks("legacy", 2)
 }
+
+// The VFs of a group get their vDPA device once the mode is there, and keep it over a
+// restart of the agent; without the mode it is gone.
+func TestLabVDPA(t *testing.T) {
+	l := switchdevLab(t, host.Legacy, 0)
+	vdpa := of("left", "0-1", 1400)
+	vdpa.VdpaType = host.VDPAVhost
+	want := inMode("switchdev", 3)
+	want.VfGroups = []v1.VfGroup{vdpa, of("plain", "2-2", 1400)}
+	told := func(types ...string) {
+		t.Helper()
+		l.until(fmt.Sprint(types), func(s v1.SriovNetworkNodeStateStatus) error {
+			if len(s.Interfaces) == 0 || len(s.Interfaces[0].VFs) != len(types) || s.SyncStatus != v1.SyncStatusSucceeded {
+				return fmt.Errorf("%s: %s", s.SyncStatus, s.LastSyncError)
+			}
+			for i, vf := range s.Interfaces[0].VFs {
+				if vf.VdpaType != types[i] || vf.Message != "" {
+					return fmt.Errorf("%+v", vf)
+				}
+			}
+			return nil
+		})
+	}
+	l.server.spec(want)
+	told("vhost", "vhost", "")
+	before := l.read(nic0)
+	l.restart()
+	l.server.spec(want)
+	l.succeeded("seen", "3/3")
+	if after := l.read(nic0); after.VFs[0].IfIndex != before.VFs[0].IfIndex {
+		t.Error("the VFs were made anew")
+	}
+	want.VfGroups[0].VdpaType = ""
+	l.server.spec(want)
+	told("", "", "")
+	want.VfGroups[0].VdpaType = host.VDPAVhost
+	l.server.spec(want)
+	told("vhost", "vhost", "")
+	l.server.spec(inMode("legacy", 3))
+	told("", "", "")
+}

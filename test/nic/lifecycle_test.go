@@ -313,11 +313,6 @@ func TestLabBulk(t *testing.T) {
 	same := station(t, cards[0], 1, "10.9.0.2/24")
 	far := station(t, cards[1], 0, "10.9.0.3/24")
 
-	const size = 32 << 20
-	data := make([]byte, size)
-	for i := range data {
-		data[i] = byte(i * i >> 3)
-	}
 	for _, run := range []struct {
 		name string
 		vlan int
@@ -334,39 +329,70 @@ func TestLabBulk(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			var l net.Listener
-			var err error
-			inNS(t, run.to, func() { l, err = net.Listen("tcp4", run.addr+":5001") })
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer l.Close()
-			sum := make(chan []byte, 1)
-			go func() {
-				h := sha256.New()
-				if conn, err := l.Accept(); err == nil {
-					_, _ = io.Copy(h, conn)
-					conn.Close()
-				}
-				sum <- h.Sum(nil)
-			}()
-			var conn net.Conn
-			inNS(t, one, func() { conn, err = net.DialTimeout("tcp4", run.addr+":5001", 20*time.Second) })
-			if err != nil {
-				t.Fatal(err)
-			}
-			start := time.Now()
-			if _, err := conn.Write(data); err != nil {
-				t.Fatal(err)
-			}
-			conn.Close()
-			want := sha256.Sum256(data)
-			if got := <-sum; !bytes.Equal(got, want[:]) {
-				t.Error("the data arrived changed")
-			}
-			t.Logf("%.0f Mbit/s", size*8/1e6/time.Since(start).Seconds())
+			transfer(t, one, run.to, run.addr)
 		})
 	}
+}
+
+// TestLabSwitchdevBulk does the same through representors, which a bridge joins.
+func TestLabSwitchdevBulk(t *testing.T) {
+	c := cards[0]
+	t.Cleanup(func() { c.fresh(t, 0) })
+	c.switchdev(t, 2)
+	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "brt"}}
+	if err := netlink.LinkAdd(br); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = netlink.LinkDel(br) })
+	up(t, "brt")
+	for vf := range 2 {
+		up(t, c.rep(vf))
+		if err := netlink.LinkSetMaster(link(t, c.rep(vf)), br); err != nil {
+			t.Fatal(err)
+		}
+	}
+	transfer(t, station(t, c, 0, "10.9.0.1/24"), station(t, c, 1, "10.9.0.2/24"), "10.9.0.2")
+}
+
+// transfer sends data from one namespace to an address of another and compares it.
+func transfer(t *testing.T, from, to netns.NsHandle, addr string) {
+	t.Helper()
+	const size = 32 << 20
+	data := make([]byte, size)
+	for i := range data {
+		data[i] = byte(i * i >> 3)
+	}
+	var l net.Listener
+	var err error
+	inNS(t, to, func() { l, err = net.Listen("tcp4", addr+":5001") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	sum := make(chan []byte, 1)
+	go func() {
+		h := sha256.New()
+		if conn, err := l.Accept(); err == nil {
+			_, _ = io.Copy(h, conn)
+			conn.Close()
+		}
+		sum <- h.Sum(nil)
+	}()
+	var conn net.Conn
+	inNS(t, from, func() { conn, err = net.DialTimeout("tcp4", addr+":5001", 20*time.Second) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	if _, err := conn.Write(data); err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	want := sha256.Sum256(data)
+	if got := <-sum; !bytes.Equal(got, want[:]) {
+		t.Error("the data arrived changed")
+	}
+	t.Logf("%.0f Mbit/s", size*8/1e6/time.Since(start).Seconds())
 }
 
 // TestLabUnplug takes the PF off the bus with its VFs, as a surprise removal does.
@@ -470,6 +496,7 @@ func TestLabReload(t *testing.T) {
 		up(t, cards[0].vf(0))
 		cards[1].switchdev(t, 2)
 		up(t, cards[1].rep(0))
+		wantErrno(t, "add a vDPA device", netlink.VDPANewDev("v", "pci", cards[1].vfPCI(t, 0), netlink.VDPANewDevParams{}), 0)
 		ns := newNS(t)
 		if err := netlink.LinkSetNsFd(link(t, cards[0].vf(1)), int(ns)); err != nil {
 			t.Fatal(err)

@@ -314,6 +314,37 @@ func TestLabSwitchdevPath(t *testing.T) {
 	reach("the wire reaches a VF over the bridge", c.wire, frame{dst: a0, src: foreign}, c.vf(0))
 }
 
+// TestLabVDPA gives a VF of a switchdev card its vDPA device.
+func TestLabVDPA(t *testing.T) {
+	c := cards[0]
+	c.fresh(t, 1)
+	t.Cleanup(func() { c.fresh(t, 0) })
+	add := func(name string, pairs uint16) error {
+		return netlink.VDPANewDev(name, "pci", c.vfPCI(t, 0), netlink.VDPANewDevParams{MaxVQP: pairs})
+	}
+	wantErrno(t, "in legacy mode", add("v", 1), unix.ENODEV)
+	c.switchdev(t, 1)
+	mgmt, err := netlink.VDPAGetMGMTDevByBusAndName("pci", c.vfPCI(t, 0))
+	if err != nil || mgmt.MaxVQS != 16 {
+		t.Errorf("the management device is %+v, want 16 virtqueues: %v", mgmt, err)
+	}
+	wantErrno(t, "more virtqueues than there are", add("v", 9), unix.EINVAL)
+	wantErrno(t, "a device", add("v", 8), 0)
+	wantErrno(t, "a second device", add("w", 1), unix.ENOSPC)
+	config, err := netlink.VDPAGetDevConfigByName("v")
+	if want := link(t, c.vf(0)).Attrs().HardwareAddr.String(); err != nil || config.Net.Cfg.MACAddr.String() != want {
+		t.Errorf("the device has %+v, want the VF's MAC %s: %v", config, want, err)
+	}
+	if got := read(t, "/sys/bus/pci/devices/"+c.vfPCI(t, 0)+"/v/uevent"); !strings.Contains(got, "DRIVER=") {
+		t.Errorf("no driver of the vdpa bus took the device: %q", got)
+	}
+	wantErrno(t, "remove it", netlink.VDPADelDev("v"), 0)
+	wantErrno(t, "another", add("w", 1), 0)
+	c.bound(t, 0, false)
+	wantErrno(t, "without the VF's driver", netlink.VDPADelDev("w"), unix.ENODEV)
+	wantErrno(t, "legacy mode after it", c.setMode("legacy"), 0)
+}
+
 // TestLabSwitchdevTurmoil changes the mode under traffic from every side; what the
 // kernel says of it is for TestMain.
 func TestLabSwitchdevTurmoil(t *testing.T) {

@@ -116,6 +116,7 @@ struct snic_port {
 	struct net_device __rcu *rep;	/* a VF's representor in switchdev mode */
 	/* PF: physical, always there; VF: there with its representor. */
 	struct devlink_port dl_port;
+	struct snic_vdpa_mgmt *vdpa;	/* a driven VF's in switchdev mode */
 
 	u64 mac;			/* unicast filter; 0: none */
 	u64 admin_mac;			/* set through the PF; 0: none */
@@ -237,6 +238,21 @@ void snic_switch_id(const struct snic_card *card, struct netdev_phys_item_id *id
 /* rep.c: for all VFs there are, under the devlink lock */
 int snic_reps_add(struct snic_pf *pf);
 void snic_reps_remove(struct snic_pf *pf);
+
+/* vdpa.c, of the VF's driver */
+#if IS_BUILTIN(CONFIG_VDPA)
+int snic_vdpa_add(struct snic_port *port, struct pci_dev *pdev);
+void snic_vdpa_remove(struct snic_port *port);
+#else
+static inline int snic_vdpa_add(struct snic_port *port, struct pci_dev *pdev)
+{
+	return 0;
+}
+
+static inline void snic_vdpa_remove(struct snic_port *port)
+{
+}
+#endif
 
 /* ethtool.c */
 extern const struct ethtool_ops snic_ethtool_ops, snic_link_ethtool_ops;

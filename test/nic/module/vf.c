@@ -84,11 +84,18 @@ static int vf_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	dev->ethtool_ops = &snic_ethtool_ops;
 	SET_NETDEV_DEV(dev, &pdev->dev);
 	pci_set_drvdata(pdev, dev);
+	if (snic_switchdev(pf)) {
+		err = snic_vdpa_add(&pf->vfs[vf], pdev);
+		if (err)
+			goto err_free;
+	}
 	err = vf_register(&pf->vfs[vf], dev);
 	if (err)
-		goto err_free;
+		goto err_vdpa;
 	return 0;
 
+err_vdpa:
+	snic_vdpa_remove(&pf->vfs[vf]);
 err_free:
 	free_netdev(dev);
 err_disable:
@@ -101,6 +108,7 @@ static void vf_remove(struct pci_dev *pdev)
 	struct net_device *dev = pci_get_drvdata(pdev);
 	struct snic_port *port = snic_netdev(dev)->port;
 
+	snic_vdpa_remove(port);
 	rtnl_lock();
 	RCU_INIT_POINTER(port->dev, NULL);
 	WRITE_ONCE(port->mac, port->admin_mac);
