@@ -360,8 +360,11 @@ func (c *Cluster) awaitAccount(ctx context.Context, client *kubernetes.Clientset
 func (c *Cluster) awaitNode(ctx context.Context, client *kubernetes.Clientset, i int) error {
 	for tries := 1; ; tries++ {
 		ready, err := makeReady(ctx, client, c.Nodes[i].Name)
-		if ready || err != nil {
+		if err != nil {
 			return err
+		}
+		if ready {
+			return c.awaitServices(ctx, i)
 		}
 		if tries%10 == 0 { // asking the guest costs it time
 			var no *guest.ExitError
@@ -375,6 +378,16 @@ func (c *Cluster) awaitNode(ctx context.Context, client *kubernetes.Clientset, i
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
+}
+
+// awaitServices waits until the services, of which the API server is one, are
+// reached from node i and its pods.
+func (c *Cluster) awaitServices(ctx context.Context, i int) error {
+	_, err := c.guests[i].Run(ctx, "until nft list map ip kube-proxy service-ips 2>/dev/null | grep -q "+cluster.ServiceIP.String()+"; do test ! -e "+cluster.NodeFailed+" || exit 1; sleep 0.1; done")
+	if err != nil {
+		return fmt.Errorf("wait for kube-proxy: %w", err)
+	}
+	return nil
 }
 
 // makeReady reports whether a node is Ready, and labels it, once, as a worker:
@@ -401,7 +414,7 @@ func (c *Cluster) unready(ctx context.Context, i int, err error) error {
 	ask, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
 	g := c.guests[i]
-	said, failed := g.Run(ask, "tail -n 5 /var/log/start.log; grep -sE '^[EF]' /var/log/kubelet.log | tail -n 10")
+	said, failed := g.Run(ask, "tail -n 5 /var/log/start.log; grep -shE '^[EF]' /var/log/kubelet.log /var/log/kube-proxy.log | tail -n 10")
 	if failed != nil {
 		said = fmt.Sprintf("%s\n%v\nend of the console:\n%s", said, failed, g.ConsoleTail(15))
 	}

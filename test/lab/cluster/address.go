@@ -15,8 +15,8 @@ const (
 	serviceCIDR = "10.96.0.0/16"
 )
 
-// serviceIP is the ClusterIP of the service "kubernetes": the first of the range.
-var serviceIP = netip.AddrFrom4([4]byte{10, 96, 0, 1})
+// ServiceIP is the ClusterIP of the service "kubernetes": the first of the range.
+var ServiceIP = netip.AddrFrom4([4]byte{10, 96, 0, 1})
 
 // MaxNodes is the largest number of nodes: node N is 172.30.0.(10+N).
 const MaxNodes = 99

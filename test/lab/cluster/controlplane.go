@@ -87,8 +87,8 @@ func (c ControlPlane) arguments() map[string][]string {
 			"--kubelet-client-certificate=" + c.pki("admin.crt"), "--kubelet-client-key=" + c.pki("admin.key"),
 			"--kubelet-preferred-address-types=InternalIP",
 			"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction", "--allow-privileged",
-			// There is no service proxy here: webhooks and aggregated APIs are
-			// called at the pods behind their service.
+			// There is no service proxy where the API server runs: webhooks and
+			// aggregated APIs are called at the pods behind their service.
 			"--enable-aggregator-routing",
 			"--requestheader-client-ca-file=" + c.pki("ca.crt"), "--requestheader-allowed-names=front-proxy",
 			"--requestheader-username-headers=X-Remote-User", "--requestheader-group-headers=X-Remote-Group",
@@ -119,7 +119,7 @@ func (c ControlPlane) write(keys *Keys, relay netip.AddrPort) error {
 	pairs := map[string]Pair{"ca": ca, "sa": sa}
 	for name, subject := range map[string]Subject{
 		"apiserver": {Name: "kube-apiserver", Hosts: []string{
-			Gateway.String(), relay.Addr().String(), serviceIP.String(),
+			Gateway.String(), relay.Addr().String(), ServiceIP.String(),
 			"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc",
 		}},
 		"admin":                   {Name: "admin", Groups: []string{"system:masters"}},

@@ -36,7 +36,8 @@ type nodeValues struct {
 	Address             netip.Addr
 	NodePods            netip.Prefix
 	PodCIDR, PauseImage string
-	Gateway, ServiceIP  netip.Addr
+	Gateway             netip.Addr
+	Failed              string
 	APIServer           netip.AddrPort
 }
 
@@ -50,7 +51,7 @@ func renderNode(n int) (map[string][]byte, error) {
 		PodCIDR:    podCIDR,
 		PauseImage: PauseImage,
 		Gateway:    Gateway,
-		ServiceIP:  serviceIP,
+		Failed:     NodeFailed,
 		APIServer:  netip.AddrPortFrom(Gateway, apiPort),
 	}
 	files := map[string][]byte{}
@@ -96,12 +97,15 @@ func (k *Keys) WriteNode(dir string, n int) error {
 		return err
 	}
 	files["etc/kubelet-ca.crt"], files["etc/kubelet.crt"], files["etc/kubelet.key"] = k.authority.PEM, node.Cert, node.Key
-	server := netip.AddrPortFrom(Gateway, apiPort)
-	if files["etc/kubelet.kubeconfig"], err = Kubeconfig(server, k.authority.PEM, node); err != nil {
+	proxy, err := k.authority.Issue(Subject{Name: "system:kube-proxy"}, k.now) // bound to system:node-proxier from the start
+	if err != nil {
 		return err
 	}
-	if files["etc/multus.kubeconfig"], err = Kubeconfig(server, k.authority.PEM, multus); err != nil {
-		return err
+	server := netip.AddrPortFrom(Gateway, apiPort)
+	for name, pair := range map[string]Pair{"kubelet": node, "multus": multus, "kube-proxy": proxy} {
+		if files["etc/"+name+".kubeconfig"], err = Kubeconfig(server, k.authority.PEM, pair); err != nil {
+			return err
+		}
 	}
 	return writeFiles(dir, files)
 }

@@ -19,7 +19,7 @@ func TestNodeFilesAreRenderedForTheirNode(t *testing.T) {
 	for _, want := range []struct{ file, text string }{
 		{"start", "--hostname-override vm7 --node-ip 172.30.0.17"},
 		{"start", "ip route replace 10.244.0.0/16 via 172.30.0.1"},
-		{"etc/lab.nft", "ip daddr 10.96.0.1 tcp dport 443 dnat to 172.30.0.1:6443"},
+		{"etc/kube-proxy.yaml", "hostnameOverride: vm7"},
 		{"etc/containerd/config.toml", `sandbox = "sluice.dev/pause:dev"`},
 		{"etc/cni/net.d/00-multus.conf", `"subnet": "10.244.7.0/24"`},
 	} {
@@ -27,12 +27,15 @@ func TestNodeFilesAreRenderedForTheirNode(t *testing.T) {
 			t.Errorf("%s lacks %q:\n%s", want.file, want.text, files[want.file])
 		}
 	}
-	var network, kubelet map[string]any
+	var network, kubelet, proxy map[string]any
 	if err := json.Unmarshal(files["etc/cni/net.d/00-multus.conf"], &network); err != nil {
 		t.Errorf("network configuration: %v", err)
 	}
 	if err := yaml.UnmarshalStrict(files["etc/kubelet.yaml"], &kubelet); err != nil {
 		t.Errorf("kubelet configuration: %v", err)
+	}
+	if err := yaml.UnmarshalStrict(files["etc/kube-proxy.yaml"], &proxy); err != nil {
+		t.Errorf("kube-proxy configuration: %v", err)
 	}
 }
 
@@ -46,7 +49,7 @@ func TestOnlyProgramsOfANodeAreExecutableAndNothingIsPublic(t *testing.T) {
 		t.Fatal(err)
 	}
 	for file, want := range map[string]os.FileMode{
-		"start": 0o755, "etc/kubelet.key": 0o600, "etc/kubelet.kubeconfig": 0o600, "etc/multus.kubeconfig": 0o600,
+		"start": 0o755, "etc/kubelet.key": 0o600, "etc/kubelet.kubeconfig": 0o600, "etc/multus.kubeconfig": 0o600, "etc/kube-proxy.kubeconfig": 0o600,
 	} {
 		info, err := os.Stat(filepath.Join(dir, file))
 		if err != nil {

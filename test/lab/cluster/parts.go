@@ -47,10 +47,10 @@ func NewParts(repo string) Parts {
 		}
 		return nil
 	}
-	kubelet := goStep("kubelet", repo, "kube", goBuild{Flags: kubernetes, Packages: []string{"k8s.io/kubernetes/cmd/kubelet"}})
+	node := goStep("node-kubernetes", repo, "kube", goBuild{Flags: kubernetes, Packages: []string{"k8s.io/kubernetes/cmd/kubelet", "k8s.io/kubernetes/cmd/kube-proxy"}})
 	const containerd = "github.com/containerd/containerd/v2/"
 	const plugins = "github.com/containernetworking/plugins/plugins/"
-	node := goStep("node-programs", repo, "node",
+	programs := goStep("node-programs", repo, "node",
 		goBuild{
 			To: "bin", Flags: "-s -w -X " + containerd + "version.Version=2.2.9",
 			// Snapshotters that guests have no file system for.
@@ -68,13 +68,14 @@ func NewParts(repo string) Parts {
 	return Parts{
 		Kubelab: kubelab,
 		Root: guest.RootImage("node",
-			guest.File{From: kubelet, Path: "kubelet", To: "/usr/local/bin/kubelet"},
-			guest.File{From: node, Path: "bin/containerd", To: "/usr/local/bin/containerd"},
-			guest.File{From: node, Path: "bin/containerd-shim-runc-v2", To: "/usr/local/bin/containerd-shim-runc-v2"},
-			guest.File{From: node, Path: "bin/ctr", To: "/usr/local/bin/ctr"},
-			guest.File{From: node, Path: "bin/cnitool", To: "/usr/local/bin/cnitool"},
-			guest.File{From: node, Path: "cni", To: "/opt/cni/bin"},
-			guest.File{From: preload(node, podImages(repo)), Path: ".", To: "/opt/containerd"},
+			guest.File{From: node, Path: "kubelet", To: "/usr/local/bin/kubelet"},
+			guest.File{From: node, Path: "kube-proxy", To: "/usr/local/bin/kube-proxy"},
+			guest.File{From: programs, Path: "bin/containerd", To: "/usr/local/bin/containerd"},
+			guest.File{From: programs, Path: "bin/containerd-shim-runc-v2", To: "/usr/local/bin/containerd-shim-runc-v2"},
+			guest.File{From: programs, Path: "bin/ctr", To: "/usr/local/bin/ctr"},
+			guest.File{From: programs, Path: "bin/cnitool", To: "/usr/local/bin/cnitool"},
+			guest.File{From: programs, Path: "cni", To: "/opt/cni/bin"},
+			guest.File{From: preload(programs, podImages(repo)), Path: ".", To: "/opt/containerd"},
 		),
 	}
 }

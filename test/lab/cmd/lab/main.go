@@ -232,7 +232,7 @@ func console() *cobra.Command {
 }
 
 // nodeLogs are the logs inside a node.
-var nodeLogs = []string{"start", "kubelet", "containerd", "multus"}
+var nodeLogs = []string{"start", "kubelet", "kube-proxy", "containerd", "multus"}
 
 func logs() *cobra.Command {
 	var lines int
