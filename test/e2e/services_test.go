@@ -61,8 +61,16 @@ spec: {clusterIP: 10.96.0.10, selector: {app: names}, ports: [{port: 53, protoco
 		t.Run("from "+client, func(t *testing.T) {
 			want := map[string]bool{}
 			eventually(t, time.Minute, func() error {
+				out, err := cluster.Kubectl(t.Context(), "exec", client, "--", "nslookup", "-type=a", "web.default.svc.cluster.local.")
+				if err == nil && !strings.Contains(out, address) {
+					err = fmt.Errorf("the cluster's name server has no %s:\n%s", address, out)
+				}
+				return err
+			})
+			eventually(t, time.Minute, func() error {
 				for range 6 {
-					out, err := cluster.Kubectl(t.Context(), "exec", client, "--", "wget", "-q", "-T", "3", "-O", "-", "http://web.default.svc.cluster.local/")
+					out, err := cluster.Kubectl(t.Context(), "exec", client, "--", "sh", "-c",
+						`printf 'GET / HTTP/1.0\r\n\r\n' | nc.openbsd -N -w 3 `+address+` 80 | tail -n 1`)
 					if err != nil {
 						return err
 					}

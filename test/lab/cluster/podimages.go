@@ -34,7 +34,7 @@ const imagesFile = "images.tar"
 var tools = []string{
 	"dash",
 	"ip", "bridge", "tc", "devlink", "rdma", "ss", "nft",
-	"ping", "ethtool", "tcpdump", "iperf3", "lspci", "dnsmasq",
+	"ping", "ethtool", "tcpdump", "iperf3", "lspci", "dnsmasq", "nc.openbsd",
 }
 
 // podImages is the step for the images of pause and tools: programs of the

@@ -111,7 +111,7 @@ func guestd(repo string) *artefact.Step {
 
 // Packages of the guests' Debian.
 var basePackages = []string{
-	"busybox-static", "ca-certificates", "dash", "dnsmasq-base", "ethtool", "iperf3", "iproute2", "iputils-ping", "kmod", "mount", "nftables", "pciutils", "procps", "runc", "tcpdump",
+	"busybox-static", "ca-certificates", "dash", "dnsmasq-base", "ethtool", "iperf3", "iproute2", "iputils-ping", "kmod", "mount", "netcat-openbsd", "nftables", "pciutils", "procps", "runc", "tcpdump",
 }
 
 // Base is the step for the Debian system of all guests: output file base.tar.
