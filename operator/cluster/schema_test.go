@@ -168,6 +168,9 @@ func TestSchemaRefuses(t *testing.T) {
 		{"master", macvlan, "master: a/b", "spec.master", `master "a/b" is not the name of a link: write 1 to 15 characters`},
 		{"long master", macvlan, "master: abcdefghijklmnop", "spec.master", `master "abcdefghijklmnop" is not the name of a link`},
 		{"MacVLAN resource name", macvlan, "resourceName: a/b", "spec.resourceName", `resourceName "a/b" is not a resource name`},
+		{"probe", macvlan, "master: bond0\nconflictProbe: 20000", "spec.conflictProbe", "not a time to listen"},
+		{"host interface without addresses", macvlan, "master: bond0\nhostInterface: {}", "spec", "hostInterface leads to the pod's addresses: set ipam, too"},
+		{"route of a host interface", macvlan, "master: bond0\nipam: '{}'\nhostInterface: {routes: [10.96.0.1/12]}", "spec.hostInterface.routes[0]", `"10.96.0.1/12" is not a network such as 10.96.0.0/12`},
 		{"MacVLAN namespace", macvlan, "resourceName: r\nnetworkNamespace: A", "spec.networkNamespace", `networkNamespace "A" is not a namespace name`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -210,7 +213,7 @@ func TestSchemaAccepts(t *testing.T) {
 		{"MacvlanNodePolicy", node + "parentSelector: {kinds: [bond, vxlan]}"},
 		{"MacvlanNodePolicy", node + "priority: 0\nvlan: 4094\nmtu: 9000\nslots: 4096\nexcludeTopology: true\nparentSelector: {vendor: '8086', deviceID: 158B, rootDevices: ['10000:3b:00.7'], pfNames: [ens1f0], kinds: [physical, bond]}"},
 		{"MacvlanNetwork", "resourceName: r"},
-		{"MacvlanNetwork", "master: eth0.5\nresourceName: r\nmode: passthru\nmtu: 1400\nnetworkNamespace: default\nipam: '{}'\ncapabilities: '{\"mac\": true}'\nmetaPlugins: '{\"type\": \"tuning\"}'"},
+		{"MacvlanNetwork", "master: eth0.5\nresourceName: r\nmode: passthru\nmtu: 1400\nnetworkNamespace: default\nipam: '{}'\ncapabilities: '{\"mac\": true}'\nmetaPlugins: '{\"type\": \"tuning\"}'\nconflictProbe: 0\nhostInterface: {routes: [10.96.0.0/12, 169.254.20.10/32, 'fd00::/64']}"},
 	} {
 		o := object(t, c.kind, fmt.Sprintf("accepted-%d", i), c.spec)
 		if c.kind == "SriovOperatorConfig" {

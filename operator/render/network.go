@@ -223,20 +223,17 @@ func ovsConfig(s *sriovv1.OVSNetworkSpec) plugin {
 
 type macvlanPlugin struct {
 	head
-	Master string `json:"master,omitempty"`
-	Mode   string `json:"mode,omitempty"`
-	MTU    int    `json:"mtu,omitempty"`
+	Master        string                  `json:"master,omitempty"`
+	Mode          string                  `json:"mode,omitempty"`
+	MTU           int                     `json:"mtu,omitempty"`
+	ConflictProbe *int                    `json:"conflictProbe,omitempty"`
+	HostInterface *sluicev1.HostInterface `json:"hostInterface,omitempty"`
 	tail
 }
 
-// macvlanConfig is for the reference macvlan plugin when the parent is named. That
-// plugin knows nothing of devices: without a master it takes the link of the default
-// route. So where the slot alone decides on the parent, the type is Sluice's own plugin,
-// which finds the parent by deviceID.
 func macvlanConfig(s *sluicev1.MacvlanNetworkSpec) plugin {
-	kind := "macvlan"
-	if s.Master == "" {
-		kind = "sluice"
+	return &macvlanPlugin{
+		head: head{Type: "sluice"}, Master: s.Master, Mode: s.Mode, MTU: s.Mtu,
+		ConflictProbe: s.ConflictProbe, HostInterface: s.HostInterface,
 	}
-	return &macvlanPlugin{head: head{Type: kind}, Master: s.Master, Mode: s.Mode, MTU: s.Mtu}
 }

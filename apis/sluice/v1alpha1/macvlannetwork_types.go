@@ -9,6 +9,7 @@ import (
 // MacvlanNetworkSpec is a network that pods join with a MacVLAN sub-interface.
 //
 // +kubebuilder:validation:XValidation:rule="(has(self.resourceName) && size(self.resourceName) > 0) || (has(self.master) && size(self.master) > 0)",message="nothing says on which link: give resourceName, that of a MacvlanNodePolicy, or master, the link's name on every node"
+// +kubebuilder:validation:XValidation:rule="!has(self.hostInterface) || (has(self.ipam) && size(self.ipam) > 0)",message="hostInterface leads to the pod's addresses: set ipam, too"
 type MacvlanNetworkSpec struct {
 	// networkNamespace is where the NetworkAttachmentDefinition is made; empty means the
 	// network's own namespace. Only networks in the operator's namespace may name another.
@@ -46,10 +47,32 @@ type MacvlanNetworkSpec struct {
 	// {"mac": true, "ips": true}.
 	// +optional
 	Capabilities string `json:"capabilities,omitempty"`
+	// conflictProbe is how many milliseconds to listen for other stations that have the
+	// pod's addresses, before these are used; 0 does not ask. Unset means 50.
+	// +optional
+	// +kubebuilder:validation:XValidation:rule="self >= 0 && self <= 10000",message="not a time to listen: set conflictProbe to 0 to 10000 milliseconds"
+	ConflictProbe *int `json:"conflictProbe,omitempty"`
+	// hostInterface, when set, gives the pods a second, private interface to their node.
+	// It is for pods whose only network this is: kubelet's probes reach them by it, and
+	// they reach their node, and the networks in routes.
+	// +optional
+	HostInterface *HostInterface `json:"hostInterface,omitempty"`
 	// metaPlugins are CNI plugins to run after the sub-interface's own: JSON objects with
 	// commas between them.
 	// +optional
 	MetaPlugins string `json:"metaPlugins,omitempty"`
+}
+
+// HostInterface is a pair of links between a pod and its node.
+type HostInterface struct {
+	// routes are the networks that the pod reaches by its node, such as those of
+	// Services and of a node-local DNS.
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:MaxLength=43
+	// +kubebuilder:validation:items:XValidation:rule="isCIDR(self) && cidr(self).masked() == cidr(self)",messageExpression="'\"' + self + '\" is not a network such as 10.96.0.0/12'"
+	Routes []string `json:"routes,omitempty"`
 }
 
 // MacvlanNetwork makes a NetworkAttachmentDefinition through which pods get a MacVLAN
