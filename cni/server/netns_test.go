@@ -43,7 +43,7 @@ type node struct {
 
 // netnsTest runs the rest of the test in a process with a network namespace of its
 // own; false when that was done.
-func netnsTest(t testing.TB) bool {
+func netnsTest(t *testing.T) bool {
 	t.Helper()
 	if os.Getenv("SLUICE_TEST_NETNS") != "" {
 		return true
@@ -55,9 +55,6 @@ func netnsTest(t testing.TB) bool {
 		t.Skip("needs root")
 	}
 	args := []string{"-test.run", "^" + t.Name() + "$", "-test.v=" + strconv.FormatBool(testing.Verbose()), "-test.timeout", "30m"}
-	if _, ok := t.(*testing.B); ok {
-		args = []string{"-test.run", "^$", "-test.bench", "^" + t.Name() + "$"}
-	}
 	c := exec.Command("/proc/self/exe", args...)
 	c.Env = append(os.Environ(), "SLUICE_TEST_NETNS=1")
 	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}

@@ -20,7 +20,7 @@ import (
 )
 
 // newPod makes a network namespace bound at a path, as container runtimes do.
-func newPod(t *testing.T, dir, name string) (path string) {
+func newPod(t testing.TB, dir, name string) (path string) {
 	t.Helper()
 	path = filepath.Join(dir, name)
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
@@ -62,7 +62,7 @@ type agentProcess struct {
 }
 
 // startAgent starts an agent and waits until it serves or is dead.
-func startAgent(t *testing.T, dir string, dieAt int) *agentProcess {
+func startAgent(t testing.TB, dir string, dieAt int) *agentProcess {
 	t.Helper()
 	_ = os.Remove(filepath.Join(dir, "cni.sock"))
 	c := exec.Command("/proc/self/exe")
@@ -117,7 +117,7 @@ func (a *agentProcess) call(req wire.Request) ([]byte, error) {
 	return resp.Stdout, err
 }
 
-func eventually(t *testing.T, what string, ok func() error) {
+func eventually(t testing.TB, what string, ok func() error) {
 	t.Helper()
 	for end := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		err := ok()

@@ -270,35 +270,3 @@ ip link show ens1f0`)
 		t.Errorf("not put right:\n%s", rest)
 	}
 }
-
-// Slots on a NIC and on a VLAN of it, which is made, are there for pods to ask for.
-func TestMacvlanSlots(t *testing.T) {
-	macvlan := func(name, parent string, slots int, extra ...string) string {
-		return fmt.Sprintf(`
-apiVersion: sluice.dev/v1alpha1
-kind: MacvlanNodePolicy
-metadata: {name: %[1]s, namespace: %[2]s}
-spec:
-  resourceName: %[1]s
-  nodeSelector: {node-role.kubernetes.io/worker: ""}
-  parentSelector: {pfNames: [%[3]q]}
-  slots: %[4]d
-%[5]s
----`, name, namespace, parent, slots, lines(extra))
-	}
-	apply(t, macvlan("slots", "ens2f0", 5)+macvlan("tagged", "ens2f0", 7, "vlan: 30"))
-	waitAllocatable(t, "openshift.io/slots", "5", nodes...)
-	waitAllocatable(t, "openshift.io/tagged", "7", nodes...)
-	for _, n := range nodes {
-		mentions(t, inNode(t, n, "ip -d -o link show type vlan"), "vlan protocol 802.1Q id 30", "@ens2f0")
-	}
-	if kind == "uml" {
-		eventually(t, 30*time.Second, func() error {
-			out := kubectl(t, "", "-n", namespace, "get", "macvlannodepolicies")
-			if strings.Count(out, "True") != 2 {
-				return errors.New("not all are Ready:\n" + out)
-			}
-			return nil
-		})
-	}
-}

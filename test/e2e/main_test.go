@@ -163,6 +163,18 @@ func inNode(t *testing.T, node, script string) string {
 	return out
 }
 
+// inNodeAfter is inNode for cleanups, when the test's own context is done.
+func inNodeAfter(t *testing.T, node, script string) {
+	t.Helper()
+	g, err := cluster.Node(node)
+	if err == nil {
+		_, err = g.Run(context.Background(), script)
+	}
+	if err != nil {
+		t.Errorf("in %s: %v", node, err)
+	}
+}
+
 // eventually waits until f has no complaint.
 func eventually(t *testing.T, limit time.Duration, f func() error) {
 	t.Helper()
