@@ -27,6 +27,10 @@ type Kernel interface {
 	VFSettings(vf host.VFRef) (host.VFSettings, error)
 	SetVFSettings(ctx context.Context, vf host.VFRef, want host.VFSettings, required host.VFAttrs) error
 
+	RDMADevice(pciAddress string) (name string, err error)
+	RDMAExclusive() (bool, error)
+	MoveRDMA(from *host.Netns, name string, to *host.Netns) error
+
 	HostNetns() *host.Netns
 	OpenNetns(path string) (*host.Netns, error)
 	Links(ns *host.Netns) ([]host.Netdev, error)

@@ -599,6 +599,71 @@ func TestRecoverBesideAdd(t *testing.T) {
 	}
 }
 
+// Two networks with one route: the pod gets both, as with the reference plugins.
+func TestTwoNetworksWithOneRoute(t *testing.T) {
+	ctx := context.Background()
+	w := newWorld()
+	before := w.state()
+	a := newAttacher(t, w, t.TempDir(), nil)
+	var calls []Request
+	for i, vf := range []string{vf0, vf1} {
+		req := request(Add, "c1", pod1, vf, `"ipam":{"type":"static"}`)
+		req.IfName = fmt.Sprintf("net%d", i+1)
+		out, err := a.Add(ctx, req, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		calls = append(calls, req)
+		req.Stdin = []byte(strings.TrimSuffix(string(req.Stdin), "}") + `,"prevResult":` + string(out) + "}")
+		if err := a.Check(ctx, req, nil); err != nil {
+			t.Errorf("CHECK of %s: %v", req.IfName, err)
+		}
+	}
+	for _, req := range calls {
+		if err := a.Del(ctx, req, nil); err != nil {
+			t.Error(err)
+		}
+	}
+	if after := w.state(); after != before {
+		t.Errorf("left:\n%s", after)
+	}
+}
+
+func TestRDMA(t *testing.T) {
+	const asks = `"rdma":true`
+	ctx := context.Background()
+	add := func(w *world, keys string) (*Attacher, error) {
+		a := newAttacher(t, w, t.TempDir(), nil)
+		_, err := a.Add(ctx, request(Add, "c1", pod1, vf0, keys), nil)
+		return a, err
+	}
+	w := newWorld()
+	if _, err := add(w, ""); err != nil || w.rdma[vf0] != hostNS {
+		t.Errorf("a network that does not ask: %v, RDMA in %v", err, w.rdma[vf0])
+	}
+	w = newWorld()
+	w.shared = true
+	if _, err := add(w, asks); err != nil || w.rdma[vf0] != hostNS {
+		t.Errorf("shared by all namespaces: %v, RDMA in %v", err, w.rdma[vf0])
+	}
+	w = newWorld()
+	delete(w.rdma, vf0)
+	if _, err := add(w, asks); codeOf(err) != CodeUnusable || !strings.Contains(err.Error(), "has no RDMA device") {
+		t.Errorf("a VF without one: %v", err)
+	}
+	w = newWorld()
+	before := w.state()
+	a, err := add(w, asks)
+	if err != nil || w.rdma[vf0] != w.netns[pod1] {
+		t.Errorf("exclusive: %v, RDMA in %v", err, w.rdma[vf0])
+	}
+	// Its pod dies, and the kernel gives it back.
+	w.end(pod1)
+	if err := a.Recover(ctx); err != nil || w.state() != before {
+		t.Errorf("%v, state\n%s", err, w.state())
+	}
+}
+
 func TestResultVersions(t *testing.T) {
 	for _, v := range Versions {
 		w := newWorld()

@@ -78,6 +78,9 @@ type Record struct {
 	MAC        string       `json:"mac,omitempty"` // of the interface in the pod
 	MTU        int          `json:"mtu,omitempty"`
 	Userspace  bool         `json:"userspace,omitempty"` // the VF has no netdev
+	RDMA       string       `json:"rdma,omitempty"`      // RDMA device that is in the pod with the VF
+	Promisc    *bool        `json:"promisc,omitempty"`
+	AllMulti   *bool        `json:"allMulti,omitempty"`
 
 	Settings host.VFSettings `json:"settings"`          // intended at the PF
 	Macvlan  *Macvlan        `json:"macvlan,omitempty"` // nil for a VF

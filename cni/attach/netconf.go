@@ -66,6 +66,9 @@ type Config struct {
 	LinkState *host.LinkState
 	MinTxRate *int // Mb/s
 	MaxTxRate *int // Mb/s
+	Promisc   *bool
+	AllMulti  *bool
+	RDMA      bool // the VF's RDMA device goes to the pod, too
 
 	Macvlan *Macvlan // nil for a VF
 
@@ -133,6 +136,9 @@ var fields = map[string]field{
 	"link_state":  linkState,
 	"min_tx_rate": number(func(p *parser) **int { return &p.MinTxRate }),
 	"max_tx_rate": number(func(p *parser) **int { return &p.MaxTxRate }),
+	"promisc":     decode(func(p *parser) any { return &p.Promisc }),
+	"allmulti":    decode(func(p *parser) any { return &p.AllMulti }),
+	"rdma":        decode(func(p *parser) any { return &p.RDMA }),
 
 	"master":          text(func(p *parser) *string { return &p.macvlan.Parent }),
 	"mode":            mode,
@@ -159,7 +165,7 @@ var fields = map[string]field{
 
 // vfKeys and macvlanKeys are the keys that mean something for one kind only.
 var (
-	vfKeys      = []string{"vlan", "vlanQoS", "vlanProto", "spoofchk", "trust", "link_state", "min_tx_rate", "max_tx_rate"}
+	vfKeys      = []string{"vlan", "vlanQoS", "vlanProto", "spoofchk", "trust", "link_state", "min_tx_rate", "max_tx_rate", "promisc", "allmulti", "rdma"}
 	macvlanKeys = []string{"master", "mode", "linkInContainer", "bcqueuelen"}
 )
 
@@ -168,7 +174,7 @@ var (
 var runtimeKeys = map[string]field{
 	"mac":      text(func(p *parser) *string { return &p.runtimeMAC }),
 	"deviceID": nil, "CNIDeviceInfoFile": nil, "ips": nil, "ipRanges": nil, "dns": nil, "aliases": nil,
-	"portMappings": nil, "bandwidth": nil, "infinibandGUID": nil, "cgroupPath": nil,
+	"portMappings": nil, "bandwidth": nil, "infinibandGUID": noGUID, "cgroupPath": nil,
 	"io.kubernetes.cri.pod-annotations": nil,
 }
 
@@ -534,6 +540,14 @@ func (n *network) UnmarshalText(b []byte) error {
 	}
 	*n = network(*parsed)
 	return nil
+}
+
+// noGUID refuses what a pod would otherwise believe to have.
+func noGUID(_ *parser, raw json.RawMessage) error {
+	if v := string(raw); v == "null" || v == `""` {
+		return nil
+	}
+	return errors.New("is for InfiniBand, and this plugin makes Ethernet interfaces: remove infiniband-guid from the pod, or set type to ib-sriov")
 }
 
 func logLevel(_ *parser, raw json.RawMessage) error {

@@ -3,6 +3,8 @@ package attach
 import (
 	"encoding/json"
 	"fmt"
+	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -70,6 +72,9 @@ func TestParseRefuses(t *testing.T) {
 		{`"runtimeConfig":{"mac":"01:00:5e:00:00:01"}`, 7, `runtimeConfig.mac "01:00:5e:00:00:01"`},
 		{`"runtimeConfig":{"macc":"x"}`, 7, `unknown key "runtimeConfig.macc" with value "x": did you mean "mac"?`},
 		{`"logLevel":"loud"`, 7, `logLevel "loud"`},
+		{`"promisc":"on"`, 7, `promisc "on" is a string where bool is needed`},
+		{`"rdma":1`, 7, `rdma 1 is a number where bool is needed`},
+		{`"runtimeConfig":{"infinibandGUID":"02:00:00:00:00:00:00:01"}`, 7, `set type to ib-sriov`},
 		{`"vlna":100`, 7, `network "blue": unknown key "vlna" with value 100: did you mean "vlan"?`},
 		{`"VLAN":100`, 7, `unknown key "VLAN" with value 100: did you mean "vlan"?`},
 		{`"spoofCheck":"on"`, 7, `did you mean "spoofchk"?`},
@@ -208,4 +213,30 @@ func FuzzParse(f *testing.F) {
 			t.Fatalf("asks for %b and gets %+v", asked, want)
 		}
 	})
+}
+
+// What users look up is all there: each key of a VF's network and each code.
+func TestDocumentation(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/cni.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := os.ReadFile("errors.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	codes := regexp.MustCompile(`= (1\d\d) //`).FindAllStringSubmatch(string(source), -1)
+	if len(codes) < 8 {
+		t.Fatalf("%d codes in errors.go", len(codes))
+	}
+	for _, c := range codes {
+		if !strings.Contains(string(doc), "\n| "+c[1]+" | ") {
+			t.Errorf("code %s is not documented", c[1])
+		}
+	}
+	for _, key := range vfKeys {
+		if !strings.Contains(string(doc), "`"+key+"`") {
+			t.Errorf("key %s is not documented", key)
+		}
+	}
 }

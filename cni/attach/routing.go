@@ -1,7 +1,9 @@
 package attach
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"slices"
 
@@ -97,7 +99,9 @@ func (a *Attacher) route(r Record, ns *host.Netns, link host.Netdev, result *typ
 		return err
 	}
 	for _, route := range want.routes {
-		if err := a.Kernel.AddRoute(ns, link.Index, route); err != nil {
+		// Of networks that give a pod the same route the first has it in the main
+		// table, as with the reference plugins; each has it in its own.
+		if err := a.Kernel.AddRoute(ns, link.Index, route); err != nil && (route.Table != 0 || !errors.Is(err, fs.ErrExist)) {
 			return err
 		}
 	}
@@ -146,6 +150,11 @@ func (a *Attacher) missing(ns *host.Netns, link host.Netdev, routes []host.Route
 		has, err := a.Kernel.HasRoute(ns, link.Index, route)
 		if err != nil {
 			return nil, err
+		}
+		if !has && route.Table == 0 { // another network's
+			if has, err = a.Kernel.HasRoute(ns, 0, host.Route{Dst: route.Dst}); err != nil {
+				return nil, err
+			}
 		}
 		if !has {
 			in := ""

@@ -35,10 +35,20 @@ func (a vfs) prepare(cfg *Config, ns *host.Netns, r *Record) (create, error) {
 	if cfg.MTU != 0 {
 		r.MTU = cfg.MTU
 	}
+	if r.RDMA, err = a.rdmaDevice(cfg); err != nil {
+		return nil, err
+	}
+	r.Promisc, r.AllMulti = cfg.Promisc, cfg.AllMulti
 	return func(ctx context.Context, r Record, ns *host.Netns) (host.Netdev, error) {
 		a.step("add: set VF")
 		if err := a.setVF(ctx, vf, r.Settings, asked); err != nil || r.Userspace {
 			return host.Netdev{}, err
+		}
+		if r.RDMA != "" {
+			a.step("add: move RDMA device")
+			if err := a.Kernel.MoveRDMA(nil, r.RDMA, ns); err != nil {
+				return host.Netdev{}, err
+			}
 		}
 		a.step("add: move link")
 		return a.move(ctx, r, link, stale, ns)
@@ -126,7 +136,7 @@ func (a vfs) move(ctx context.Context, r Record, link host.Netdev, stale []strin
 			return link, err
 		}
 	}
-	change := host.LinkChange{To: ns, Name: r.IfName, State: host.SetUp}
+	change := host.LinkChange{To: ns, Name: r.IfName, State: host.SetUp, Promisc: r.Promisc, AllMulti: r.AllMulti}
 	mac := r.Settings.MAC
 	if len(mac) > 0 && !bytes.Equal(mac, link.MAC) {
 		change.MAC = mac
@@ -166,6 +176,9 @@ func (a vfs) move(ctx context.Context, r Record, link host.Netdev, stale []strin
 
 // restore implements kind: the VF comes home and gets its baseline.
 func (a vfs) restore(ctx context.Context, r Record, ns *host.Netns) error {
+	if err := a.bringRDMAHome(ctx, r, ns); err != nil {
+		return refused("take the VF's RDMA device back: %w", err)
+	}
 	a.step("del: bring link home")
 	vf, err := a.bringHome(ctx, r, ns)
 	if errors.Is(err, host.ErrNoVF) {
@@ -191,13 +204,8 @@ func (a vfs) restore(ctx context.Context, r Record, ns *host.Netns) error {
 // bringHome makes sure that the VF's netdev, if its driver makes one, is in the
 // host's namespace, and returns the VF as it is then.
 func (a vfs) bringHome(ctx context.Context, r Record, ns *host.Netns) (host.VFRef, error) {
-	pods := []*host.Netns{ns}
-	if byPath, err := a.Kernel.OpenNetns(r.NetnsPath); err == nil {
-		defer byPath.Close()
-		if byPath.ID == r.Netns {
-			pods = append(pods, byPath)
-		}
-	}
+	pods, done := a.namespaces(r, ns)
+	defer done()
 	ctx, cancel := context.WithTimeout(ctx, homeTimeout)
 	defer cancel()
 	for {
@@ -207,8 +215,8 @@ func (a vfs) bringHome(ctx context.Context, r Record, ns *host.Netns) (host.VFRe
 		}
 		found := false
 		for _, pod := range pods {
-			if pod == nil || found {
-				continue
+			if found {
+				break
 			}
 			if found, err = a.moveHome(ctx, r, pod); err != nil {
 				return vf, err
@@ -224,6 +232,22 @@ func (a vfs) bringHome(ctx context.Context, r Record, ns *host.Netns) (host.VFRe
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+}
+
+// namespaces are those that the record's pod may be in: ns, unless nil, and the one at
+// the record's path if it is still the pod's.
+func (a vfs) namespaces(r Record, ns *host.Netns) (pods []*host.Netns, done func()) {
+	if ns != nil {
+		pods = append(pods, ns)
+	}
+	byPath, err := a.Kernel.OpenNetns(r.NetnsPath)
+	if err != nil {
+		return pods, func() {}
+	}
+	if byPath.ID == r.Netns {
+		pods = append(pods, byPath)
+	}
+	return pods, byPath.Close
 }
 
 // moveHome moves the VF's link from the pod's namespace to the host's, whatever
@@ -261,7 +285,10 @@ func (a vfs) resetLink(ctx context.Context, vf host.VFRef, b Baseline) error {
 	if err != nil {
 		return err
 	}
-	change, changed := host.LinkChange{}, link.Up || link.Name != b.Name || link.MTU != b.MTU
+	change, changed := host.LinkChange{}, link.Up || link.Name != b.Name || link.MTU != b.MTU || link.Promisc || link.AllMulti
+	if link.Promisc || link.AllMulti {
+		change.Promisc, change.AllMulti = new(bool), new(bool)
+	}
 	if link.Up {
 		change.State = host.SetDown
 	}
@@ -309,13 +336,27 @@ func (a vfs) differences(r Record) (wrong []error, err error) {
 	for _, d := range host.DiffVFSettings(have, r.Settings) {
 		wrong = append(wrong, errors.New(d))
 	}
+	if r.RDMA != "" {
+		name, err := a.Kernel.RDMADevice(r.Device)
+		if err != nil {
+			return nil, err
+		}
+		if name != "" {
+			wrong = append(wrong, fmt.Errorf("RDMA device %s is in the host's network namespace", name))
+		}
+	}
 	return wrong, nil
 }
 
 // is implements kind.
 func (vfs) is(link host.Netdev, r Record) error {
-	if link.PCIAddress != r.Device {
+	switch {
+	case link.PCIAddress != r.Device:
 		return errors.New("is not the VF's")
+	case r.Promisc != nil && link.Promisc != *r.Promisc:
+		return fmt.Errorf("is promiscuous: %t, not %t", link.Promisc, *r.Promisc)
+	case r.AllMulti != nil && link.AllMulti != *r.AllMulti:
+		return fmt.Errorf("receives all multicast: %t, not %t", link.AllMulti, *r.AllMulti)
 	}
 	return nil
 }

@@ -36,7 +36,9 @@ type world struct {
 	rules    map[host.NetnsID][]string
 	kept     map[int]bool // links that keep to their own addresses
 	neighs   map[int][]string
-	stations map[string]string // MAC by address, of other stations
+	stations map[string]string       // MAC by address, of other stations
+	rdma     map[string]host.NetnsID // where the RDMA device of a VF is
+	shared   bool                    // all namespaces see all RDMA devices
 	index    int
 
 	calls  []string
@@ -68,6 +70,7 @@ func newWorld() *world {
 		w.settings[pci] = host.VFSettings{MAC: mac, VLANProto: host.Dot1Q, SpoofChk: true}
 		w.links[hostNS] = append(w.links[hostNS], host.Netdev{Index: 10 + i, Name: name, AltNames: []string{"enp1s0f0v" + fmt.Sprint(i)}, MAC: mac, MTU: 1500, PCIAddress: pci})
 	}
+	w.rdma = map[string]host.NetnsID{vf0: hostNS, vf1: hostNS}
 	w.links[hostNS] = append(w.links[hostNS], host.Netdev{Index: 5, Name: "ens1f0", MAC: net.HardwareAddr{2, 0, 0, 0, 0, 5}, MTU: 9000, Up: true})
 	return w
 }
@@ -92,7 +95,7 @@ func (w *world) state() string {
 		}
 	}
 	for _, pci := range slices.Sorted(maps.Keys(w.settings)) {
-		fmt.Fprintf(&b, "vf %s %+v\n", pci, w.settings[pci])
+		fmt.Fprintf(&b, "vf %s %+v RDMA in %v\n", pci, w.settings[pci], w.rdma[pci])
 	}
 	for ns, rules := range w.rules {
 		if len(rules) > 0 {
@@ -229,6 +232,12 @@ func (w *world) ChangeLink(_ context.Context, from *host.Netns, index int, c hos
 		if c.State != host.KeepState {
 			l.Up = c.State == host.SetUp
 		}
+		if c.Promisc != nil {
+			l.Promisc = *c.Promisc
+		}
+		if c.AllMulti != nil {
+			l.AllMulti = *c.AllMulti
+		}
 	}
 	w.links[id] = append(slices.Clone(w.links[id]), l)
 	return err
@@ -281,12 +290,34 @@ func (w *world) AddRoute(_ *host.Netns, index int, r host.Route) error {
 	if err := w.call("add route %s", r.Dst.String()); err != nil {
 		return err
 	}
+	for other := range w.routes {
+		if other != index && w.sameNetns(other, index) && w.hasRoute(other, r) {
+			return syscall.EEXIST
+		}
+	}
 	w.routes[index] = append(w.routes[index], r)
 	return nil
 }
 
+func (w *world) sameNetns(a, b int) bool {
+	for _, links := range w.links {
+		if has := func(i int) bool { return slices.ContainsFunc(links, func(l host.Netdev) bool { return l.Index == i }) }; has(a) && has(b) {
+			return true
+		}
+	}
+	return false
+}
+
 func (w *world) HasRoute(_ *host.Netns, index int, r host.Route) (bool, error) {
-	return slices.ContainsFunc(w.routes[index], func(h host.Route) bool { return h.Dst.String() == r.Dst.String() && h.Table == r.Table }), w.call("list routes")
+	has := w.hasRoute(index, r)
+	for other := range w.routes {
+		has = has || index == 0 && w.hasRoute(other, r)
+	}
+	return has, w.call("list routes")
+}
+
+func (w *world) hasRoute(index int, r host.Route) bool {
+	return slices.ContainsFunc(w.routes[index], func(h host.Route) bool { return h.Dst.String() == r.Dst.String() && h.Table == r.Table })
 }
 
 func (w *world) add(ns *host.Netns, l host.Netdev) error {
@@ -477,6 +508,35 @@ func (w *world) end(path string) {
 	}
 	delete(w.links, id)
 	delete(w.rules, id)
+	for vf, in := range w.rdma {
+		if in == id {
+			w.rdma[vf] = hostNS
+		}
+	}
+}
+
+func rdmaName(vf string) string { return "rdma" + vf[len(vf)-1:] }
+
+func (w *world) RDMADevice(vf string) (string, error) {
+	if w.rdma[vf] == hostNS || w.shared {
+		return rdmaName(vf), w.call("find RDMA device")
+	}
+	return "", w.call("find RDMA device")
+}
+
+func (w *world) RDMAExclusive() (bool, error) { return !w.shared, w.call("ask for RDMA mode") }
+
+func (w *world) MoveRDMA(from *host.Netns, name string, to *host.Netns) error {
+	if err := w.call("move RDMA device %s", name); err != nil {
+		return err
+	}
+	for vf, in := range w.rdma {
+		if rdmaName(vf) == name && in == nsID(from) && !w.shared {
+			w.rdma[vf] = nsID(to)
+			return nil
+		}
+	}
+	return syscall.ENODEV
 }
 
 func newAttacher(t *testing.T, w *world, dir string, onStep func(string)) *Attacher {
@@ -504,7 +564,7 @@ func request(c Command, container, netns, vf, more string) Request {
 	}
 }
 
-const full = `"vlan":100,"vlanQoS":3,"mac":"02:00:00:00:00:99","mtu":9000,"spoofchk":"off","trust":"on","max_tx_rate":100,"ipam":{"type":"static"}`
+const full = `"vlan":100,"vlanQoS":3,"mac":"02:00:00:00:00:99","mtu":9000,"spoofchk":"off","trust":"on","max_tx_rate":100,"promisc":true,"allmulti":true,"rdma":true,"ipam":{"type":"static"}`
 
 func codeOf(err error) uint {
 	if err == nil {

@@ -3,12 +3,15 @@
 package server
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
+
+	"github.com/sluice-network/sluice/cni/wire"
 )
 
 // TestLabVFsReturnByThemselves ends pods' namespaces without a DEL: the kernel gives
@@ -60,4 +63,52 @@ func TestLabVFsReturnByThemselves(t *testing.T) {
 		}
 	}
 	l.atHome(t, "late DELs")
+}
+
+// TestLabWhatPodsDoToVFs: a pod bonds its VFs, sets them promiscuous and makes VLAN
+// devices on them; DEL brings them home at their baseline all the same.
+func TestLabWhatPodsDoToVFs(t *testing.T) {
+	l, dir, leases := newLab(t), t.TempDir(), t.TempDir()
+	pod := newPod(t, t.TempDir(), "pod")
+	a := startAgent(t, dir, -1)
+	var calls []wire.Request
+	for i := range 2 {
+		req := l.request("ADD", i, "c1", pod, leases)
+		req.IfName = fmt.Sprintf("net%d", i+1)
+		req.Stdin = conf(l.vfs[i], fmt.Sprintf(`,"promisc":true,"allmulti":true,"ipam":{"type":"testipam","dir":%q}`, leases))
+		if _, err := a.call(req); err != nil {
+			t.Fatal(err)
+		}
+		if dev, err := l.inPod(t, pod, req.IfName); err != nil || !dev.Promisc || !dev.AllMulti || !dev.Up {
+			t.Errorf("%s: %+v, %v", req.IfName, dev, err)
+		}
+		calls = append(calls, req)
+	}
+	if err := inside(pod, func(h *netlink.Handle) error {
+		bond := netlink.NewLinkBond(netlink.LinkAttrs{Name: "bond0"})
+		bond.Mode, bond.FailOverMac = netlink.BOND_MODE_ACTIVE_BACKUP, netlink.BOND_FAIL_OVER_MAC_ACTIVE // the VFs keep their MACs, which they may not change
+		if err := h.LinkAdd(bond); err != nil {
+			return err
+		}
+		for _, req := range calls {
+			dev, err := h.LinkByName(req.IfName)
+			if err != nil {
+				return err
+			}
+			if err := errors.Join(h.LinkSetDown(dev), h.LinkSetMaster(dev, bond), h.LinkSetUp(dev)); err != nil {
+				return err
+			}
+		}
+		vlan := &netlink.Vlan{LinkAttrs: netlink.LinkAttrs{Name: "v7", ParentIndex: bond.Index}, VlanId: 7}
+		return errors.Join(h.LinkSetUp(bond), h.LinkAdd(vlan))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, req := range calls {
+		req.Command = "DEL"
+		if _, err := a.call(req); err != nil {
+			t.Error(err)
+		}
+	}
+	l.atHome(t, "DEL of bonded VFs")
 }

@@ -137,7 +137,8 @@ func (a *Attacher) AddRoute(ns *Netns, index int, r Route) error {
 	return nil
 }
 
-// HasRoute tells whether ns has the route through the link, whatever its metrics.
+// HasRoute tells whether ns has the route through the link, whatever its metrics;
+// index 0 is any link.
 func (a *Attacher) HasRoute(ns *Netns, index int, r Route) (bool, error) {
 	conn, err := a.rtnl(ns)
 	if err != nil {
@@ -153,7 +154,11 @@ func (a *Attacher) HasRoute(ns *Netns, index int, r Route) (bool, error) {
 	}
 	// The destination is compared here: the library's filter takes 0.0.0.0/0 for
 	// "no destination" on some versions.
-	routes, err := conn.handle.RouteListFiltered(family, want, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE)
+	filter := netlink.RT_FILTER_TABLE
+	if index != 0 {
+		filter |= netlink.RT_FILTER_OIF
+	}
+	routes, err := conn.handle.RouteListFiltered(family, want, filter)
 	if err != nil {
 		return false, fmt.Errorf("list routes: %w", err)
 	}

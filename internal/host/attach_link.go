@@ -23,6 +23,8 @@ type Netdev struct {
 	MTU        int
 	Up         bool   // administratively
 	Carrier    bool   // IFF_LOWER_UP
+	Promisc    bool   // asked to receive all packets
+	AllMulti   bool   // asked to receive all multicast packets
 	PCIAddress string // of the PCI function it belongs to (IFLA_PARENT_DEV_NAME, Linux 5.14); empty without one
 	Group      uint32
 	Kind       string      // "macvlan", "veth"; empty or "device" for a NIC's
@@ -77,6 +79,7 @@ func netdevFrom(from netlink.Link) Netdev {
 	out := Netdev{
 		Index: l.Index, Name: l.Name, AltNames: l.AltNames, MAC: l.HardwareAddr, MTU: l.MTU,
 		Up: l.RawFlags&unix.IFF_UP != 0, Carrier: l.RawFlags&unix.IFF_LOWER_UP != 0,
+		Promisc: l.RawFlags&unix.IFF_PROMISC != 0, AllMulti: l.RawFlags&unix.IFF_ALLMULTI != 0,
 		Group: l.Group, Kind: from.Type(),
 	}
 	if m, ok := from.(*netlink.Macvlan); ok {
@@ -111,10 +114,12 @@ type LinkChange struct {
 	MAC   net.HardwareAddr
 	MTU   int
 	State AdminState
+
+	Promisc, AllMulti *bool // nil: as they are
 }
 
 // ChangeLink makes all the changes in one RTM_NEWLINK message. The kernel moves
-// first and closes the link for that, then sets MAC, MTU, name and state, in
+// first and closes the link for that, then sets MAC, MTU, name, flags and state, in
 // this order (do_setlink). It is not atomic: when it fails after the move, the
 // link is in the new namespace, with some of the changes made.
 func (a *Attacher) ChangeLink(ctx context.Context, from *Netns, index int, c LinkChange) error {
@@ -128,6 +133,18 @@ func (a *Attacher) ChangeLink(ctx context.Context, from *Netns, index int, c Lin
 			msg.Change = unix.IFF_UP
 			if c.State == SetUp {
 				msg.Flags = unix.IFF_UP
+			}
+		}
+		for _, f := range []struct {
+			flag uint32
+			want *bool
+		}{{unix.IFF_PROMISC, c.Promisc}, {unix.IFF_ALLMULTI, c.AllMulti}} {
+			if f.want == nil {
+				continue
+			}
+			msg.Change |= f.flag
+			if *f.want {
+				msg.Flags |= f.flag
 			}
 		}
 		var attrs []*nl.RtAttr

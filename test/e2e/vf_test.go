@@ -57,7 +57,10 @@ func waitReady(t *testing.T, pods ...string) {
 
 // The whole path: policies, VFs, resources, networks, pods on the same PF, on
 // different PFs and on different nodes, talking over their VFs.
-func TestPolicyToTraffic(t *testing.T) {
+func TestPolicyToTraffic(t *testing.T) { policyToTraffic(t) }
+
+func policyToTraffic(t *testing.T) {
+	t.Helper()
 	usePools(t)
 	apply(t, pod("client", "vm1", "["+on("left-net", "192.168.100.1/24")+","+on("right-net", "192.168.101.1/24")+"]", left, right)+
 		pod("near", "vm1", "["+on("left-net", "192.168.100.2/24")+"]", left)+
