@@ -9,7 +9,7 @@
 //	172.30.0.1      bridge brm: API server (port 6443), gateway of the nodes
 //	172.30.0.10+N   node N, interface mgmt
 //	10.244.N.0/24   pods of node N, routed by the namespace
-//	10.96.0.0/16    services; nodes translate 10.96.0.1, the API server's
+//	10.96.0.0/16    services, which kube-proxy on the nodes makes reachable
 //	brd0, brd1      bridges that join the first and the second card of the nodes
 //
 // Everything here is rendered or started anew for each lab and kept below one
