@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/internal/host"
 )
@@ -129,6 +131,43 @@ func TestLabSwitchdev(t *testing.T) {
 	l.succeeded("given up", "0/0")
 	l.until("as it was", func(v1.SriovNetworkNodeStateStatus) error {
 		if pf := l.read(nic0); pf.Eswitch != host.Legacy || len(pf.VFs) != 1 || pf.VFs[0].Driver != "sluicenicvf" {
+			return fmt.Errorf("%+v", pf)
+		}
+		return nil
+	})
+}
+
+// A driver that is called ice changes the mode only while there are no VFs.
+func TestLabSwitchdevOnIce(t *testing.T) {
+	if _, err := os.Stat("/sys/module/sluicenic"); err != nil {
+		t.Skip("the guest's NIC is not the emulated one")
+	}
+	load := func(params ...string) {
+		run(t, "rmmod", "sluicenic")
+		run(t, "insmod", append([]string{"/lib/sluice/sluicenic.ko", "cards=2"}, params...)...)
+	}
+	load("pf_driver=ice")
+	t.Cleanup(func() { load() })
+	l := switchdevLab(t, host.Legacy, 1)
+	for _, vf := range l.read(nic0).VFs {
+		if err := l.host.UnbindDriver(t.Context(), vf.PCIAddress); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.host.SetEswitchMode(t.Context(), nic0, host.Switchdev); !errors.Is(err, unix.EOPNOTSUPP) || l.read(nic0).Driver != "ice" {
+		t.Fatalf("with VFs: %v", err)
+	}
+	for _, step := range []struct {
+		mode string
+		vfs  int
+	}{{"legacy", 2}, {"switchdev", 2}, {"switchdev", 3}, {"legacy", 3}, {"switchdev", 2}} {
+		l.server.spec(inMode(step.mode, step.vfs))
+		l.looks(step.mode, step.vfs)
+	}
+	l.server.spec()
+	l.succeeded("given up", "0/0")
+	l.until("as it was", func(v1.SriovNetworkNodeStateStatus) error {
+		if pf := l.read(nic0); pf.Eswitch != host.Legacy || len(pf.VFs) != 1 || pf.VFs[0].Driver == "" {
 			return fmt.Errorf("%+v", pf)
 		}
 		return nil

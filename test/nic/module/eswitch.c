@@ -48,6 +48,10 @@ static int mode_set(struct devlink *devlink, u16 mode, struct netlink_ext_ack *e
 
 	if (mode == pf->eswitch_mode)
 		return 0;
+	if (!strcmp(snic_pf_driver.name, "ice") && pf->num_vfs) {
+		NL_SET_ERR_MSG_MOD(extack, "the mode changes only while there are no VFs");
+		return -EOPNOTSUPP;
+	}
 	if (vfs_bound(pf)) {
 		NL_SET_ERR_MSG_MOD(extack, "a VF is bound to a driver: unbind all VFs first");
 		return -EBUSY;

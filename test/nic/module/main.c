@@ -38,6 +38,10 @@ module_param_named(numa_node, snic_numa_node, int, 0444);
 MODULE_PARM_DESC(numa_node, "NUMA node of the cards, -1 for none");
 #endif
 
+static char *pf_driver = SNIC_PF_DRIVER;
+module_param(pf_driver, charp, 0444);
+MODULE_PARM_DESC(pf_driver, "name of the PF's driver; as \"ice\" it has ice's order of changes");
+
 static char *pf_name = "ens%cf0";
 static char *vf_name = "ens%cf0v%v";
 static char *rep_name = "ens%cf0npf0vf%v";
@@ -216,6 +220,7 @@ static int __init snic_init(void)
 			PCI_DEVICE(v, vf_device[min(i, n_vf_device - 1)])
 		};
 	}
+	snic_pf_driver.name = pf_driver;
 	snic_pf_driver.id_table = pf_ids;
 	snic_vf_driver.id_table = vf_ids;
 

@@ -361,7 +361,6 @@ static void pf_remove(struct pci_dev *pdev)
 }
 
 struct pci_driver snic_pf_driver = {
-	.name = SNIC_PF_DRIVER,
 	.probe = pf_probe,
 	.remove = pf_remove,
 	.sriov_configure = pf_sriov_configure,
