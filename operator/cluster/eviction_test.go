@@ -326,9 +326,19 @@ func TestPoolStatus(t *testing.T) {
 	rdma("shared")
 	wantTerminating(t, pod)
 	wantCondition(t, second, func() []metav1.Condition { return second.Status.Conditions }, sriovv1.ConditionProgressing, metav1.ConditionTrue, "Disturbing", "1 of 1 nodes are being disturbed")
-	if second.Status.MatchedNodeCount != 1 || second.Status.DisturbedNodeCount != 1 {
+	if second.Status.MatchedNodeCount != 1 || second.Status.DisturbedNodeCount != 1 || second.Status.ReadyNodeCount != 0 {
 		t.Errorf("the status is %+v", second.Status)
 	}
+	agentReports(t, "po-1", func(s *sriovv1.SriovNetworkNodeState) {
+		s.Status.Conditions = append(s.Status.Conditions, condition(sriovv1.ConditionReady, metav1.ConditionTrue))
+	})
+	eventually(t, func() error {
+		if err := api.Get(t.Context(), client.ObjectKeyFromObject(second), second); err != nil || second.Status.ReadyNodeCount != 1 {
+			return fmt.Errorf("%d nodes are ready: %w", second.Status.ReadyNodeCount, errors.Join(err))
+		}
+		return nil
+	})
+	waitsFor(t, "po-1", pod)
 
 	// Who wrote the mode does not matter when no pool asks for one any more.
 	if state, err := getState(t, "po-1"); err != nil {

@@ -498,21 +498,14 @@ func (r *network) dropFinalizer(ctx context.Context, object client.Object) error
 // report writes the conditions, if they changed. No refusal means ready.
 func (r *network) report(ctx context.Context, object client.Object, refused *refusal) error {
 	net, _ := render.Of(object)
-	ready := metav1.Condition{
-		Type: sriovv1.ConditionReady, Status: metav1.ConditionTrue, Reason: sriovv1.ReasonNetworkReady, ObservedGeneration: net.GetGeneration(),
-		Message: fmt.Sprintf("NetworkAttachmentDefinition %s/%s is as this network wants it", net.Target, net.GetName()),
-	}
-	degraded := ready
-	degraded.Type, degraded.Status = sriovv1.ConditionDegraded, metav1.ConditionFalse
+	var unready why // for good or ill it is done at once, so that nothing ever goes on
 	if refused != nil {
-		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, refused.reason, shorten(refused.message, maxMessage)
-		degraded.Status, degraded.Reason, degraded.Message = metav1.ConditionTrue, ready.Reason, ready.Message
+		unready = why{refused.reason, refused.message}
 	}
-	status := net.Status.DeepCopy()
-	status.ObservedGeneration = net.GetGeneration()
-	meta.SetStatusCondition(&status.Conditions, ready)
-	meta.SetStatusCondition(&status.Conditions, degraded)
-	if equality.Semantic.DeepEqual(status, net.Status) {
+	all, own := merge(net.Status.Conditions, conditions(net.GetGeneration(), unready, why{}, unready,
+		why{sriovv1.ReasonNetworkReady, fmt.Sprintf("NetworkAttachmentDefinition %s/%s is as this network wants it", net.Target, net.GetName())}))
+	status := &sriovv1.NetworkStatus{Conditions: own, ObservedGeneration: net.GetGeneration()}
+	if equality.Semantic.DeepEqual(all, net.Status.Conditions) && status.ObservedGeneration == net.Status.ObservedGeneration {
 		return nil
 	}
 	kind, err := r.GroupVersionKindFor(object)
@@ -522,6 +515,6 @@ func (r *network) report(ctx context.Context, object client.Object, refused *ref
 	if err := writeStatus(ctx, r, kind, client.ObjectKeyFromObject(object), status); err != nil {
 		return client.IgnoreNotFound(err)
 	}
-	reportTransition(r.events, object, net.Status.Conditions, status.Conditions)
+	reportTransition(r.events, object, net.Status.Conditions, all)
 	return nil
 }

@@ -124,6 +124,7 @@ func wantNetwork(t *testing.T, o client.Object, reason, message string) {
 	}
 	wantCondition(t, o, conditions, sriovv1.ConditionReady, ready, reason, message)
 	wantCondition(t, o, conditions, sriovv1.ConditionDegraded, degraded, reason, message)
+	wantCondition(t, o, conditions, sriovv1.ConditionProgressing, metav1.ConditionFalse, reason, message)
 	if n, _ := render.Of(o); n.Status.ObservedGeneration != o.GetGeneration() {
 		t.Errorf("%s: status.observedGeneration is %d, want %d", n, n.Status.ObservedGeneration, o.GetGeneration())
 	}

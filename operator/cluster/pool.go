@@ -8,12 +8,14 @@ import (
 	"strings"
 
 	"k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/events"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
@@ -27,7 +29,7 @@ import (
 const finalizerPool = "poolconfig.finalizers.sriovnetwork.openshift.io"
 
 // pool writes into each SriovNetworkPoolConfig which nodes it has and how many of them
-// are disturbed.
+// are ready, or disturbed.
 type pool struct {
 	client.Client
 	namespace string
@@ -42,16 +44,22 @@ func (r *pool) setup(mgr ctrl.Manager) error {
 		Named("pool").
 		// What nodes a pool has depends on the other pools.
 		Watches(&sriovv1.SriovNetworkPoolConfig{}, all, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
-		Watches(&sriovv1.SriovNetworkNodeState{}, all, builder.WithPredicates(predicate.AnnotationChangedPredicate{})).
+		Watches(&sriovv1.SriovNetworkNodeState{}, all, builder.WithPredicates(predicate.Or(predicate.AnnotationChangedPredicate{}, predicate.Funcs{
+			UpdateFunc: func(e event.UpdateEvent) bool { return isReady(e.ObjectOld) != isReady(e.ObjectNew) },
+		}))).
 		WatchesMetadata(nodeMetadata(), all, builder.WithPredicates(predicate.LabelChangedPredicate{})).
 		Complete(r)
 }
 
 // members are a pool's nodes.
 type members struct {
-	all, disturbed int
-	shared         []string        // nodes that other pools select, too
-	with           map[string]bool // those pools
+	all, ready, disturbed int
+	shared                []string        // nodes that other pools select, too
+	with                  map[string]bool // those pools
+}
+
+func isReady(state client.Object) bool {
+	return meta.IsStatusConditionTrue(state.(*sriovv1.SriovNetworkNodeState).Status.Conditions, sriovv1.ConditionReady)
 }
 
 // Reconcile writes the status of all pools that changed.
@@ -71,12 +79,12 @@ func (r *pool) Reconcile(ctx context.Context, _ ctrl.Request) (ctrl.Result, erro
 	if err := r.List(ctx, states, client.InNamespace(r.namespace), client.UnsafeDisableDeepCopy); err != nil {
 		return ctrl.Result{}, fmt.Errorf("list node states: %w", err)
 	}
-	disturbed := map[string]bool{} // of all nodes that have an agent
+	byName := map[string]*sriovv1.SriovNetworkNodeState{}
 	for i := range states.Items {
-		disturbed[states.Items[i].Name] = isDisturbed(&states.Items[i])
+		byName[states.Items[i].Name] = &states.Items[i]
 	}
 	pools := plan.NewPools(list.Items)
-	of := sortIntoPools(pools, nodes, disturbed)
+	of := sortIntoPools(pools, nodes, byName)
 	var failed []error
 	for i := range list.Items {
 		p := &list.Items[i]
@@ -89,11 +97,11 @@ func (r *pool) Reconcile(ctx context.Context, _ ctrl.Request) (ctrl.Result, erro
 	return ctrl.Result{}, errors.Join(failed...)
 }
 
-func sortIntoPools(pools *plan.Pools, nodes []metav1.PartialObjectMetadata, disturbed map[string]bool) map[string]members {
+func sortIntoPools(pools *plan.Pools, nodes []metav1.PartialObjectMetadata, states map[string]*sriovv1.SriovNetworkNodeState) map[string]members {
 	of := map[string]members{}
 	for i := range nodes {
-		is, hasAgent := disturbed[nodes[i].Name]
-		if !hasAgent {
+		state := states[nodes[i].Name]
+		if state == nil { // it has no agent
 			continue
 		}
 		in := pools.Of(nodes[i].Labels)
@@ -101,7 +109,10 @@ func sortIntoPools(pools *plan.Pools, nodes []metav1.PartialObjectMetadata, dist
 			m := of[p.Name]
 			if len(in) == 1 {
 				m.all++
-				if is {
+				if isReady(state) {
+					m.ready++
+				}
+				if isDisturbed(state) {
 					m.disturbed++
 				}
 			} else {
@@ -133,7 +144,7 @@ func (r *pool) letGo(ctx context.Context, p *sriovv1.SriovNetworkPoolConfig) err
 
 // judgePool says what is to be said of a pool.
 func judgePool(p *sriovv1.SriovNetworkPoolConfig, invalid error, m members) (unready, progressing, degraded, fine why) {
-	fine = why{"PoolReady", fmt.Sprintf("%d nodes are in the pool", m.all)}
+	fine = why{"PoolReady", fmt.Sprintf("%d nodes are in the pool, %d of them ready", m.all, m.ready)}
 	switch {
 	case p.Spec.OvsHardwareOffloadConfig.Name != "":
 		unready = why{reasonUnsupported, fmt.Sprintf("ovsHardwareOffloadConfig.name %s has no effect: it is about OpenShift machine configurations; set other_config:hw-offload of Open vSwitch by the means you configure nodes with, and remove this pool", p.Spec.OvsHardwareOffloadConfig.Name)}
@@ -164,9 +175,9 @@ func judgePool(p *sriovv1.SriovNetworkPoolConfig, invalid error, m members) (unr
 func (r *pool) report(ctx context.Context, p *sriovv1.SriovNetworkPoolConfig, invalid error, m members) error {
 	unready, progressing, degraded, fine := judgePool(p, invalid, m)
 	all, own := merge(p.Status.Conditions, conditions(p.Generation, unready, progressing, degraded, fine))
-	status := sriovv1.SriovNetworkPoolConfigStatus{Conditions: own, ObservedGeneration: p.Generation, MatchedNodeCount: m.all, DisturbedNodeCount: m.disturbed}
-	if equality.Semantic.DeepEqual(all, p.Status.Conditions) && status.ObservedGeneration == p.Status.ObservedGeneration &&
-		status.MatchedNodeCount == p.Status.MatchedNodeCount && status.DisturbedNodeCount == p.Status.DisturbedNodeCount {
+	status := sriovv1.SriovNetworkPoolConfigStatus{Conditions: own, ObservedGeneration: p.Generation, MatchedNodeCount: m.all, ReadyNodeCount: m.ready, DisturbedNodeCount: m.disturbed}
+	after := status
+	if after.Conditions = all; equality.Semantic.DeepEqual(after, p.Status) {
 		return nil
 	}
 	if err := writeStatus(ctx, r, sriovv1.SchemeGroupVersion.WithKind("SriovNetworkPoolConfig"), client.ObjectKeyFromObject(p), &status); err != nil {

@@ -76,7 +76,7 @@ type SriovNetworkSpec struct {
 
 // NetworkStatus says what became of a network.
 type NetworkStatus struct {
-	// conditions are Ready and Degraded.
+	// conditions are Ready, Progressing and Degraded.
 	// +optional
 	// +listType=map
 	// +listMapKey=type

@@ -70,7 +70,10 @@ type SriovNetworkPoolConfigStatus struct {
 	// matchedNodeCount is the number of nodes in the pool. Added.
 	// +optional
 	MatchedNodeCount int `json:"matchedNodeCount"`
-	// disturbedNodeCount is the number of those whose pods are being evicted, or that are
+	// readyNodeCount is the number of those that have all that is asked of them. Added.
+	// +optional
+	ReadyNodeCount int `json:"readyNodeCount"`
+	// disturbedNodeCount is the number of nodes in the pool whose pods are being evicted, or that are
 	// being rebooted. Added.
 	// +optional
 	DisturbedNodeCount int `json:"disturbedNodeCount"`
@@ -82,6 +85,7 @@ type SriovNetworkPoolConfigStatus struct {
 // +kubebuilder:subresource:status
 // +kubebuilder:printcolumn:name="Max Unavailable",type=string,JSONPath=`.spec.maxUnavailable`
 // +kubebuilder:printcolumn:name="Nodes",type=integer,JSONPath=`.status.matchedNodeCount`
+// +kubebuilder:printcolumn:name="Ready Nodes",type=integer,JSONPath=`.status.readyNodeCount`
 // +kubebuilder:printcolumn:name="Disturbed",type=integer,JSONPath=`.status.disturbedNodeCount`
 // +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
