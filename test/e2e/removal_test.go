@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -16,6 +17,15 @@ func configure(t *testing.T, spec string) {
 	kubectl(t, "", "-n", namespace, "patch", "sriovoperatorconfig", "default", "--type=merge", "-p", `{"spec":`+spec+`}`)
 }
 
+// configured tells whether a condition of the configuration is true.
+func configured(condition string) error {
+	out, err := cluster.Kubectl(context.Background(), "-n", namespace, "get", "sriovoperatorconfig", "default", "-o", fmt.Sprintf(`jsonpath={.status.conditions[?(@.type==%q)]}`, condition))
+	if err == nil && !strings.Contains(out, `"status":"True"`) {
+		err = errors.New(out)
+	}
+	return err
+}
+
 // With the webhook on, what is wrong only beside other objects is refused when it is
 // written. Deleting the configuration with onRemoval Restore then takes back all that
 // there was, webhook included; a new configuration makes all work again, with the
@@ -24,17 +34,18 @@ func configure(t *testing.T, spec string) {
 func TestWebhookAndRemoval(t *testing.T) {
 	onlyUML(t, "how PFs give up their VFs is tested in guests of both kinds")
 	usePools(t)
-	configure(t, `{"enableOperatorWebhook": true, "onRemoval": "Restore"}`)
-	eventually(t, time.Minute, func() error {
-		if out := kubectl(t, "", "-n", namespace, "get", "sriovoperatorconfig", "default", "-o", `jsonpath={.status.conditions[?(@.type=="WebhookReady")]}`); !strings.Contains(out, `"status":"True"`) {
-			return errors.New(out)
-		}
-		return nil
-	})
+	configure(t, `{"enableOperatorWebhook": true, "enableInjector": true, "onRemoval": "Restore"}`)
+	eventually(t, time.Minute, func() error { return configured("WebhookReady") })
 	refused(t, policy("greedy", "greedy", "ens2f0", 100, "priority: 10"), "numVfs", "100", "16")
 	refused(t, policy("thief", "thief", "ens1f0#2-3", 4), "left", "ens1f0")
 	refused(t, network("text", "left", `ipam: '{"type": '`), "ipam", "JSON")
 
+	// The wrong way round is refused, and with it what could not be undone.
+	for _, what := range []string{"namespace/" + namespace, "clusterrole/sluice-operator", "crd/sriovoperatorconfigs.sriovnetwork.openshift.io"} {
+		if _, err := cluster.Kubectl(t.Context(), "delete", what, "--timeout=10s"); err == nil || !strings.Contains(err.Error(), "delete the SriovOperatorConfig first") {
+			t.Fatalf("%s is deleted: %v", what, err)
+		}
+	}
 	began := time.Now()
 	kubectl(t, "", "-n", namespace, "delete", "sriovoperatorconfig", "default", "--wait", "--timeout=2m")
 	t.Logf("the configuration is gone after %.1f s", time.Since(began).Seconds())
@@ -78,6 +89,12 @@ func TestWebhookAndRemoval(t *testing.T) {
 	// With all that the installation brought, without a word before: nothing waits for an
 	// operator that is gone.
 	kubectl(t, "", "delete", "-k", "config/default", "--timeout=1m")
+	eventually(t, time.Minute, func() error { // the garbage collector's work
+		if out := kubectl(t, "", "get", "-A", "net-attach-def,validatingwebhookconfigurations,mutatingwebhookconfigurations", "-o", "name"); strings.TrimSpace(out) != "" {
+			return fmt.Errorf("there still is %s", out)
+		}
+		return nil
+	})
 	if out := kubectl(t, "", "get", "crd", "-o", "name"); strings.Contains(out, "sriovnetwork.openshift.io") || strings.Contains(out, "sluice.dev") {
 		t.Errorf("kinds are left: %s", out)
 	}

@@ -116,6 +116,23 @@ func policyToTraffic(t *testing.T) {
 	})
 }
 
+// A pod that asks for nothing is given what its networks need, applied together with one of
+// them, and finds its annotations where programs look for them.
+func TestPodsNeedNotAsk(t *testing.T) {
+	onlyUML(t, "which NIC a VF is of does not matter to what pods ask for")
+	usePools(t)
+	configure(t, `{"enableInjector": true}`)
+	eventually(t, time.Minute, func() error {
+		return configured("InjectorReady")
+	})
+	apply(t, network("unasked-net", "left", staticIP, capIPs)+
+		pod("unasked", "", "["+on("unasked-net", "192.168.102.1/24")+","+on("right-net", "192.168.103.1/24")+"]"))
+	waitReady(t, "unasked")
+	mentions(t, kubectl(t, "", "get", "pod", "unasked", "-o", "jsonpath={.spec.containers[0].resources.limits}"), `"`+left+`":"1"`, `"`+right+`":"1"`)
+	mentions(t, kubectl(t, "", "exec", "unasked", "--", "cat", "/etc/podnetinfo/annotations"), "unasked-net")
+	refused(t, pod("lost", "", "nowhere-net"), "there is no NetworkAttachmentDefinition default/nowhere-net")
+}
+
 // What a pod had is gone from the VF when it comes back.
 func TestReturnedVFsAreAtBaseline(t *testing.T) {
 	usePools(t)
