@@ -221,7 +221,7 @@ func TestNetworksCannotBeInjected(t *testing.T) {
 			},
 			func() (metav1.Object, map[string]any) {
 				return &sluicev1.MacvlanNetwork{ObjectMeta: meta, Spec: sluicev1.MacvlanNetworkSpec{Master: "x" + free, IPAM: ipam, Capabilities: capabilities, MetaPlugins: chained}},
-					map[string]any{"type": "macvlan", "master": "x" + free}
+					map[string]any{"type": "sluice", "master": "x" + free}
 			},
 		}).Draw(t, "kind")()
 		nad, err := define(network, "openshift.io")
