@@ -468,7 +468,8 @@ func nets(ips []*types100.IPConfig) []net.IPNet {
 
 // request is a call of the IPAM plugin for the attachment.
 func (r *Record) request(c Command) Request {
-	return Request{Command: c, ContainerID: r.ContainerID, Netns: r.NetnsPath, IfName: r.IfName, Args: r.Args, Path: r.Path, Stdin: r.Config}
+	mac, _ := net.ParseMAC(r.MAC) // written by us
+	return Request{Command: c, ContainerID: r.ContainerID, Netns: r.NetnsPath, IfName: r.IfName, Args: r.Args, Path: r.Path, Stdin: r.Config, MAC: mac}
 }
 
 // convert turns a result of the newest version into one of another version.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os/exec"
 	"path/filepath"
 	"runtime"
@@ -25,6 +26,63 @@ type IPAM interface {
 	Find(plugin string, req Request) error
 	// Exec runs the plugin. The result is that of ADD, nil for other verbs.
 	Exec(ctx context.Context, plugin string, req Request) (*types100.Result, error)
+}
+
+// OwnIPAM is the type of the IPAM that is part of the agent.
+const OwnIPAM = "sluice"
+
+// ByType is the agent's own IPAM for networks that name it, and another for the rest.
+type ByType struct{ Own, Others IPAM }
+
+func (b ByType) of(plugin string) IPAM {
+	if plugin == OwnIPAM && b.Own != nil {
+		return b.Own
+	}
+	return b.Others
+}
+
+// Find implements IPAM.
+func (b ByType) Find(plugin string, req Request) error { return b.of(plugin).Find(plugin, req) }
+
+// Exec implements IPAM.
+func (b ByType) Exec(ctx context.Context, plugin string, req Request) (*types100.Result, error) {
+	return b.of(plugin).Exec(ctx, plugin, req)
+}
+
+// Lease is what an attachment has of the agent's own IPAM.
+type Lease struct {
+	Key
+	Pool, Namespace string
+	Addresses       []netip.Addr
+	Done            bool // attached; otherwise it is being made or undone, and may have any
+}
+
+// Leases are the attachments with addresses of the agent's own IPAM, and those that may
+// have some.
+func (a *Attacher) Leases() []Lease {
+	var leases []Lease
+	for _, r := range a.journal.all() {
+		if r.IPAM != OwnIPAM || r.Phase == Returned {
+			continue
+		}
+		var conf struct {
+			IPAM struct {
+				Pool string `json:"pool"`
+			} `json:"ipam"`
+		}
+		var result types100.Result
+		// A record that cannot be read is one of which nothing is known.
+		err := errors.Join(json.Unmarshal(r.Config, &conf), json.Unmarshal(r.Result, &result))
+		l := Lease{Key: r.Key, Pool: conf.IPAM.Pool, Done: r.Phase == Attached && err == nil}
+		l.Namespace, _, _ = strings.Cut(r.Pod, "/")
+		for _, ip := range result.IPs {
+			if addr, ok := netip.AddrFromSlice(ip.Address.IP); ok {
+				l.Addresses = append(l.Addresses, addr.Unmap())
+			}
+		}
+		leases = append(leases, l)
+	}
+	return leases
 }
 
 // ExecIPAM runs IPAM plugins as the CNI specification wants it: as processes,

@@ -42,9 +42,19 @@ type Request struct {
 	ContainerID string
 	Netns       string // path, CNI_NETNS; may be empty for DEL
 	IfName      string
-	Args        string // CNI_ARGS
-	Path        string // CNI_PATH
-	Stdin       []byte // the network configuration
+	Args        string           // CNI_ARGS
+	Path        string           // CNI_PATH
+	Stdin       []byte           // the network configuration
+	MAC         net.HardwareAddr // of the interface; only in calls of an IPAM
+}
+
+// KeyOf is the attachment that a call is about.
+func KeyOf(req Request) Key {
+	var conf struct {
+		Name string `json:"name"`
+	}
+	_ = json.Unmarshal(req.Stdin, &conf)
+	return Key{conf.Name, req.ContainerID, req.IfName}
 }
 
 // Config is a valid network configuration, with the pod's wishes in it.

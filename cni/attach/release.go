@@ -23,12 +23,10 @@ func (a *Attacher) Del(ctx context.Context, req Request, ns *host.Netns) error {
 	if err := checkEnvironment(req); err != nil {
 		return err
 	}
-	keys, err := object(req.Stdin)
-	if err != nil {
+	if _, err := object(req.Stdin); err != nil {
 		return fail(types.ErrDecodingFailure, "read network configuration: %w", err)
 	}
-	key := Key{ContainerID: req.ContainerID, IfName: req.IfName}
-	_ = json.Unmarshal(keys["name"], &key.Network)
+	key := KeyOf(req)
 	unlock, err := a.lock(ctx, keyLock(key))
 	if err != nil {
 		return err

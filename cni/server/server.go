@@ -21,18 +21,20 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-network/sluice/cni/attach"
+	"github.com/sluice-network/sluice/cni/ipam"
 	"github.com/sluice-network/sluice/cni/standalone"
 	"github.com/sluice-network/sluice/cni/wire"
 	"github.com/sluice-network/sluice/internal/host"
 )
 
-// Options are what a Server stands on. All fields but Allocated and OnStep are needed.
+// Options are what a Server stands on. All fields but Addresses, Allocated and OnStep are needed.
 type Options struct {
 	Socket    string // path of the unix socket, usually wire.Socket
 	StateDir  string // holds the journal (attachments) and the shim's queue (del-queue)
 	Kernel    attach.Kernel
 	Baselines attach.Baselines
-	IPAMDirs  []string // where IPAM plugins are looked for besides CNI_PATH
+	IPAMDirs  []string   // where IPAM plugins are looked for besides CNI_PATH
+	Addresses *ipam.Node // the agent's own IPAM; nil for none
 	Log       logr.Logger
 
 	Allocated func(ctx context.Context, pciAddress string) (pod string, ok bool, err error) // see attach.Options
@@ -68,8 +70,12 @@ type Server struct {
 // New makes a Server and reads the journal, so that Holder is right from the
 // start. Run makes it serve.
 func New(o Options) (*Server, error) {
+	var plugins attach.IPAM = attach.ExecIPAM{Dirs: o.IPAMDirs}
+	if o.Addresses != nil {
+		plugins = attach.ByType{Own: o.Addresses, Others: plugins}
+	}
 	a, err := attach.New(attach.Options{
-		Kernel: o.Kernel, Baselines: o.Baselines, IPAM: attach.ExecIPAM{Dirs: o.IPAMDirs},
+		Kernel: o.Kernel, Baselines: o.Baselines, IPAM: plugins,
 		Dir: filepath.Join(o.StateDir, "attachments"), Log: o.Log,
 		Allocated: o.Allocated, OnStep: o.OnStep, Ready: lasting(o.Ready, time.Now),
 	})

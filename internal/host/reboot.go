@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/godbus/dbus/v5"
+	"golang.org/x/sys/unix"
 )
 
 // BootID is another one after each boot (boot_id in drivers/char/random.c).
@@ -17,6 +19,16 @@ func BootID() (string, error) {
 		return "", fmt.Errorf("read the boot ID: %w", err)
 	}
 	return strings.TrimSpace(string(b)), nil
+}
+
+// SinceBoot is the time since this boot, also that in which the machine was suspended. No
+// change of the wall clock changes it (CLOCK_BOOTTIME, clock_gettime(2)).
+func SinceBoot() (time.Duration, error) {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		return 0, fmt.Errorf("read the time since boot: %w", err)
+	}
+	return time.Duration(t.Nano()), nil
 }
 
 // Reboot asks systemd-logind, at the D-Bus socket, to shut the node down in order

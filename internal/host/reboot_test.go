@@ -121,3 +121,13 @@ func TestBootID(t *testing.T) {
 		t.Errorf("%q, %q, %v", a, b, err)
 	}
 }
+
+func TestTimeSinceBootGoesOn(t *testing.T) {
+	before, err := SinceBoot()
+	if err != nil || before <= 0 {
+		t.Fatal(before, err)
+	}
+	if after, err := SinceBoot(); err != nil || after < before {
+		t.Error(before, after, err)
+	}
+}

@@ -164,7 +164,7 @@ func TestAgentWritesNothingElse(t *testing.T) {
 		"delete its own state":     agent.Delete(t.Context(), state.DeepCopy()),
 		"delete the configuration": agent.Delete(t.Context(), &sriovv1.SriovOperatorConfig{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "default"}}),
 	} {
-		if err := refusedWith(err, "an agent writes the status of its node's SriovNetworkNodeState, and nothing else"); err != nil {
+		if err := refusedWith(err, "an agent writes the status of its node's SriovNetworkNodeState, and IPBlocks, and nothing else"); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -21,7 +21,7 @@ func object(t *testing.T, kind, name, spec string) *unstructured.Unstructured {
 		t.Fatalf("parse the spec of %s: %v", name, err)
 	}
 	group := sriovv1.SchemeGroupVersion
-	if strings.HasPrefix(kind, "Macvlan") {
+	if strings.HasPrefix(kind, "Macvlan") || strings.HasPrefix(kind, "IP") {
 		group = sluicev1.SchemeGroupVersion
 	}
 	return &unstructured.Unstructured{Object: map[string]any{
@@ -97,6 +97,17 @@ func TestSchemaRefuses(t *testing.T) {
 		{"bridge's fail mode", policy, node + "numVfs: 1\neSwitchMode: switchdev\nbridge: {ovs: {bridge: {failMode: closed}}}\nnicSelector: {vendor: '15b3'}", "spec.bridge.ovs.bridge.failMode", "supported values"},
 		{"device type", policy, node + "numVfs: 1\ndeviceType: igb_uio\nnicSelector: {vendor: '15b3'}", "spec.deviceType",
 			`supported values: "netdevice", "vfio-pci"`},
+
+		{"empty pool", "IPPool", "{}", "spec", "it has no addresses: give ipv4, ipv6 or both"},
+		{"host bits", "IPPool", "ipv4: {cidr: 10.1.0.1/24}", "spec.ipv4.cidr", `"10.1.0.1/24" is not a subnet: write, for example, 10.1.0.0/20 or fd00:1::/64`},
+		{"gateway", "IPPool", "ipv4: {cidr: 10.1.0.0/24, gateway: x}", "spec.ipv4.gateway", `"x" is not an IP address`},
+		{"exclude", "IPPool", "ipv4: {cidr: 10.1.0.0/24, exclude: [x]}", "spec.ipv4.exclude[0]", `"x" is neither an address nor a subnet`},
+		{"block size", "IPPool", "ipv4: {cidr: 10.1.0.0/24, blockSize: 3}", "spec.ipv4.blockSize", "not a power of two from 1 to 65536"},
+		{"rest", "IPPool", "ipv4: {cidr: 10.1.0.0/24}\nrestSeconds: -1", "spec.restSeconds", "not a time of rest: set restSeconds to 0 to 86400"},
+		{"quota", "IPPool", "ipv4: {cidr: 10.1.0.0/24}\nquotas: [{namespace: a, interfaces: -1}]", "spec.quotas[0].interfaces", "not a number of interfaces"},
+		{"reservation for nobody", "IPPool", "ipv4: {cidr: 10.1.0.0/24}\nreservations: [{address: 10.1.0.7, namespace: a, pod: ''}]", "spec.reservations[0]", "it is for nobody: give pod, mac or both"},
+		{"reserved MAC", "IPPool", "ipv4: {cidr: 10.1.0.0/24}\nreservations: [{address: 10.1.0.7, namespace: a, mac: x}]", "spec.reservations[0].mac", `"x" is not a MAC address`},
+		{"route", "IPPool", "ipv4: {cidr: 10.1.0.0/24}\nroutes: [{dst: 10.2.0.1}]", "spec.routes[0].dst", `"10.2.0.1" is not a subnet`},
 
 		{"VLAN", network, "resourceName: r\nvlan: 5000", "spec.vlan",
 			"Invalid value: 5000: not a VLAN ID: set vlan to 1 to 4094, or to 0 for no VLAN"},

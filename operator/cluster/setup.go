@@ -74,6 +74,8 @@ func CacheOptions(config Config) cache.Options {
 		&sriovv1.SriovNetworkNodeState{}:                             own,
 		&sriovv1.SriovOperatorConfig{}:                               own,
 		&sluicev1.MacvlanNodePolicy{}:                                own,
+		&sluicev1.IPPool{}:                                           own,
+		&sluicev1.IPBlock{}:                                          own,
 		&sriovv1.SriovNetworkPoolConfig{}:                            own,
 		&appsv1.DaemonSet{}:                                          named(agentName),
 		metadataOf(appsv1.SchemeGroupVersion.WithKind("Deployment")): named(operatorName),
@@ -101,6 +103,9 @@ func Setup(mgr ctrl.Manager, config Config) error {
 	}
 	if err := (&network{Client: mgr.GetClient(), live: mgr.GetAPIReader(), config: config, events: recorder}).setup(mgr); err != nil {
 		return fmt.Errorf("set up the network controller: %w", err)
+	}
+	if err := (&ipPool{Client: mgr.GetClient(), live: mgr.GetAPIReader(), namespace: config.Namespace, events: recorder}).setup(mgr); err != nil {
+		return fmt.Errorf("set up the IP pool controller: %w", err)
 	}
 	if config.Webhook != nil {
 		rules := admission.Rules{Namespace: config.Namespace, ResourcePrefix: config.ResourcePrefix, Unsupported: unsupported}

@@ -244,6 +244,10 @@ func testVerdicts(t *testing.T) {
 		{"MacvlanNetwork", "hook-tenant", "resourceName: wh-a", nil, []string{"spec.resourceName wh-a is the resource of a SriovNetworkNodePolicy, and a MacvlanNetwork draws from that of a MacvlanNodePolicy"}},
 		{"MacvlanNetwork", "hook-tenant", "resourceName: wh-many\nmode: passthru", nil, []string{"spec.mode passthru gives a link to one pod alone, and MacvlanNodePolicy wh-many offers 64 slots of each: set its slots to 1"}},
 		{"OVSNetwork", "", "resourceName: wh-a", nil, []string{"spec.resourceName wh-a: a VF has a port on a bridge only in switchdev mode: set eSwitchMode to switchdev in SriovNetworkNodePolicy wh-a"}},
+		{"MacvlanNetwork", "hook-tenant", `{master: bond0, ipam: '{"type": "sluice", "pool": "nosuch"}'}`, nil, []string{"spec.ipam: there is no IPPool nosuch in namespace " + operatorNamespace + " yet"}},
+		{"MacvlanNetwork", "hook-tenant", `{master: bond0, ipam: '{"type": "sluice"}'}`, causes{"spec.ipam": "type sluice takes its addresses from an IPPool"}, nil},
+		{"IPPool", operatorNamespace, "ipv4: {cidr: 10.1.0.0/24, gateway: 10.2.0.1}", causes{"spec.ipv4.gateway": "write an address that an interface in 10.1.0.0/24 can have"}, nil},
+		{"IPPool", "hook-tenant", "ipv4: {cidr: 10.1.0.0/24}", nil, []string{"only a IPPool in namespace " + operatorNamespace + " has an effect"}},
 		{"MacvlanNetwork", "hook-tenant", "master: bond0\nmetaPlugins: '{}'", causes{"spec.metaPlugins": "plugin 1 has no type"}, nil},
 
 		{"SriovOperatorConfig", "hook-tenant", "{}", causes{"metadata": "only the SriovOperatorConfig default in namespace sriov-network-operator has an effect"}, nil},

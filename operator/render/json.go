@@ -31,6 +31,10 @@ func ipam(text string) (json.RawMessage, error) {
 	if len(keys) > 0 && !isText(keys["type"]) {
 		return nil, fmt.Errorf("it has no type: %s", mend)
 	}
+	var own struct{ Type, Pool string }
+	if json.Unmarshal([]byte(text), &own) != nil || own.Type == "sluice" && own.Pool == "" {
+		return nil, errors.New(`type sluice takes its addresses from an IPPool: write {"type": "sluice", "pool": "its name"}`)
+	}
 	return json.RawMessage(text), nil
 }
 

@@ -65,6 +65,15 @@ func Of(object metav1.Object) (n *Network, ok bool) {
 	return n, true
 }
 
+// Pool is the IPPool that the network's addresses come from, "" when it names none.
+func (n *Network) Pool() string {
+	var ipam struct{ Type, Pool string }
+	if json.Unmarshal([]byte(n.ipam), &ipam) != nil || ipam.Type != "sluice" {
+		return ""
+	}
+	return ipam.Pool
+}
+
 // String names the network for people.
 func (n *Network) String() string {
 	return n.Kind.Kind + " " + n.GetNamespace() + "/" + n.GetName()

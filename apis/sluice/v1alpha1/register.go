@@ -23,6 +23,8 @@ func addKnownTypes(scheme *runtime.Scheme) error {
 	scheme.AddKnownTypes(SchemeGroupVersion,
 		&MacvlanNodePolicy{}, &MacvlanNodePolicyList{},
 		&MacvlanNetwork{}, &MacvlanNetworkList{},
+		&IPPool{}, &IPPoolList{},
+		&IPBlock{}, &IPBlockList{},
 	)
 	metav1.AddToGroupVersion(scheme, SchemeGroupVersion)
 	return nil

@@ -142,7 +142,7 @@ func Setup(mgr ctrl.Manager, server *Server, rules Rules, annotations map[string
 	node.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Node"))
 	namespace.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Namespace"))
 	watched := []client.Object{node, namespace, &corev1.Node{}, &sriovv1.SriovNetworkNodePolicy{}, &sriovv1.SriovNetworkNodeState{},
-		&sriovv1.SriovNetworkPoolConfig{}, &sluicev1.MacvlanNodePolicy{}}
+		&sriovv1.SriovNetworkPoolConfig{}, &sluicev1.MacvlanNodePolicy{}, &sluicev1.IPPool{}}
 	if _, err := mgr.GetRESTMapper().RESTMapping(ServiceCIDR.GroupKind(), ServiceCIDR.Version); err == nil {
 		watched = append(watched, &networkingv1.ServiceCIDR{})
 	}
@@ -422,7 +422,7 @@ func validatingWebhook(at registrationv1.WebhookClientConfig) registrationv1.Val
 		Name: "operator-webhook.sriovnetwork.openshift.io", ClientConfig: at,
 		Rules: []registrationv1.RuleWithOperations{
 			rule(metav1.GroupVersion(sriovv1.SchemeGroupVersion), "sriovnetworknodepolicies", "sriovoperatorconfigs", "sriovnetworkpoolconfigs", "sriovnetworks", "sriovibnetworks", "ovsnetworks"),
-			rule(metav1.GroupVersion(sluicev1.SchemeGroupVersion), "macvlannodepolicies", "macvlannetworks"),
+			rule(metav1.GroupVersion(sluicev1.SchemeGroupVersion), "macvlannodepolicies", "macvlannetworks", "ippools"),
 		},
 		// What the webhook refuses the controllers refuse again. So nothing is gained by
 		// refusing all while nobody serves.

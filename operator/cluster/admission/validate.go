@@ -77,6 +77,8 @@ func (v *Validator) Handle(ctx context.Context, request admission.Request) admis
 		err = v.operatorConfig(ctx, f, o, before)
 	case *sriovv1.SriovNetworkPoolConfig:
 		err = v.poolConfig(ctx, f, o)
+	case *sluicev1.IPPool:
+		err = v.ipPool(ctx, f, o)
 	default:
 		err = v.network(ctx, f, object)
 	}
@@ -100,6 +102,7 @@ var kinds = map[schema.GroupKind]func() client.Object{
 	{Group: sriovv1.GroupName, Kind: "SriovIBNetwork"}:         func() client.Object { return &sriovv1.SriovIBNetwork{} },
 	{Group: sriovv1.GroupName, Kind: "OVSNetwork"}:             func() client.Object { return &sriovv1.OVSNetwork{} },
 	{Group: sluicev1.GroupName, Kind: "MacvlanNodePolicy"}:     func() client.Object { return &sluicev1.MacvlanNodePolicy{} },
+	{Group: sluicev1.GroupName, Kind: "IPPool"}:                func() client.Object { return &sluicev1.IPPool{} },
 	{Group: sluicev1.GroupName, Kind: "MacvlanNetwork"}:        func() client.Object { return &sluicev1.MacvlanNetwork{} },
 }
 
@@ -145,6 +148,8 @@ func specOf(o client.Object) any {
 	case *sluicev1.MacvlanNodePolicy:
 		return o.Spec
 	case *sluicev1.MacvlanNetwork:
+		return o.Spec
+	case *sluicev1.IPPool:
 		return o.Spec
 	}
 	return o
@@ -258,6 +263,9 @@ func (v *Validator) network(ctx context.Context, f *findings, object client.Obje
 		f.warn("spec.networkNamespace %s: there is no such namespace yet: make it, or change networkNamespace", net.Target)
 	} else if err != nil {
 		return fmt.Errorf("read namespace %s: %w", net.Target, err)
+	}
+	if err := v.usesPool(ctx, f, net); err != nil {
+		return err
 	}
 	resource, has := nad.Annotations[sriovv1.AnnotationResourceName]
 	if !has {

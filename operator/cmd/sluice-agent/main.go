@@ -31,6 +31,7 @@ import (
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
 
+	"github.com/sluice-network/sluice/cni/ipam"
 	"github.com/sluice-network/sluice/cni/server"
 	"github.com/sluice-network/sluice/cni/standalone"
 	"github.com/sluice-network/sluice/deviceplugin"
@@ -165,13 +166,21 @@ func run(ctx context.Context, c *config) error {
 		log.Error(aliasErr, "the CNI plugin \"sriov\" of this node is not Sluice")
 	}
 
+	claims, err := ipam.Connect(apiServer, c.namespace)
+	if err != nil {
+		return err
+	}
+	addresses := ipam.New(ipam.Options{
+		Name: c.node, Dir: filepath.Join(c.stateDir, "addresses"), Claims: claims, Boot: bootID, Now: host.SinceBoot, Log: log.WithName("ipam"),
+	})
+
 	// The parts need one another: what is attached is known to the CNI server, who
 	// holds a device to the ledger, what a VF goes back to to the node's configuration.
 	var agent *node.Agent
 	var plugin *deviceplugin.Manager
 	var ledger *deviceplugin.Ledger
 	cni, err := server.New(server.Options{
-		Socket: c.socket, StateDir: c.stateDir, Kernel: attacher, IPAMDirs: []string{c.cniDir}, Log: log.WithName("cni"),
+		Socket: c.socket, StateDir: c.stateDir, Kernel: attacher, IPAMDirs: []string{c.cniDir}, Addresses: addresses, Log: log.WithName("cni"),
 		Baselines: baselines(func() *node.Agent { return agent }), Allocated: func(ctx context.Context, id string) (string, bool, error) { return ledger.Allocated(ctx, id) },
 		Changes: kernel.Watch, Ready: func() error { return registered(plugin)() },
 		PodNetworks: standalone.Options{API: pods, Kernel: attacher, Devices: kubelet.Pod, DeviceInfo: func(resource, id string) (*nadv1.DeviceInfo, error) {
@@ -216,6 +225,11 @@ func run(ctx context.Context, c *config) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return serveHTTP(ctx, c.listen, health) })
 	group.Go(func() error { return plugin.Run(ctx) })
+	group.Go(func() error { return addresses.Run(ctx) })
+	group.Go(func() error {
+		claims.Follow(ctx, addresses)
+		return nil
+	})
 	group.Go(func() error { return agent.Run(ctx) })
 	group.Go(func() error {
 		ledger.Watch(ctx, agent.HolderChanged, plugin.Repeat)
@@ -238,7 +252,7 @@ func run(ctx context.Context, c *config) error {
 		}
 		return nil
 	})
-	err = group.Wait()
+	err = errors.Join(group.Wait(), addresses.Close())
 	log.Info("stopped")
 	return err
 }
