@@ -11,6 +11,7 @@ export GOFLAGS     := -buildvcs=false -trimpath
 export CGO_ENABLED := 0
 
 LAB  ?= uml
+SOAK ?= 10m
 OUT  := out
 TOOL := $(GO) tool -modfile=hack/tools/go.mod
 LABCLI := $(OUT)/lab
@@ -41,7 +42,7 @@ generate: ## Write deepcopy code and CRDs from the types
 	$(TOOL) controller-gen crd paths=./apis/... output:crd:dir=config/crd/bases
 
 ##@ Check
-.PHONY: test test-unit test-guest test-e2e lint verify bench
+.PHONY: test test-unit test-guest test-e2e lint verify bench soak
 test: ## Everything: unit, API server, host kernel, guests of both kinds, clusters of both kinds
 	hack/test.sh
 test-unit: ## Unit tests, tests against a real API server and on this machine's kernel
@@ -57,6 +58,8 @@ lint: ## Run the linters
 	$(TOOL) golangci-lint run --build-tags lab,e2e ./internal/... ./operator/... ./cni/... ./test/...
 bench: ## Benchmarks, as ratios against a floor measured in the same run
 	hack/test.sh bench
+soak: ## 200 MacVLAN sub-interfaces made and deleted at once, again and again (SOAK=10m)
+	SLUICE_SOAK=$(SOAK) CI=true $(GO) test -count 1 -timeout 60m -v -run 'TestNetnsSoak$$' ./cni/server
 
 ##@ Lab: a real cluster on this machine, its nodes guests with SR-IOV NICs
 .PHONY: lab-up lab-down lab-status lab-console lab-exec lab-kubectl lab-load

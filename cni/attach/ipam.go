@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os/exec"
 	"path/filepath"
@@ -163,21 +164,30 @@ func (*Process) ExecPlugin(ctx context.Context, path string, stdin []byte, env [
 	// The kernel sends the signal when the thread that started the plugin ends.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	var stdout, stderr bytes.Buffer
+	var stderr bytes.Buffer
 	c := exec.CommandContext(ctx, path)
 	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	c.Env, c.Stdin, c.Stdout, c.Stderr = env, bytes.NewReader(stdin), &stdout, &stderr
-	err := c.Run()
+	c.Env, c.Stdin, c.Stderr = env, bytes.NewReader(stdin), &stderr
+	out, err := c.StdoutPipe()
 	if err == nil {
-		return stdout.Bytes(), nil
+		err = c.Start()
+	}
+	if err != nil {
+		return nil, err
+	}
+	// A thread that waits for a process is looked after by the runtime's monitor, up to
+	// fifty times a millisecond; a goroutine that waits for its output costs nothing.
+	stdout, err := io.ReadAll(out)
+	if err = errors.Join(err, c.Wait()); err == nil {
+		return stdout, nil
 	}
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("%w: %w", err, ctx.Err())
 	}
 	// A plugin prints its error to its standard output.
 	said := &types.Error{}
-	if json.Unmarshal(stdout.Bytes(), said) == nil && said.Msg != "" {
+	if json.Unmarshal(stdout, said) == nil && said.Msg != "" {
 		return nil, said
 	}
-	return nil, fmt.Errorf("%w: %s", err, strings.TrimSpace(stderr.String()+stdout.String()))
+	return nil, fmt.Errorf("%w: %s", err, strings.TrimSpace(stderr.String()+string(stdout)))
 }

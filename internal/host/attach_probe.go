@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -34,63 +35,68 @@ func (a *Attacher) Probe(ctx context.Context, ns *Netns, link string, addresses 
 	if err != nil || !l.Carrier || len(l.MAC) != 6 {
 		return err
 	}
-	return ns.Do(func() error {
-		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-		if err != nil {
-			return fmt.Errorf("probe %s: %w", link, err)
-		}
-		defer unix.Close(fd)
-		// Advertisements for a detection come to all nodes (RFC 4861, 7.2.4).
-		allNodes := unix.PacketMreq{Ifindex: int32(l.Index), Type: unix.PACKET_MR_MULTICAST, Alen: 6, Address: [8]uint8{0x33, 0x33, 0, 0, 0, 1}}
-		if err := errors.Join(
-			unix.SetsockoptPacketMreq(fd, unix.SOL_PACKET, unix.PACKET_ADD_MEMBERSHIP, &allNodes),
-			unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: l.Index}),
-		); err != nil {
-			return fmt.Errorf("probe %s: %w", link, err)
-		}
-		for half := 1; half <= 2; half++ {
-			for _, address := range addresses {
-				if err := unix.Sendto(fd, probe(l.MAC, address.IP), 0, &unix.SockaddrLinklayer{Ifindex: l.Index, Halen: 6}); err != nil {
-					return fmt.Errorf("probe for %s on %s: %w", address.IP, link, err)
-				}
-			}
-			if err := hear(ctx, fd, l.MAC, addresses, time.Now().Add(wait/2)); err != nil {
-				return err
+	f, err := packetSocket(ns, l.Index)
+	if err != nil {
+		return fmt.Errorf("probe %s: %w", link, err)
+	}
+	defer f.Close()
+	for half := 1; half <= 2; half++ {
+		for _, address := range addresses {
+			if _, err := f.Write(probe(l.MAC, address.IP)); err != nil {
+				return fmt.Errorf("probe for %s on %s: %w", address.IP, link, err)
 			}
 		}
-		return nil
-	})
+		if err := hear(ctx, f, l.MAC, addresses, wait/2); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-// hear reads frames until the deadline or one that says that another station
-// has, or wants, one of the addresses.
-func hear(ctx context.Context, fd int, own net.HardwareAddr, addresses []net.IPNet, deadline time.Time) error {
+// packetSocket opens a packet socket on a link of ns (packet(7)): what is written are
+// whole Ethernet frames, and what is read are all that the link receives, and those to
+// all IPv6 nodes, which is where advertisements for a detection go (RFC 4861, 7.2.4).
+func packetSocket(ns *Netns, index int) (*os.File, error) {
+	var f *os.File
+	err := ns.Do(func() error {
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		if err != nil {
+			return err
+		}
+		f = os.NewFile(uintptr(fd), "packet socket")
+		allNodes := unix.PacketMreq{Ifindex: int32(index), Type: unix.PACKET_MR_MULTICAST, Alen: 6, Address: [8]uint8{0x33, 0x33, 0, 0, 0, 1}}
+		return errors.Join(
+			unix.SetsockoptPacketMreq(fd, unix.SOL_PACKET, unix.PACKET_ADD_MEMBERSHIP, &allNodes),
+			unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: index}),
+		)
+	})
+	if err != nil && f != nil {
+		f.Close()
+	}
+	return f, err
+}
+
+// hear reads frames until the time is over, or one says that another station has, or
+// wants, one of the addresses.
+func hear(ctx context.Context, f *os.File, own net.HardwareAddr, addresses []net.IPNet, wait time.Duration) error {
+	if err := f.SetReadDeadline(time.Now().Add(wait)); err != nil {
+		return fmt.Errorf("wait for answers to a probe: %w", err)
+	}
 	frame := make([]byte, 256)
-	for ctx.Err() == nil {
-		left := time.Until(deadline)
-		if left <= 0 {
-			return nil
+	for {
+		n, err := f.Read(frame)
+		if errors.Is(err, os.ErrDeadlineExceeded) || ctx.Err() != nil {
+			return ctx.Err()
 		}
-		poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		if _, err := unix.Poll(poll, int(left.Milliseconds())+1); err != nil && !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("wait for answers to a probe: %w", err)
+		if err != nil {
+			return fmt.Errorf("read answers to a probe: %w", err)
 		}
-		for {
-			n, _, err := unix.Recvfrom(fd, frame, 0)
-			if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
-				break
-			}
-			if err != nil {
-				return fmt.Errorf("read answers to a probe: %w", err)
-			}
-			for _, address := range addresses {
-				if mac := claimant(frame[:n], address.IP); mac != nil && !bytes.Equal(mac, own) {
-					return &AddressConflictError{address.IP, mac}
-				}
+		for _, address := range addresses {
+			if mac := claimant(frame[:n], address.IP); mac != nil && !bytes.Equal(mac, own) {
+				return &AddressConflictError{address.IP, mac}
 			}
 		}
 	}
-	return ctx.Err()
 }
 
 func htons(v uint16) uint16 {
