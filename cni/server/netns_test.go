@@ -342,6 +342,16 @@ func TestNetnsMacvlan(t *testing.T) {
 			}
 		}
 	}
+	// On the interface that the pod has already.
+	inner := n.request("a", `"master":"net1","linkInContainer":true`, "10.20.1.5/16")
+	inner.IfName = "net2"
+	if _, err := n.pod(inner); err != nil {
+		t.Error(err)
+	} else {
+		n.echo(inner.Netns, "10.20.1.5")
+		n.ok(ask(c.Netns, "10.20.1.5"))
+	}
+	n.del(inner)
 	// The same slot for another pod.
 	if _, err := n.pod(n.request("d", `"deviceID":"p0-0"`, "10.20.1.4/16")); err == nil || !strings.Contains(err.Error(), "the slot is held by pod ns/a") {
 		t.Errorf("slot of another pod: %v", err)
