@@ -45,7 +45,7 @@ type Kernel interface {
 
 	PrepareIPv6(ns *host.Netns, link string) error
 	RefuseAdvertisedDefault(ns *host.Netns, link string) error
-	AddAddress(ns *host.Netns, index int, address net.IPNet) error
+	AddAddress(ns *host.Netns, index int, address net.IPNet, asked bool) error
 	WaitIPv6(ctx context.Context, ns *host.Netns, index int) error
 	Addresses(ns *host.Netns, index int) ([]net.IPNet, error)
 	AddRoute(ns *host.Netns, index int, r host.Route) error
@@ -59,7 +59,7 @@ type Kernel interface {
 	KeepsToOwnAddresses(ns *host.Netns, index int) (bool, error)
 	AddNeighbour(ns *host.Netns, index int, ip net.IP, mac net.HardwareAddr) error
 	Source(v6 bool) (net.IP, error)
-	Probe(ctx context.Context, ns *host.Netns, link string, addresses []net.IPNet, wait time.Duration) error
+	Probe(ctx context.Context, ns *host.Netns, link string, addresses []net.IPNet, wait time.Duration) (asked bool, err error)
 	Announce(ctx context.Context, ns *host.Netns, link string, addresses []net.IPNet) error
 }
 
@@ -423,9 +423,11 @@ func (a *Attacher) address(ctx context.Context, r Record, cfg *Config, ns *host.
 			}
 		}
 	}
+	asked := false
 	if cfg.ConflictProbe > 0 {
 		a.step("add: probe")
-		err := a.Kernel.Probe(ctx, ns, link.Name, nets(result.IPs), cfg.ConflictProbe)
+		var err error
+		asked, err = a.Kernel.Probe(ctx, ns, link.Name, nets(result.IPs), cfg.ConflictProbe)
 		if conflict := (*host.AddressConflictError)(nil); errors.As(err, &conflict) {
 			return fail(CodeConflict, "probe on %s: %w: give that station another address, or exclude this one from the network's range", link.Name, err)
 		}
@@ -435,11 +437,11 @@ func (a *Attacher) address(ctx context.Context, r Record, cfg *Config, ns *host.
 	}
 	a.step("add: set addresses")
 	for _, ip := range result.IPs {
-		if err := a.Kernel.AddAddress(ns, link.Index, ip.Address); err != nil {
+		if err := a.Kernel.AddAddress(ns, link.Index, ip.Address, asked); err != nil {
 			return err
 		}
 	}
-	if wait6 {
+	if wait6 && !asked {
 		wait, cancel := context.WithTimeout(ctx, dadTimeout)
 		defer cancel()
 		if err := a.Kernel.WaitIPv6(wait, ns, link.Index); err != nil {

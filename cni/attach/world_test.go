@@ -272,7 +272,7 @@ func (w *world) DeleteAltName(ns *host.Netns, index int, name string) error {
 
 func (w *world) PrepareIPv6(*host.Netns, string) error { return w.call("prepare IPv6") }
 
-func (w *world) AddAddress(_ *host.Netns, index int, a net.IPNet) error {
+func (w *world) AddAddress(_ *host.Netns, index int, a net.IPNet, _ bool) error {
 	if err := w.call("add address %s", a.String()); err != nil {
 		return err
 	}
@@ -431,13 +431,13 @@ func (w *world) Source(v6 bool) (net.IP, error) {
 	return net.IPv4(192, 168, 0, 1), w.call("find source")
 }
 
-func (w *world) Probe(_ context.Context, _ *host.Netns, _ string, addresses []net.IPNet, _ time.Duration) error {
+func (w *world) Probe(_ context.Context, _ *host.Netns, _ string, addresses []net.IPNet, _ time.Duration) (bool, error) {
 	for _, a := range addresses {
 		if mac, ok := w.stations[a.IP.String()]; ok {
-			return &host.AddressConflictError{IP: a.IP, MAC: must(net.ParseMAC(mac))}
+			return false, &host.AddressConflictError{IP: a.IP, MAC: must(net.ParseMAC(mac))}
 		}
 	}
-	return w.call("probe")
+	return true, w.call("probe")
 }
 
 func (w *world) Announce(context.Context, *host.Netns, string, []net.IPNet) error { return nil }

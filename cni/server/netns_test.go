@@ -128,16 +128,15 @@ func must[T any](v T, err error) T {
 }
 
 // request is a call for a MacVLAN sub-interface with the given keys, and the IPAM
-// result of the addresses, the first of which has the station for its gateway.
+// result of the addresses, the first of each family with the station for its gateway.
 func (n *node) request(container, keys string, addresses ...string) wire.Request {
 	n.Helper()
 	var ips []string
-	for i, a := range addresses {
-		gateway := ""
-		if i == 0 {
-			gateway = `,"gateway":"10.20.0.1"`
-		}
-		ips = append(ips, fmt.Sprintf(`{"address":%q%s}`, a, gateway))
+	gateways := map[bool]string{false: `,"gateway":"10.20.0.1"`, true: `,"gateway":"fd20::1"`}
+	for _, a := range addresses {
+		v6 := strings.Contains(a, ":")
+		ips = append(ips, fmt.Sprintf(`{"address":%q%s}`, a, gateways[v6]))
+		delete(gateways, v6)
 	}
 	if !strings.Contains(keys, `"type"`) {
 		keys += `,"type":"sluice"`

@@ -57,14 +57,19 @@ func (a *Attacher) RefuseAdvertisedDefault(ns *Netns, link string) error {
 	})
 }
 
-// AddAddress adds an address to a link of ns.
-func (a *Attacher) AddAddress(ns *Netns, index int, address net.IPNet) error {
+// AddAddress adds an address to a link of ns. An IPv6 address for which Probe has asked
+// can be used at once; for others the kernel asks (RFC 4862), which takes it a second or two.
+func (a *Attacher) AddAddress(ns *Netns, index int, address net.IPNet, asked bool) error {
 	conn, err := a.rtnl(ns)
 	if err != nil {
 		return err
 	}
 	addr := &netlink.Addr{IPNet: &address, LinkIndex: index}
-	if address.IP.To4() == nil {
+	switch {
+	case address.IP.To4() != nil:
+	case asked:
+		addr.Flags = unix.IFA_F_NODAD
+	default:
 		// The kernel drops the flag when optimistic detection is off.
 		addr.Flags = unix.IFA_F_OPTIMISTIC
 	}

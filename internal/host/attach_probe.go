@@ -29,28 +29,28 @@ func (e *AddressConflictError) Error() string {
 // the neighbour solicitation of duplicate address detection (RFC 4862) for
 // IPv6, once at the beginning and once after half of the time. An answer is an
 // *AddressConflictError; so is somebody else's probe for the same address at the
-// same time. Without carrier there is nobody to ask.
-func (a *Attacher) Probe(ctx context.Context, ns *Netns, link string, addresses []net.IPNet, wait time.Duration) error {
+// same time. Without carrier there is nobody to ask, and nothing was asked.
+func (a *Attacher) Probe(ctx context.Context, ns *Netns, link string, addresses []net.IPNet, wait time.Duration) (asked bool, err error) {
 	l, err := a.Link(ns, link)
 	if err != nil || !l.Carrier || len(l.MAC) != 6 {
-		return err
+		return false, err
 	}
 	f, err := packetSocket(ns, l.Index)
 	if err != nil {
-		return fmt.Errorf("probe %s: %w", link, err)
+		return false, fmt.Errorf("probe %s: %w", link, err)
 	}
 	defer f.Close()
 	for half := 1; half <= 2; half++ {
 		for _, address := range addresses {
 			if _, err := f.Write(probe(l.MAC, address.IP)); err != nil {
-				return fmt.Errorf("probe for %s on %s: %w", address.IP, link, err)
+				return false, fmt.Errorf("probe for %s on %s: %w", address.IP, link, err)
 			}
 		}
 		if err := hear(ctx, f, l.MAC, addresses, wait/2); err != nil {
-			return err
+			return false, err
 		}
 	}
-	return nil
+	return true, nil
 }
 
 // packetSocket opens a packet socket on a link of ns (packet(7)): what is written are

@@ -122,7 +122,7 @@ func TestRoutingOfALink(t *testing.T) {
 			t.Errorf("the rule from %s is left: %v", ip, err)
 		}
 	}
-	if err := a.AddAddress(pod, link.Index, net.IPNet{IP: net.IPv4(10, 0, 0, 5).To4(), Mask: net.CIDRMask(24, 32)}); err != nil {
+	if err := a.AddAddress(pod, link.Index, net.IPNet{IP: net.IPv4(10, 0, 0, 5).To4(), Mask: net.CIDRMask(24, 32)}, false); err != nil {
 		t.Fatal(err)
 	}
 	other := Route{Dst: net.IPNet{IP: net.IPv4(10, 9, 0, 0).To4(), Mask: net.CIDRMask(16, 32)}, Gateway: net.IPv4(10, 0, 0, 1), OnLink: true, Table: table}
@@ -211,11 +211,11 @@ func TestProbeOfALink(t *testing.T) {
 		t.Fatal(err)
 	}
 	free := net.IPNet{IP: net.ParseIP("10.0.0.6").To4(), Mask: net.CIDRMask(24, 32)}
-	if err := a.Probe(t.Context(), pod, "net1", []net.IPNet{free}, 40*time.Millisecond); err != nil {
-		t.Errorf("free address: %v", err)
+	if asked, err := a.Probe(t.Context(), pod, "net1", []net.IPNet{free}, 40*time.Millisecond); err != nil || !asked {
+		t.Errorf("free address: %v, %v", asked, err)
 	}
 	for _, address := range taken {
-		err := a.Probe(t.Context(), pod, "net1", []net.IPNet{free, address}, 5*time.Second)
+		_, err := a.Probe(t.Context(), pod, "net1", []net.IPNet{free, address}, 5*time.Second)
 		conflict := (*AddressConflictError)(nil)
 		if !errors.As(err, &conflict) || !conflict.IP.Equal(address.IP) || !bytes.Equal(conflict.MAC, station.Attrs().HardwareAddr) {
 			t.Errorf("%s: %v, station is %s", address.IP, err, station.Attrs().HardwareAddr)

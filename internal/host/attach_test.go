@@ -286,10 +286,10 @@ func TestAddressesAndRoutes(t *testing.T) {
 	}
 	addresses := []net.IPNet{cidr("10.7.0.5/24"), cidr("fd07::5/64")}
 	for _, address := range addresses {
-		if err := a.AddAddress(pod, l.Index, address); err != nil {
+		if err := a.AddAddress(pod, l.Index, address, false); err != nil {
 			t.Fatal(err)
 		}
-		if err := a.AddAddress(pod, l.Index, address); !errors.Is(err, unix.EEXIST) {
+		if err := a.AddAddress(pod, l.Index, address, false); !errors.Is(err, unix.EEXIST) {
 			t.Errorf("the same address again: %v", err)
 		}
 	}
@@ -382,7 +382,7 @@ func TestSetDefaultRoutes(t *testing.T) {
 		for _, n := range []net.IPNet{
 			{IP: net.IPv4(10, 7, byte(i), 5), Mask: net.CIDRMask(24, 32)}, {IP: net.ParseIP(fmt.Sprintf("fd07:%d::5", i)), Mask: net.CIDRMask(64, 128)},
 		} {
-			if err := a.AddAddress(pod, l.Index, n); err != nil {
+			if err := a.AddAddress(pod, l.Index, n, false); err != nil {
 				t.Fatal(err)
 			}
 		}
