@@ -682,7 +682,7 @@ func TestNetnsSoak(t *testing.T) {
 		var mu sync.Mutex
 		macs := map[string]bool{}
 		for i := range pods {
-			req := n.request(fmt.Sprintf("pod%d", i), fmt.Sprintf(`"deviceID":"p%d-%d","conflictProbe":0`, i%2, i), fmt.Sprintf("10.20.2.%d/16", i), fmt.Sprintf("fd20::2:%x/64", i))
+			req := n.request(fmt.Sprintf("pod%d", i), fmt.Sprintf(`"deviceID":"p%d-%d","conflictProbe":2`, i%2, i), fmt.Sprintf("10.20.2.%d/16", i), fmt.Sprintf("fd20::2:%x/64", i))
 			all.Go(func() {
 				var r types100.Result
 				out, err := n.agent.call(req)
