@@ -260,6 +260,14 @@ func (p *parser) parse(req Request, keys map[string]json.RawMessage) error {
 	if err := p.checkRates(); err != nil {
 		return err
 	}
+	if err := p.checkInterface(); err != nil {
+		return err
+	}
+	return p.chooseMAC(args["MAC"])
+}
+
+// checkInterface checks what holds for interfaces of every kind.
+func (p *parser) checkInterface() error {
 	if p.HostInterface && p.IPAM == "" {
 		return fmt.Errorf("hostInterface is set and ipam is not: there are no addresses to lead to")
 	}
@@ -276,7 +284,7 @@ func (p *parser) parse(req Request, keys map[string]json.RawMessage) error {
 		}
 		p.MTU = *p.mtu
 	}
-	return p.chooseMAC(args["MAC"])
+	return nil
 }
 
 // defaultProbe is how long other stations may take to answer for an address of a
@@ -289,14 +297,6 @@ const defaultProbe = 50 * time.Millisecond
 func (p *parser) chooseKind(c Command, keys map[string]json.RawMessage) error {
 	parent, _, notSlot := host.ParseSlotID(p.DeviceID)
 	slot, vf := notSlot == nil, host.ValidPCIAddress(p.DeviceID)
-	given := func(keys map[string]json.RawMessage, which []string) string {
-		for _, k := range which {
-			if raw, ok := keys[k]; ok && string(raw) != "null" && string(raw) != `""` {
-				return k
-			}
-		}
-		return ""
-	}
 	switch {
 	case p.DeviceID != "" && !slot && !vf:
 		return fmt.Errorf("deviceID %q is not a PCI address like 0000:3b:02.1, nor a MacVLAN slot like ens1f0-0", p.DeviceID)
@@ -305,16 +305,7 @@ func (p *parser) chooseKind(c Command, keys map[string]json.RawMessage) error {
 	case p.kind == "macvlan" && vf:
 		return fmt.Errorf(`deviceID %q is a VF, and type "macvlan" makes sub-interfaces of a master: set type to "sluice", or remove resource and deviceID`, p.DeviceID)
 	case slot, p.kind == "macvlan", p.DeviceID == "" && p.kind != "sriov" && p.macvlan.Parent != "":
-		if k := given(keys, vfKeys); k != "" {
-			return fmt.Errorf("%s %s is a setting of VFs, and this is a MacVLAN network: remove it", k, show(keys[k]))
-		}
-		if slot && p.macvlan.InPod {
-			return fmt.Errorf("linkInContainer true is for a master in the pod, and the parent of slot %q is in the host: remove one of both", p.DeviceID)
-		}
-		if slot && p.macvlan.Parent != "" && p.macvlan.Parent != parent {
-			return fmt.Errorf("master %q is not the parent of slot %q: remove master, or let the pods request the resource of master's slots", p.macvlan.Parent, p.DeviceID)
-		}
-		return p.completeMacvlan(parent)
+		return p.completeMacvlan(parent, keys)
 	case vf, p.kind == "sriov":
 		if k := given(keys, macvlanKeys); k != "" {
 			return fmt.Errorf("%s %s is a setting of MacVLAN networks, and this is one of VFs: remove it", k, show(keys[k]))
@@ -326,8 +317,28 @@ func (p *parser) chooseKind(c Command, keys map[string]json.RawMessage) error {
 	return nil
 }
 
-func (p *parser) completeMacvlan(slotParent string) error {
+// given returns the first of the keys that has a value.
+func given(keys map[string]json.RawMessage, which []string) string {
+	for _, k := range which {
+		if raw, ok := keys[k]; ok && string(raw) != "null" && string(raw) != `""` {
+			return k
+		}
+	}
+	return ""
+}
+
+// completeMacvlan checks what is for MacVLAN. slotParent is empty without a slot.
+func (p *parser) completeMacvlan(slotParent string, keys map[string]json.RawMessage) error {
+	if k := given(keys, vfKeys); k != "" {
+		return fmt.Errorf("%s %s is a setting of VFs, and this is a MacVLAN network: remove it", k, show(keys[k]))
+	}
 	if slotParent != "" {
+		if p.macvlan.InPod {
+			return fmt.Errorf("linkInContainer true is for a master in the pod, and the parent of slot %q is in the host: remove one of both", p.DeviceID)
+		}
+		if p.macvlan.Parent != "" && p.macvlan.Parent != slotParent {
+			return fmt.Errorf("master %q is not the parent of slot %q: remove master, or let the pods request the resource of master's slots", p.macvlan.Parent, p.DeviceID)
+		}
 		p.macvlan.Parent = slotParent
 	}
 	if p.macvlan.Parent != "" && !validLinkName(p.macvlan.Parent) {
