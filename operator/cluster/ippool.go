@@ -26,6 +26,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
+	"github.com/sluice-network/sluice/operator/cluster/admission"
 )
 
 const (
@@ -112,6 +113,12 @@ func (r *ipPool) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Resu
 		return ctrl.Result{RequeueAfter: again}, err
 	}
 	status, unready, degraded, fine := usage(pool, parsed, list.Items, orphans)
+	if len(errs) == 0 {
+		var bad error
+		if errs, bad = admission.PoolOverlaps(ctx, r, pool); bad != nil {
+			return ctrl.Result{}, bad
+		}
+	}
 	if len(errs) > 0 {
 		unready = why{"PoolInvalid", errs.ToAggregate().Error()}
 		degraded = unready

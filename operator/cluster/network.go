@@ -122,8 +122,14 @@ func (r *network) setup(mgr ctrl.Manager) error {
 			queue.AddAfter(everyNetwork, everyAfter)
 		},
 		UpdateFunc: func(_ context.Context, e event.TypedUpdateEvent[client.Object], queue workqueue.TypedRateLimitingInterface[networkKey]) {
-			before, isNode := e.ObjectOld.(*corev1.Node)
-			if after, _ := e.ObjectNew.(*corev1.Node); !isNode || !slices.Equal(before.Spec.PodCIDRs, after.Spec.PodCIDRs) {
+			changed := true
+			switch before := e.ObjectOld.(type) {
+			case *corev1.Node:
+				changed = !slices.Equal(before.Spec.PodCIDRs, e.ObjectNew.(*corev1.Node).Spec.PodCIDRs)
+			case *sluicev1.IPPool:
+				changed = before.Generation != e.ObjectNew.GetGeneration()
+			}
+			if changed {
 				queue.AddAfter(everyNetwork, everyAfter)
 			}
 		},
@@ -131,7 +137,7 @@ func (r *network) setup(mgr ctrl.Manager) error {
 			queue.AddAfter(everyNetwork, everyAfter)
 		},
 	}
-	b = b.Watches(&corev1.Node{}, every)
+	b = b.Watches(&corev1.Node{}, every).Watches(&sluicev1.IPPool{}, every)
 	if _, err := mgr.GetRESTMapper().RESTMapping(admission.ServiceCIDR.GroupKind(), admission.ServiceCIDR.Version); err == nil {
 		b = b.Watches(&networkingv1.ServiceCIDR{}, every)
 	}
@@ -280,11 +286,11 @@ func (r *network) ensure(ctx context.Context, object client.Object) error {
 	if len(errs) > 0 {
 		return &refusal{sriovv1.ReasonNADInvalid, errs.ToAggregate().Error()}
 	}
-	used, err := admission.UsedRanges(ctx, r)
+	errs, err := admission.NetworkOverlaps(ctx, r, r.config.Namespace, net)
 	if err != nil {
 		return err
 	}
-	if errs = net.Overlapping(used); len(errs) > 0 {
+	if len(errs) > 0 {
 		return &refusal{sriovv1.ReasonNADInvalid, errs.ToAggregate().Error()}
 	}
 	want.Annotations[sriovv1.AnnotationOwnerUID] = string(net.GetUID())

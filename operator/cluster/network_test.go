@@ -193,6 +193,16 @@ func TestNetworkInTheClustersAddresses(t *testing.T) {
 	if _, err := getNAD(t, operatorNamespace, "in-services"); !apierrors.IsNotFound(err) {
 		t.Errorf("it was made all the same: %v", err)
 	}
+	pool := &sluicev1.IPPool{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "in-services"}, Spec: sluicev1.IPPoolSpec{IPv4: &sluicev1.IPRange{CIDR: "10.0.0.64/26"}}}
+	if err := api.Create(t.Context(), pool); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = api.Delete(t.Context(), pool) }()
+	wantCondition(t, pool, func() []metav1.Condition { return pool.Status.Conditions }, sriovv1.ConditionReady, metav1.ConditionFalse, "PoolInvalid", `spec: Invalid value: "10.0.0.64/26": it overlaps 10.0.0.0/24`)
+	change(t, services, func(n client.Object) {
+		n.(*sriovv1.SriovNetwork).Spec.IPAM = `{"type": "sluice", "pool": "in-services"}`
+	})
+	wantNetwork(t, services, sriovv1.ReasonNADInvalid, `spec.ipam: Invalid value: "10.0.0.64/26": it overlaps 10.0.0.0/24, which the cluster uses for Services (ServiceCIDR kubernetes)`)
 	pods := in("in-pods", "192.0.2.0/25")
 	wantNetwork(t, pods, sriovv1.ReasonNetworkReady, "")
 	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "in-pods"}, Spec: corev1.NodeSpec{PodCIDR: "192.0.2.64/26", PodCIDRs: []string{"192.0.2.64/26"}}}

@@ -16,11 +16,12 @@ type Range struct {
 	For string // such as "Services (ServiceCIDR kubernetes)"
 }
 
-// Overlapping says which of the network's subnets the cluster uses already. A pod with an
-// interface in such a subnet looks for Services, or pods, on that link and finds nobody.
-func (n *Network) Overlapping(used []Range) field.ErrorList {
+// Overlapping says which of the subnets that a field asks for the cluster uses already. A pod
+// with an interface in such a subnet looks for Services, or pods, on that link and finds
+// nobody.
+func Overlapping(path *field.Path, subnets []netip.Prefix, used []Range) field.ErrorList {
 	var errs field.ErrorList
-	for _, subnet := range subnets(n.ipam) {
+	for _, subnet := range subnets {
 		var first Range // in an order of their own, so that the same is said of the same
 		more := -1
 		for _, r := range used {
@@ -38,14 +39,16 @@ func (n *Network) Overlapping(used []Range) field.ErrorList {
 		if more > 0 {
 			text += fmt.Sprintf(", and %d more such ranges", more)
 		}
-		errs = append(errs, field.Invalid(field.NewPath("spec", "ipam"), subnet.String(), text+
+		errs = append(errs, field.Invalid(path, subnet.String(), text+
 			": pods with an interface in it would look for those addresses on this network and find nobody: choose another subnet"))
 	}
 	return errs
 }
 
-// subnets are those that ipam puts interfaces into, as far as it says so in the way of
-// host-local, static or whereabouts. What is no subnet is for these plugins to refuse.
+// Subnets are those that the network's ipam puts interfaces into, as far as it says so in the
+// way of host-local, static or whereabouts. What is no subnet is for these plugins to refuse.
+func (n *Network) Subnets() []netip.Prefix { return subnets(n.ipam) }
+
 func subnets(ipam string) []netip.Prefix {
 	var config struct{ Type string }
 	if json.Unmarshal([]byte(ipam), &config) != nil {

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"k8s.io/apimachinery/pkg/util/validation/field"
 	"pgregory.net/rapid"
 
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
@@ -23,7 +24,7 @@ func used(texts ...string) (all []Range) {
 func overlapping(ipam string, ranges []Range) string {
 	n, _ := Of(network(sriovv1.SriovNetworkSpec{IPAM: ipam}))
 	var all []string
-	for _, e := range n.Overlapping(ranges) {
+	for _, e := range Overlapping(field.NewPath("spec", "ipam"), n.Subnets(), ranges) {
 		all = append(all, e.Error())
 	}
 	return strings.Join(all, "; ")

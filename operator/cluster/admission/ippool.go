@@ -21,6 +21,10 @@ func (v *Validator) ipPool(ctx context.Context, f *findings, pool *sluicev1.IPPo
 	if f.errors = errs; len(errs) > 0 {
 		return nil
 	}
+	overlaps, err := PoolOverlaps(ctx, v, pool)
+	if f.errors = overlaps; err != nil || len(overlaps) > 0 {
+		return err
+	}
 	others := &sluicev1.IPPoolList{}
 	if err := v.List(ctx, others, client.InNamespace(v.Namespace), client.UnsafeDisableDeepCopy); err != nil {
 		return fmt.Errorf("list IPPools: %w", err)

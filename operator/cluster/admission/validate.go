@@ -241,7 +241,7 @@ func (v *Validator) nodes(ctx context.Context) ([]plan.Node, error) {
 	return nodes, nil
 }
 
-func (v *Validator) network(ctx context.Context, f *findings, object client.Object) error {
+func (v *Validator) network(ctx context.Context, f *findings, object client.Object) (err error) {
 	net, ok := render.Of(object)
 	if !ok {
 		return fmt.Errorf("%T is no network", object)
@@ -250,12 +250,8 @@ func (v *Validator) network(ctx context.Context, f *findings, object client.Obje
 	if f.errors = errs; len(errs) > 0 {
 		return nil
 	}
-	used, err := UsedRanges(ctx, v)
-	if err != nil {
+	if f.errors, err = NetworkOverlaps(ctx, v, v.Namespace, net); err != nil || len(f.errors) > 0 {
 		return err
-	}
-	if f.errors = net.Overlapping(used); len(f.errors) > 0 {
-		return nil
 	}
 	namespace := &metav1.PartialObjectMetadata{}
 	namespace.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Namespace"))
