@@ -607,7 +607,39 @@ func (n *Node) Close() error {
 	n.mu.Unlock()
 	var errs []error
 	for _, s := range stores {
-		errs = append(errs, n.write(s))
+		if len(s.blocks) > 0 { // nobody changes them any more
+			errs = append(errs, n.write(s))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Leave gives back all that this node has, for an agent that does not come back. It fails
+// while something is in use or rests.
+func (n *Node) Leave(ctx context.Context) error {
+	if err := n.lockTending(ctx); err != nil {
+		return err
+	}
+	defer func() { <-n.tending }()
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	n.mu.Lock()
+	stores := slices.Collect(maps.Values(n.stores))
+	n.mu.Unlock()
+	var errs []error
+	for _, s := range stores {
+		n.mu.Lock()
+		s.rested(s.rest(), n.now())
+		counts := s.counts()
+		blocks := slices.Collect(maps.Values(s.blocks))
+		n.mu.Unlock()
+		for _, b := range blocks {
+			if b.quiet || counts[b] != (v1alpha1.IPBlockStatus{}) {
+				errs = append(errs, fmt.Errorf("addresses of IPBlock %s are in use or rest", b.name))
+			} else {
+				errs = append(errs, n.giveBack(ctx, s, b))
+			}
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -704,7 +736,7 @@ func (n *Node) reconcile() {
 // refill makes addresses ready and writes the journal when that makes less of it.
 func (n *Node) refill(s *store) error {
 	n.mu.Lock()
-	p, changed := s.pool, s.changed
+	p, changed := s.pool, s.changed && len(s.blocks) > 0
 	low := map[bool]bool{}
 	for _, b := range s.blocks {
 		if b.kind == v1alpha1.BlockAddresses {

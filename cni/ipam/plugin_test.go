@@ -291,3 +291,28 @@ func TestNothingIsGivenThatIsNotWritten(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// An agent that does not come back leaves nothing claimed, and gives nothing back that rests.
+func TestLeave(t *testing.T) {
+	n := newRig(t, &v1alpha1.IPPoolSpec{IPv4: &v1alpha1.IPRange{CIDR: "10.1.0.0/24"}, Quotas: []v1alpha1.IPQuota{{Namespace: "a", Interfaces: 9}}})
+	if _, err := n.Exec(t.Context(), Type, call(attach.Add, "1", blue)); err != nil {
+		t.Fatal(err)
+	}
+	for _, inUse := range []bool{true, false} {
+		if err := n.Leave(t.Context()); err == nil || !strings.Contains(err.Error(), "are in use or rest") || len(n.api.objects) == 0 {
+			t.Errorf("in use %v: %v, claims %v", inUse, err, n.api.objects)
+		}
+		n.Del(attach.KeyOf(call(attach.Del, "1", blue)))
+	}
+	n.now += 61 * time.Second
+	if err := n.Leave(t.Context()); err != nil || len(n.api.objects) > 0 {
+		t.Errorf("%v, claims %v", err, n.api.objects)
+	}
+	// Its folder goes then.
+	if err := os.RemoveAll(n.Dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Close(); err != nil {
+		t.Error(err)
+	}
+}

@@ -211,7 +211,12 @@ func run(ctx context.Context, c *config) error {
 		Kernel: kernel, States: objects, Conditions: []metav1.Condition{aliasCondition(aliasErr)},
 		Advertiser: advertiser{plugin, recovered}, Usage: ledger, Attached: cni.Attached, Lifeline: lifeline,
 		Reboot: func(ctx context.Context) error { return host.Reboot(ctx, c.systemBus) }, BootID: bootID, ModprobeDir: c.modprobeDir, Networks: networks,
-		Uninstall: func() error { return uninstall(c.cniDir, cni.Attachments()) }, Log: log.WithName("node"),
+		Uninstall: func() error {
+			if err := uninstall(c.cniDir, cni.Attachments()); err != nil {
+				return err
+			}
+			return addresses.Leave(ctx)
+		}, Log: log.WithName("node"),
 	})
 
 	metrics := prometheus.NewRegistry()
