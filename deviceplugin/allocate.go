@@ -29,8 +29,8 @@ type rdma struct {
 // form applications know: upper case, '.' and '/' become '_', hyphens stay. It
 // begins with PCIDEVICE_ for MacVLAN slots, too, as other plugins have it for
 // whatever devices they offer: who looks for a resource computes the name.
-func envKey(prefix, resource string) string {
-	return strings.ToUpper("PCIDEVICE_" + strings.NewReplacer(".", "_", "/", "_").Replace(prefix+"/"+resource))
+func envKey(resource string) string {
+	return strings.ToUpper("PCIDEVICE_" + strings.NewReplacer(".", "_", "/", "_").Replace(resource))
 }
 
 // shellKey is envKey in a form that a shell can refer to.
@@ -76,7 +76,7 @@ func container(pool Pool, key, alias string, devices []Device, known map[string]
 			e["macvlan"] = map[string]string{"parent": d.Parent}
 		}
 		f := known[d.ID()]
-		if pool.DeviceType == DeviceTypeVFIO {
+		if pool.userspace(d) {
 			if d.IOMMUGroup == "" {
 				return nil, fmt.Errorf("device %s has no IOMMU group: enable the IOMMU (intel_iommu=on or amd_iommu=on) "+
 					"or load vfio with enable_unsafe_noiommu_mode=1", d.PCIAddress)
@@ -100,6 +100,9 @@ func container(pool Pool, key, alias string, devices []Device, known map[string]
 			nodes.add("/dev/net/tun", "/dev/net/tun")
 			e["vhost"] = map[string]string{"net-mount": "/dev/vhost-net", "tun-mount": "/dev/net/tun"}
 		}
+		if extra := pool.extra(d.ID()); len(extra) > 0 {
+			e["extra"] = extra
+		}
 		info[d.ID()] = e
 	}
 	encoded, err := json.Marshal(info)
@@ -111,6 +114,17 @@ func container(pool Pool, key, alias string, devices []Device, known map[string]
 		maps.Copy(env, map[string]string{alias: env[key], alias + "_INFO": env[key+"_INFO"]})
 	}
 	return &api.ContainerAllocateResponse{Envs: env, Devices: nodes}, nil
+}
+
+// extra is what Info says of the device: what is said of it alone goes before what is
+// said of all.
+func (p *Pool) extra(id string) map[string]string {
+	extra := maps.Clone(p.Info["*"])
+	if extra == nil {
+		return p.Info[id]
+	}
+	maps.Copy(extra, p.Info[id])
+	return extra
 }
 
 // deviceNodes are device nodes for a container, each path once: the container

@@ -31,7 +31,7 @@ func FuzzCheckPools(f *testing.F) {
 			return
 		}
 		full := prefix + "/" + name
-		key := envKey(prefix, name)
+		key := envKey(full)
 		if !envName.MatchString(key) || !envName.MatchString(shellKey(key)) || strings.Contains(shellKey(key), "-") {
 			t.Fatalf("%s is the variable %q", full, key)
 		}

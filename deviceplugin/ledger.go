@@ -92,7 +92,7 @@ func (l *Ledger) now() life.Instant { return life.Instant(time.Since(l.started))
 // give writes down that the kubelet is about to be promised the devices. Those whose
 // promise is all it takes to use them (exclusive) are refused while they are still attached
 // to a pod, which the kubelet forgot or deleted by force; for the others ADD waits.
-func (l *Ledger) give(ids []string, exclusive bool) error {
+func (l *Ledger) give(ids []string, resource string, exclusive bool) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, id := range ids {
@@ -101,7 +101,7 @@ func (l *Ledger) give(ids []string, exclusive bool) error {
 		}
 	}
 	for _, id := range ids {
-		l.book.Give(id, l.now())
+		l.book.Give(id, resource, l.now())
 	}
 	l.dirty = true
 	return l.save()
@@ -202,6 +202,23 @@ func (l *Ledger) Held() (map[string]string, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.book.Hands(), l.err
+}
+
+// GivenFrom is the resource, with prefix, that the device was given from to whoever has it;
+// empty when nobody has, or that is not known.
+func (l *Ledger) GivenFrom(id string) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h, _ := l.book.Hand(id)
+	return h.Resource
+}
+
+// Gave tells whether somebody has a device that was given from the resource, which may be
+// offered no more.
+func (l *Ledger) Gave(resource string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.book.Gave(resource)
 }
 
 // Forgotten tells that a device is attached to the pod, and that the kubelet, which answers,

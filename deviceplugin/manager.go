@@ -20,7 +20,7 @@ const (
 
 // Options are the surroundings of a Manager. All but Log are required.
 type Options struct {
-	Prefix        string // of resource names, e.g. "openshift.io"
+	Prefix        string // of resource names without one of their own, e.g. "openshift.io"
 	Dir           string // the kubelet's device-plugin directory
 	DeviceInfoDir string // where device-info files of device plugins are
 	SysFS         string // where sysfs is mounted
@@ -44,7 +44,7 @@ type Manager struct {
 
 	mu        sync.Mutex
 	closed    bool
-	resources map[string]*resource   // by resource name without prefix
+	resources map[string]*resource   // by resource name
 	retiring  map[string]*time.Timer // resources that are no longer in any pool
 }
 
@@ -126,7 +126,7 @@ func (m *Manager) Advertise(ctx context.Context, pools []Pool) error {
 	good, err := checkPools(m.opts.Prefix, pools)
 	keys := make([]string, 0, len(good))
 	for name := range good {
-		keys = append(keys, envKey(m.opts.Prefix, name))
+		keys = append(keys, envKey(name))
 	}
 	alias := aliases(keys)
 
@@ -139,7 +139,7 @@ func (m *Manager) Advertise(ctx context.Context, pools []Pool) error {
 	for _, name := range sortedKeys(good) {
 		r := m.resources[name]
 		if r == nil {
-			r = newResource(m.ctx, &m.opts, m.opts.Prefix+"/"+name)
+			r = newResource(m.ctx, &m.opts, name)
 			m.resources[name] = r
 			m.opts.Log.Info("offering resource", "resource", r.name, "devices", len(good[name].Devices))
 		}
@@ -147,7 +147,7 @@ func (m *Manager) Advertise(ctx context.Context, pools []Pool) error {
 			t.Stop()
 			delete(m.retiring, name)
 		}
-		key := envKey(m.opts.Prefix, name)
+		key := envKey(name)
 		errs = append(errs, r.update(good[name], key, alias[key]))
 	}
 	for name, r := range m.resources {
@@ -155,7 +155,7 @@ func (m *Manager) Advertise(ctx context.Context, pools []Pool) error {
 			continue
 		}
 		m.opts.Log.Info("resource is in no pool any more", "resource", r.name)
-		errs = append(errs, r.update(Pool{Resource: name}, "", ""))
+		errs = append(errs, r.update(Pool{}, "", ""))
 		m.retire(name, r)
 	}
 	m.mu.Unlock()
@@ -210,6 +210,25 @@ func (m *Manager) told(ctx context.Context) error {
 		errs = append(errs, r.told(ctx))
 	}
 	return errors.Join(errs...)
+}
+
+// Serves tells whether the resource is one of ours, by its name with prefix.
+func (m *Manager) Serves(resource string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.resources[resource] != nil
+}
+
+// Offers tells whether the device is in a pool.
+func (m *Manager) Offers(id string) bool {
+	offers := false
+	m.each(func(r *resource) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		_, ok := r.devices[id]
+		offers = offers || ok
+	})
+	return offers
 }
 
 // Status is the state of one resource towards the kubelet.

@@ -166,7 +166,7 @@ func TestWithdrawWaitsForEveryStream(t *testing.T) {
 	f := newFixture(t)
 	f.advertise(t, pool("nics", vf(1)))
 	// A stream that has not been sent the change yet.
-	r := f.resources["nics"]
+	r := f.resources[nics]
 	s := &stream{}
 	r.mu.Lock()
 	r.streams[s] = struct{}{}

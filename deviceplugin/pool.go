@@ -14,12 +14,23 @@ import (
 
 // Pool is a set of interchangeable devices, offered as one extended resource.
 type Pool struct {
+	Prefix          string // of the name; empty for that of the Manager's options
 	Resource        string // name without prefix, e.g. "intel_nics"
 	ExcludeTopology bool   // do not tell the kubelet the devices' NUMA nodes
 	RDMA            bool   // give containers the RDMA character devices of their VFs
 	VhostNet        bool   // give containers /dev/vhost-net and /dev/net/tun
-	DeviceType      string // "netdevice" or "vfio-pci"
-	Devices         []Device
+	DeviceType      string // "netdevice" or "vfio-pci"; empty when the driver of each VF says it
+	// Info is told to containers of a device besides the rest, by its ID, or by "*" for all.
+	Info    map[string]map[string]string
+	Devices []Device
+}
+
+// name is the resource's name with its prefix.
+func (p *Pool) name(prefix string) string { return cmp.Or(p.Prefix, prefix) + "/" + p.Resource }
+
+// userspace tells that the pod has the device by its vfio group.
+func (p *Pool) userspace(d Device) bool {
+	return p.DeviceType == DeviceTypeVFIO || p.DeviceType == "" && d.Driver == DeviceTypeVFIO
 }
 
 // Device is one virtual function of a pool, or one MacVLAN slot.
@@ -34,6 +45,7 @@ type Device struct {
 	NUMANode   int    // -1 when the machine has none
 	IOMMUGroup string // number as text, empty without an IOMMU
 	LinkType   host.LinkType
+	VDPA       string // virtio or vhost when the VF has such a vDPA device
 	Healthy    bool
 	Reason     string // why it is not healthy
 }
@@ -48,7 +60,7 @@ const DeviceTypeVFIO = "vfio-pci"
 // container. Dots are refused although the kubelet takes them, because they
 // become '_' in the environment, where "a.b" and "a_b" would be one name.
 func (p *Pool) check(prefix string) error {
-	name := prefix + "/" + p.Resource
+	name := p.name(prefix)
 	switch errs := validation.IsQualifiedName("requests." + name); {
 	case len(errs) > 0:
 		return fmt.Errorf("resource %q: name is not a valid extended resource name (%s): change resourceName in the policy",
@@ -72,7 +84,7 @@ func (p *Pool) check(prefix string) error {
 	return nil
 }
 
-// checkPools returns the pools that can be served, keyed by resource, and one
+// checkPools returns the pools that can be served, keyed by name with prefix, and one
 // joined error about the others. Of two pools that claim the same name (also
 // when only their environment names are equal) or the same device neither is
 // served: whichever were chosen, a pod could get a device meant for another.
@@ -82,18 +94,19 @@ func checkPools(prefix string, pools []Pool) (map[string]Pool, error) {
 	byEnv := make(map[string][]string)
 	byDevice := make(map[string][]string)
 	for _, p := range pools {
-		byEnv[envKey(prefix, p.Resource)] = append(byEnv[envKey(prefix, p.Resource)], p.Resource)
+		name := p.name(prefix)
+		byEnv[envKey(name)] = append(byEnv[envKey(name)], name)
 		if err := p.check(prefix); err != nil {
 			errs = append(errs, err)
 			continue
 		}
 		for _, d := range p.Devices {
-			byDevice[d.ID()] = append(byDevice[d.ID()], p.Resource)
+			byDevice[d.ID()] = append(byDevice[d.ID()], name)
 		}
 		p.Devices = slices.SortedFunc(slices.Values(p.Devices), func(a, b Device) int {
 			return cmp.Compare(a.ID(), b.ID())
 		})
-		good[p.Resource] = p
+		good[name] = p
 	}
 	reject := func(claims map[string][]string, format string) {
 		for _, what := range sortedKeys(claims) {

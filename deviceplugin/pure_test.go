@@ -19,7 +19,7 @@ func TestEnvironmentNames(t *testing.T) {
 		{"intel.com", "my-net_x", "PCIDEVICE_INTEL_COM_MY-NET_X", "PCIDEVICE_INTEL_COM_MY_NET_X"},
 		{"my-corp.example.com", "Nic0", "PCIDEVICE_MY-CORP_EXAMPLE_COM_NIC0", "PCIDEVICE_MY_CORP_EXAMPLE_COM_NIC0"},
 	} {
-		key := envKey(c.prefix, c.name)
+		key := envKey(c.prefix + "/" + c.name)
 		if key != c.key || shellKey(key) != c.shell {
 			t.Errorf("%s/%s: %s and %s, want %s and %s", c.prefix, c.name, key, shellKey(key), c.key, c.shell)
 		}
@@ -65,13 +65,13 @@ func TestCheckPools(t *testing.T) {
 		{"too long", []Pool{pool(strings.Repeat("a", 64))}, "", []string{"63"}},
 		{"not an address", []Pool{odd}, "", []string{`"p.io/a"`, `"01:00.1"`}},
 		{"device twice", []Pool{twice}, "", []string{`"p.io/a"`, "0000:01:00.1", "twice"}},
-		{"name twice", []Pool{pool("a"), pool("a"), pool("b")}, "b", []string{"PCIDEVICE_P_IO_A", "a, a"}},
-		{"names differ in case", []Pool{pool("nic"), pool("NIC"), pool("b")}, "b", []string{"NIC, nic"}},
-		{"device in two", []Pool{pool("a", vf(1)), pool("b", vf(1)), pool("c", vf(2))}, "c", []string{"0000:01:00.1", "a, b", "selectors"}},
+		{"name twice", []Pool{pool("a"), pool("a"), pool("b")}, "b", []string{"PCIDEVICE_P_IO_A", "p.io/a, p.io/a"}},
+		{"names differ in case", []Pool{pool("nic"), pool("NIC"), pool("b")}, "b", []string{"p.io/NIC, p.io/nic"}},
+		{"device in two", []Pool{pool("a", vf(1)), pool("b", vf(1)), pool("c", vf(2))}, "c", []string{"0000:01:00.1", "p.io/a, p.io/b", "selectors"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			good, err := checkPools("p.io", c.pools)
-			if got := strings.Join(sortedKeys(good), " "); got != c.good {
+			if got := strings.ReplaceAll(strings.Join(sortedKeys(good), " "), "p.io/", ""); got != c.good {
 				t.Errorf("good pools %q, want %q", got, c.good)
 			}
 			if len(c.err) > 0 {

@@ -384,7 +384,8 @@ func (r *resource) allocate(ids []string) (*api.ContainerAllocateResponse, error
 	if err != nil {
 		return nil, fail(err)
 	}
-	if err := r.opts.Ledger.give(ids, r.pool.RDMA || r.pool.DeviceType == DeviceTypeVFIO); err != nil {
+	exclusive := r.pool.RDMA || slices.ContainsFunc(devices, r.pool.userspace)
+	if err := r.opts.Ledger.give(ids, r.name, exclusive); err != nil {
 		return nil, fail(err)
 	}
 	for _, d := range devices {

@@ -68,7 +68,7 @@ func TestCheckSlots(t *testing.T) {
 		"no slot":         {[]Pool{pool("a", Device{Slot: "ens1f0", Parent: "ens1f0"})}, []string{`"p.io/a"`, `"ens1f0" is not a MacVLAN slot`}},
 		"another's":       {[]Pool{pool("a", other)}, []string{`"ens1f0-3" is not a MacVLAN slot of link ens1f1`}},
 		"twice":           {[]Pool{pool("a", slot("ens1f0", 0), slot("ens1f0", 0))}, []string{"ens1f0-0 is listed twice"}},
-		"in two pools":    {[]Pool{pool("a", slot("ens1f0", 0)), pool("b", slot("ens1f0", 0))}, []string{"ens1f0-0 is in several resources (a, b)"}},
+		"in two pools":    {[]Pool{pool("a", slot("ens1f0", 0)), pool("b", slot("ens1f0", 0))}, []string{"ens1f0-0 is in several resources (p.io/a, p.io/b)"}},
 		"beside VFs":      {[]Pool{pool("a", slot("ens1f0", 0)), pool("b", vf(1))}, nil},
 		"of many parents": {[]Pool{pool("a", slot("ens1f0", 0), slot("ens1f1", 0))}, nil},
 	} {

@@ -16,6 +16,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/internal/spelling"
 )
 
 // Command is a verb of the CNI specification.
@@ -453,7 +454,7 @@ func (p *parser) read(prefix string, keys map[string]json.RawMessage, known map[
 	for _, key := range slices.Sorted(maps.Keys(keys)) {
 		f, ok := known[key]
 		if !ok {
-			return fmt.Errorf("unknown key %q with value %s%s", prefix+key, show(keys[key]), didYouMean(key, slices.Collect(maps.Keys(known))))
+			return fmt.Errorf("unknown key %q with value %s%s", prefix+key, show(keys[key]), spelling.DidYouMean(key, slices.Collect(maps.Keys(known))))
 		}
 		if f == nil {
 			continue
@@ -665,7 +666,7 @@ func parseArgs(s string) (map[string]string, error) {
 			return nil, fail(types.ErrInvalidEnvironmentVariables, "CNI_ARGS has %q, which is not KEY=VALUE", pair)
 		}
 		if !slices.Contains(known, k) {
-			unknown = fail(types.ErrInvalidEnvironmentVariables, "CNI_ARGS has the unknown key %q with value %q%s", k, v, didYouMean(k, known))
+			unknown = fail(types.ErrInvalidEnvironmentVariables, "CNI_ARGS has the unknown key %q with value %q%s", k, v, spelling.DidYouMean(k, known))
 		}
 		args[k] = v
 	}
@@ -673,39 +674,4 @@ func parseArgs(s string) (map[string]string, error) {
 		return nil, unknown
 	}
 	return args, nil
-}
-
-// didYouMean names the known key that is nearest to key, if one is near.
-func didYouMean(key string, known []string) string {
-	best, least := "", 3 // more than two edits is another word
-	slices.Sort(known)
-	for _, k := range known {
-		if d := distance(strings.ToLower(key), strings.ToLower(k)); d < least && d < len(k) {
-			best, least = k, d
-		}
-	}
-	if best == "" {
-		return ""
-	}
-	return fmt.Sprintf(": did you mean %q?", best)
-}
-
-// distance is the Levenshtein distance of two strings, in bytes.
-func distance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := 1; i <= len(a); i++ {
-		diagonal := row[0]
-		row[0] = i
-		for j := 1; j <= len(b); j++ {
-			cost := 1
-			if a[i-1] == b[j-1] {
-				cost = 0
-			}
-			diagonal, row[j] = row[j], min(row[j]+1, row[j-1]+1, diagonal+cost)
-		}
-	}
-	return row[len(b)]
 }

@@ -156,16 +156,6 @@ func TestUnknownKeysAreRefused(t *testing.T) {
 	})
 }
 
-func TestDistanceIsAMetric(t *testing.T) {
-	rapid.Check(t, func(t *rapid.T) {
-		s := func(name string) string { return rapid.StringMatching(`[a-c]{0,6}`).Draw(t, name) }
-		a, b, c := s("a"), s("b"), s("c")
-		if (distance(a, b) == 0) != (a == b) || distance(a, b) != distance(b, a) || distance(a, c) > distance(a, b)+distance(b, c) {
-			t.Fatal(distance(a, b), distance(b, c), distance(a, c))
-		}
-	})
-}
-
 func FuzzParse(f *testing.F) {
 	f.Add("ADD", []byte(`{"cniVersion":"1.1.0","name":"n","type":"sriov","deviceID":"0000:01:10.0",`+full+`}`), "MAC=02:00:00:00:00:01", "net1")
 	f.Add("ADD", []byte(`{"cniVersion":"0.3.1","name":"n","vlan":5000,"Vlan":1}`), "", "net1")

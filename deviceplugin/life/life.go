@@ -34,6 +34,7 @@ const (
 type Hand struct {
 	Generation uint64 `json:"generation"`         // greater than those of all hands before
 	Pod        string `json:"pod,omitempty"`      // namespace/name; empty until the kubelet told
+	Resource   string `json:"resource,omitempty"` // it was given from; empty when only the kubelet knows
 	Attached   bool   `json:"attached,omitempty"` // the device has been an interface of Pod
 
 	given   Instant // when the kubelet was promised it, or first told of it
@@ -93,13 +94,16 @@ func Load(data []byte, now Instant) (*Book, error) {
 	return b, nil
 }
 
-// Give takes down that the kubelet is promised the device. Whose it will be is learnt
+// Give takes down that the kubelet is promised the device of a resource. Whose it will be is learnt
 // from the kubelet, which also gives a pod's init container what it gives another later.
-func (b *Book) Give(id string, now Instant) { b.pass(id, "", now) }
+func (b *Book) Give(id, resource string, now Instant) {
+	b.pass(id, Hand{Resource: resource, given: now})
+}
 
-func (b *Book) pass(id, pod string, now Instant) {
+func (b *Book) pass(id string, h Hand) {
 	b.generation++
-	b.hands[id] = Hand{Generation: b.generation, Pod: pod, given: now, told: pod != ""}
+	h.Generation = b.generation
+	b.hands[id] = h
 }
 
 // Hear takes down an answer of the kubelet, asked for at the time given: the pods of all
@@ -111,7 +115,7 @@ func (b *Book) Hear(allocated map[string]string, asked Instant, attached Attachm
 		case known && h.given >= asked:
 			continue // older than the promise
 		case !known, another(h.Pod, pod):
-			b.pass(id, pod, asked)
+			b.pass(id, Hand{Pod: pod, Resource: h.Resource, given: asked, told: true})
 			changed = true
 		default:
 			if h.Pod == "" || strings.HasPrefix(h.Pod, UnnamedPod) && h.Pod != pod {
@@ -149,6 +153,16 @@ func (b *Book) Hear(allocated map[string]string, asked Instant, attached Attachm
 func (b *Book) Hand(id string) (Hand, bool) {
 	h, ok := b.hands[id]
 	return h, ok
+}
+
+// Gave tells whether there is a hand of the resource.
+func (b *Book) Gave(resource string) bool {
+	for _, h := range b.hands {
+		if h.Resource == resource {
+			return true
+		}
+	}
+	return false
 }
 
 // Hands returns the pods of all hands, by device ID.

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"strings"
 
 	"github.com/sluice-network/sluice/deviceplugin/life"
 )
@@ -85,16 +84,16 @@ type pods struct {
 }
 
 // unnamed adds to holders, which are what the kubelet answered, the devices of the
-// checkpoint that nobody there holds, with the UIDs of their pods: of resources below
-// prefix, and not of pods that are known to be gone. Live are the names of all pods.
-func (p *pods) unnamed(holders map[string]string, live map[string]bool, all []allocation, prefix string) {
+// checkpoint that nobody there holds, with the UIDs of their pods: of our
+// resources, and not of pods that are known to be gone. Live are the names of all pods.
+func (p *pods) unnamed(holders map[string]string, live map[string]bool, all []allocation, ours func(string) bool) {
 	before := p.name
 	p.name, p.uid = map[string]string{}, map[string]string{}
 	each := func(do func(uid, device string)) {
 		for _, a := range all {
 			for _, ids := range a.DeviceIDs {
 				for _, id := range ids {
-					if strings.HasPrefix(a.ResourceName, prefix) {
+					if ours(a.ResourceName) {
 						do(a.PodUID, id)
 					}
 				}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -21,7 +20,7 @@ const maxAnswer = 16 << 20
 type Client struct {
 	conn       *grpc.ClientConn
 	checkpoint string
-	prefix     string
+	ours       func(resource string) bool
 
 	mu   sync.Mutex
 	pods pods
@@ -29,9 +28,9 @@ type Client struct {
 
 // New makes a client for the kubelet's pod-resources socket and the checkpoint of its
 // device manager. It connects when it is first used, and again after the kubelet was
-// restarted. Only devices of resources below prefix ("openshift.io") count: other
-// device plugins may use PCI addresses as IDs, too.
-func New(socket, checkpoint, prefix string) (*Client, error) {
+// restarted. Only devices of our resources count: other device plugins may use PCI
+// addresses as IDs, too.
+func New(socket, checkpoint string, ours func(resource string) bool) (*Client, error) {
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithNoProxy(),
 		// The default would let minutes pass after a long absence of the kubelet.
@@ -43,7 +42,7 @@ func New(socket, checkpoint, prefix string) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reach the kubelet at %s: %w", socket, err)
 	}
-	return &Client{conn: conn, checkpoint: checkpoint, prefix: prefix + "/"}, nil
+	return &Client{conn: conn, checkpoint: checkpoint, ours: ours}, nil
 }
 
 // Close ends the connection.
@@ -62,10 +61,10 @@ func (c *Client) Devices(ctx context.Context) (map[string]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ask the kubelet's pod-resources API: %w", err)
 	}
-	devices, live := holders(all, c.prefix)
+	devices, live := holders(all, c.ours)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.pods.unnamed(devices, live, written, c.prefix)
+	c.pods.unnamed(devices, live, written, c.ours)
 	return devices, nil
 }
 
@@ -106,15 +105,15 @@ func devices(all *api.ListPodResourcesResponse, namespace, name string) map[stri
 	return byResource
 }
 
-// holders maps the devices of resources below prefix to their pods, and tells of all pods.
-func holders(all *api.ListPodResourcesResponse, prefix string) (devices map[string]string, live map[string]bool) {
+// holders maps the devices of our resources to their pods, and tells of all pods.
+func holders(all *api.ListPodResourcesResponse, ours func(string) bool) (devices map[string]string, live map[string]bool) {
 	devices, live = make(map[string]string), make(map[string]bool)
 	for _, p := range all.GetPodResources() {
 		name := p.GetNamespace() + "/" + p.GetName()
 		live[name] = true
 		for _, container := range p.GetContainers() {
 			for _, d := range container.GetDevices() {
-				if !strings.HasPrefix(d.GetResourceName(), prefix) {
+				if !ours(d.GetResourceName()) {
 					continue
 				}
 				for _, id := range d.GetDeviceIds() {

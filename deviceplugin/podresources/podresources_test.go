@@ -34,10 +34,14 @@ func pod(name, resource string, ids ...string) *api.PodResources {
 	}}
 }
 
+func below(prefix string) func(string) bool {
+	return func(resource string) bool { return strings.HasPrefix(resource, prefix) }
+}
+
 func TestDevices(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	checkpoint := filepath.Join(t.TempDir(), "kubelet_internal_checkpoint")
-	c, err := New(socket, checkpoint, "example.com")
+	c, err := New(socket, checkpoint, below("example.com/"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,7 +148,7 @@ func TestPodsThatAreGone(t *testing.T) {
 		for _, name := range step.listed {
 			live[name] = true
 		}
-		if p.unnamed(got, live, step.written, "r/"); !maps.Equal(got, want) {
+		if p.unnamed(got, live, step.written, below("r/")); !maps.Equal(got, want) {
 			t.Errorf("%s: %v, want %v", step.what, got, want)
 		}
 	}
@@ -165,7 +169,7 @@ func FuzzParseCheckpoint(f *testing.F) {
 			t.Fatal("read what is no JSON")
 		}
 		held := map[string]string{}
-		(&pods{}).unnamed(held, nil, all, "")
+		(&pods{}).unnamed(held, nil, all, below(""))
 		for _, a := range all {
 			for _, ids := range a.DeviceIDs {
 				for _, id := range ids {
@@ -206,7 +210,7 @@ func TestDevicesOfOnePod(t *testing.T) {
 }
 
 // Whatever the kubelet answers, a device counts only when a container has it from
-// a resource below the prefix, and each that does counts.
+// a resource of ours, and each that does counts.
 func FuzzHolders(f *testing.F) {
 	for _, answer := range []*api.ListPodResourcesResponse{
 		{},
@@ -224,7 +228,7 @@ func FuzzHolders(f *testing.F) {
 		if proto.Unmarshal(b, answer) != nil {
 			return
 		}
-		got, _ := holders(answer, "example.com/")
+		got, _ := holders(answer, below("example.com/"))
 		want := map[string]bool{}
 		for _, p := range answer.GetPodResources() {
 			for _, c := range p.GetContainers() {

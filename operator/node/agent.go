@@ -61,9 +61,11 @@ type Config struct {
 	// ModprobeDir has the settings of the kernel's modules: /etc/modprobe.d.
 	ModprobeDir string
 	// Conditions are told in every status besides the agent's own: type, status,
-	// reason and message.
-	Conditions []metav1.Condition
-	Log        logr.Logger
+	// reason and message. Nil for none.
+	Conditions func() []metav1.Condition
+	// Others are pools that no policy asks for, of the VFs that there are; nil for none.
+	Others func([]Candidate) []Pool
+	Log    logr.Logger
 }
 
 // Agent configures the NICs of one node. See the package's documentation.
@@ -136,6 +138,9 @@ type retry struct {
 
 // New returns an agent; Run makes it work.
 func New(c Config) *Agent {
+	if c.Conditions == nil {
+		c.Conditions = func() []metav1.Condition { return nil }
+	}
 	return &Agent{
 		Config: c, teller: &teller{states: c.States, log: c.Log, newest: make(chan told, 1)}, regain: regain, proof: proof, around: budget{share: lightShare}, poke: make(chan struct{}, 1), looked: make(chan struct{}), offered: map[string]bool{},
 		unsettable: map[string]host.VFAttrs{}, baselines: map[string]baseline{}, names: map[string]*hostName{}, retries: map[string]*retry{}, nics: map[string]*nic{},
@@ -275,7 +280,7 @@ func (a *Agent) own(conditions []metav1.Condition) []metav1.Condition {
 		case v1.ConditionReady, v1.ConditionProgressing, v1.ConditionDegraded, v1.ConditionRebootRequired:
 			own = append(own, c)
 		default:
-			if meta.FindStatusCondition(a.Conditions, c.Type) != nil {
+			if meta.FindStatusCondition(a.Conditions(), c.Type) != nil {
 				own = append(own, c)
 			}
 		}

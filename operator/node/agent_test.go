@@ -191,6 +191,7 @@ type rig struct {
 	ended           chan error // how the agent ended by itself
 	line            *lifeline
 	state, upstream string
+	others          func([]Candidate) []Pool
 }
 
 func newRig(t *testing.T) *rig {
@@ -217,7 +218,9 @@ func rigWith(t *testing.T) *rig {
 // start makes a new agent, as after a restart.
 func (r *rig) start() {
 	r.agent = New(Config{Node: "vm1", StateDir: r.state, UpstreamDir: r.upstream, Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Attached: r.usage.Attached, Lifeline: r.line, Uninstall: r.uninstall, ModprobeDir: r.modprobe, BootID: r.bootID, Reboot: r.reboot, Networks: r.networks, Log: testr.New(r.t),
-		Conditions: []metav1.Condition{{Type: "Alias", Status: metav1.ConditionTrue, Reason: "Installed"}}})
+		Conditions: func() []metav1.Condition {
+			return []metav1.Condition{{Type: "Alias", Status: metav1.ConditionTrue, Reason: "Installed"}}
+		}, Others: r.others})
 	r.agent.regain, r.agent.proof = 200*time.Millisecond, 10*time.Millisecond
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -812,6 +815,65 @@ func TestRestartAtAnyMoment(t *testing.T) {
 			t.Errorf("%s: left offers %v", op, got)
 		}
 		r.stop()
+	}
+}
+
+// Pools that no policy makes get the VFs that no policy has, are withdrawn like others,
+// and are told of what the policies have.
+func TestPoolsOfOthers(t *testing.T) {
+	t.Parallel()
+	r := rigWith(t)
+	r.others = func(candidates []Candidate) []Pool {
+		p := Pool{Prefix: "example.com", Resource: "rest"}
+		for _, c := range candidates {
+			if c.Resource == "" {
+				p.Devices = append(p.Devices, c.Device)
+			}
+		}
+		return []Pool{p}
+	}
+	r.start()
+	r.server.spec(wants(nic0, 4, of("left", "0-1", 0)))
+	r.ready()
+	r.eventually(func() error {
+		if got := r.plugin.healthy("rest"); !slices.Equal(got, []string{vfAddress(nic0, 2), vfAddress(nic0, 3)}) {
+			return fmt.Errorf("offered: %v", got)
+		}
+		return nil
+	})
+	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+	r.ready()
+	if got := r.plugin.healthy("rest"); len(got) > 0 {
+		t.Errorf("offered: %v", got)
+	}
+	r.plugin.mu.Lock()
+	defer r.plugin.mu.Unlock()
+	if !slices.Contains(r.plugin.withdrawn, vfAddress(nic0, 3)) {
+		t.Errorf("withdrawn: %v", r.plugin.withdrawn)
+	}
+}
+
+func TestCandidates(t *testing.T) {
+	r := &report{
+		have: host.PF{PCIAddress: "0000:01:00.0", Name: "ens1f0", NUMANode: 1, LinkType: host.InfiniBand, VFs: []host.VF{
+			{Index: 0, PCIAddress: "0000:01:00.1", Vendor: "15b3", DeviceID: "101e", Driver: "mlx5_core", Name: "ens1f0v0", NUMANode: -1, RDMADevice: "mlx5_2"},
+			{Index: 1, PCIAddress: "0000:01:00.2", Driver: "vfio-pci", NUMANode: 0},
+			{Index: 2, PCIAddress: "0000:01:00.3", Driver: "mlx5_core", VDPA: host.VDPAVhost},
+			{Index: 3, PCIAddress: "0000:01:00.4", Driver: "mlx5_core"},
+			{Index: 4, PCIAddress: "0000:01:00.5", Driver: "mlx5_core", Name: "ens1f0v4"},
+		}},
+		carries: []int{4},
+	}
+	var got []string
+	for _, c := range candidates([]*report{r}, []Pool{{Resource: "a", Devices: []Device{{PCIAddress: "0000:01:00.2"}}}}) {
+		got = append(got, fmt.Sprintf("%d %s:%s %s%d %v %q %v %s", c.VFIndex, c.Vendor, c.DeviceID, c.PFName, c.NUMANode, c.RDMA, c.Resource, c.Healthy, c.VDPA))
+		if c.Healthy != (c.Reason == "") {
+			t.Errorf("VF %d: %q", c.VFIndex, c.Reason)
+		}
+	}
+	want := []string{`0 15b3:101e ens1f01 true "" true `, `1 : ens1f00 false "a" true `, `2 : ens1f00 false "" true vhost`, `3 : ens1f00 false "" false `, `4 : ens1f00 false "" false `}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
 	}
 }
 

@@ -143,8 +143,11 @@ func (p *pass) guard(r *report, ops []plan.Operation) []plan.Operation {
 }
 
 // otherMode is the mode that the PF's eswitch is not in and shall be brought to, in
-// whatever order that comes with the rest; empty when there is none.
+// whatever order that comes with the rest; empty when there is none, or no spec of the PF.
 func (r *report) otherMode() string {
+	if r.want == nil {
+		return ""
+	}
 	mode := plan.EswitchMode(*r.want)
 	if r.want.ExternallyManaged || r.have.Eswitch == "" || mode == string(r.have.Eswitch) {
 		return ""

@@ -58,12 +58,23 @@ type Advertiser interface {
 
 // Pool is a set of interchangeable devices, offered under one resource name.
 type Pool struct {
+	Prefix          string // of the resource's name; empty for the agent's
 	Resource        string // without prefix
 	ExcludeTopology bool   // kubelet is not told the NUMA nodes
 	RDMA            bool   // pods get the RDMA character devices
 	VhostNet        bool   // pods get /dev/vhost-net and /dev/net/tun
-	DeviceType      string // netdevice or vfio-pci
-	Devices         []Device
+	DeviceType      string // netdevice or vfio-pci; empty when the driver of each VF says it
+	// Info is told to containers of a device besides the rest, by its ID, or by "*" for all.
+	Info    map[string]map[string]string
+	Devices []Device
+}
+
+// Candidate is a VF of the node, for pools that are not made of policies.
+type Candidate struct {
+	Device                  // as it would be offered
+	Vendor, DeviceID string // PCI, four hex digits
+	RDMA             bool   // it has an RDMA device
+	Resource         string // that a policy gives it to; empty for none
 }
 
 // Device is one VF of a pool, or one MacVLAN slot.
@@ -78,6 +89,7 @@ type Device struct {
 	NUMANode   int    // -1 when the machine has none
 	IOMMUGroup string // number as text, empty without an IOMMU
 	LinkType   host.LinkType
+	VDPA       string // virtio or vhost when the VF has such a vDPA device
 	Healthy    bool
 	Reason     string // why it is not
 }

@@ -411,7 +411,7 @@ func (p *pass) publish(ctx context.Context) {
 	s := status(p.reports, &p.parents, p.unreadable, p.state.Generation, p.conditions, now)
 	p.mu.Unlock()
 	s.System.RdmaMode = p.rdmaMode
-	for _, c := range p.Conditions {
+	for _, c := range p.Conditions() {
 		c.ObservedGeneration, c.LastTransitionTime = s.ObservedGeneration, now
 		meta.SetStatusCondition(&s.Conditions, c)
 	}
@@ -423,7 +423,11 @@ func (p *pass) advertise(ctx context.Context) {
 	p.offers.Lock()
 	defer p.offers.Unlock()
 	p.mu.Lock()
-	all := append(pools(p.reports), p.parents.pools()...)
+	all := pools(p.reports)
+	if p.Others != nil {
+		all = append(all, p.Others(candidates(p.reports, all))...)
+	}
+	all = append(all, p.parents.pools()...)
 	p.mu.Unlock()
 	// Also when it fails: a part may have reached the kubelet. A device that is
 	// no longer healthy counts until it is withdrawn, which waits for the kubelet.

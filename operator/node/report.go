@@ -361,26 +361,57 @@ func pools(reports []*report) []Pool {
 			p.ExcludeTopology = p.ExcludeTopology || group.ExcludeTopology
 			p.RDMA = p.RDMA || group.IsRdma
 			p.VhostNet = p.VhostNet || group.NeedVhostNet
-			d := Device{
-				PCIAddress: vf.PCIAddress, PFAddress: r.have.PCIAddress, PFName: r.have.Name, VFIndex: vf.Index, Driver: vf.Driver,
-				NUMANode: vf.NUMANode, IOMMUGroup: vf.IOMMUGroup, LinkType: r.have.LinkType,
-			}
-			if d.NUMANode < 0 {
-				d.NUMANode = r.have.NUMANode
-			}
-			d.Healthy, d.Reason = r.vfState(vf, group)
-			switch {
-			case slices.Contains(r.carries, vf.Index):
-				d.Healthy, d.Reason = false, "it carries the node's way to the API server: a pod would take it away"
-			case r.spared(vf.Index) != "":
-				d.Healthy, d.Reason = false, r.spared(vf.Index)
-			case kind != p.DeviceType:
+			d := r.device(vf, group)
+			if d.Healthy && kind != p.DeviceType {
 				d.Healthy, d.Reason = false, fmt.Sprintf("resource %s has VFs of deviceType %s already: give this one's policy another resourceName", p.Resource, p.DeviceType)
 			}
-			if d.Healthy {
-				d.Reason = ""
-			}
 			p.Devices = append(p.Devices, d)
+		}
+	}
+	return all
+}
+
+// device is the VF as it is offered, of which the group is asked.
+func (r *report) device(vf host.VF, group plan.VFGroup) Device {
+	d := Device{
+		PCIAddress: vf.PCIAddress, PFAddress: r.have.PCIAddress, PFName: r.have.Name, VFIndex: vf.Index, Driver: vf.Driver,
+		NUMANode: vf.NUMANode, IOMMUGroup: vf.IOMMUGroup, LinkType: r.have.LinkType, VDPA: vf.VDPA,
+	}
+	if d.NUMANode < 0 {
+		d.NUMANode = r.have.NUMANode
+	}
+	d.Healthy, d.Reason = r.vfState(vf, group)
+	switch {
+	case slices.Contains(r.carries, vf.Index):
+		d.Healthy, d.Reason = false, "it carries the node's way to the API server: a pod would take it away"
+	case r.spared(vf.Index) != "":
+		d.Healthy, d.Reason = false, r.spared(vf.Index)
+	}
+	if d.Healthy {
+		d.Reason = ""
+	}
+	return d
+}
+
+// candidates are all VFs, as they would be offered by who asks for nothing of them, with
+// the resources of the policies' pools that they are in.
+func candidates(reports []*report, pools []Pool) []Candidate {
+	taken := map[string]string{}
+	for _, p := range pools {
+		for _, d := range p.Devices {
+			taken[d.PCIAddress] = p.Resource
+		}
+	}
+	var all []Candidate
+	for _, r := range reports {
+		for _, vf := range r.have.VFs {
+			var group plan.VFGroup
+			if vf.Driver == v1.DeviceTypeVfioPci || vf.VDPA == host.VDPAVhost {
+				group.DeviceType = v1.DeviceTypeVfioPci // user space has it, not a netdev
+			}
+			all = append(all, Candidate{
+				Device: r.device(vf, group), Vendor: vf.Vendor, DeviceID: vf.DeviceID, RDMA: vf.RDMADevice != "", Resource: taken[vf.PCIAddress],
+			})
 		}
 	}
 	return all

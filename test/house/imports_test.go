@@ -64,9 +64,10 @@ var mayImport = map[string][]string{
 	"internal/durable":   {},
 	"internal/cloud":     {},
 	"internal/netselect": {},
+	"internal/spelling":  {},
 	"operator":           {"apis", "internal/host", "internal/durable", "internal/netselect"},
-	"deviceplugin":       {"apis", "internal/host", "internal/durable"},
-	"cni":                {"apis", "internal/host", "internal/durable", "internal/netselect"},
+	"deviceplugin":       {"apis", "internal/host", "internal/durable", "internal/spelling"},
+	"cni":                {"apis", "internal/host", "internal/durable", "internal/netselect", "internal/spelling"},
 }
 
 // compositionRoot wires the rooms of the node agent together.

@@ -18,9 +18,11 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
@@ -35,6 +37,7 @@ import (
 	"github.com/sluice-network/sluice/cni/server"
 	"github.com/sluice-network/sluice/cni/standalone"
 	"github.com/sluice-network/sluice/deviceplugin"
+	"github.com/sluice-network/sluice/deviceplugin/config"
 	"github.com/sluice-network/sluice/deviceplugin/podresources"
 	"github.com/sluice-network/sluice/internal/cloud"
 	"github.com/sluice-network/sluice/internal/host"
@@ -58,19 +61,20 @@ func main() {
 	}
 }
 
-// config is what the agent is told by flags and environment.
-type config struct {
+// settings are what the agent is told by flags and environment.
+type settings struct {
 	node, nodeIP, namespace, prefix string
 
 	stateDir, upstreamDir, socket, shim, cniDir string
 	devicePlugins, podResources, deviceInfo     string
+	devicePools                                 string
 	systemBus, modprobeDir                      string
 	sysfs, listen                               string
 	replaceSriovCNI                             bool
 }
 
-func parse(args []string, env func(string) string) (*config, error) {
-	c := &config{}
+func parse(args []string, env func(string) string) (*settings, error) {
+	c := &settings{}
 	f := flag.NewFlagSet("sluice-agent", flag.ContinueOnError)
 	logging := flag.NewFlagSet("", flag.ContinueOnError)
 	klog.InitFlags(logging)
@@ -94,6 +98,7 @@ func parse(args []string, env func(string) string) (*config, error) {
 	f.StringVar(&c.devicePlugins, "device-plugin-dir", "/var/lib/kubelet/device-plugins", "the kubelet's device-plugin directory")
 	f.StringVar(&c.podResources, "pod-resources-socket", "/var/lib/kubelet/pod-resources/kubelet.sock", "the kubelet's pod-resources socket")
 	f.StringVar(&c.deviceInfo, "device-info-dir", "/var/run/k8s.cni.cncf.io/devinfo/dp", "directory for device-info files")
+	f.StringVar(&c.devicePools, "device-pools", "/etc/pcidp/config.json", "config.json of the SR-IOV network device plugin, for pools besides those of policies; its folder is followed if it is there when the agent starts")
 	f.StringVar(&c.systemBus, "system-bus-socket", "/run/dbus/system_bus_socket", "the node's D-Bus, where systemd loads modules, and reboots the node when its pool allows that")
 	f.StringVar(&c.modprobeDir, "modprobe-dir", "/etc/modprobe.d", "directory of the kernel modules' settings, for what a reboot is to bring about")
 	f.StringVar(&c.sysfs, "sysfs", "/sys", "where sysfs is mounted")
@@ -115,7 +120,7 @@ func parse(args []string, env func(string) string) (*config, error) {
 }
 
 // run is the agent until ctx ends, or one of its parts fails.
-func run(ctx context.Context, c *config) error {
+func run(ctx context.Context, c *settings) error {
 	log := klog.Background()
 	kernel, err := host.Open(c.sysfs)
 	if err != nil {
@@ -128,7 +133,11 @@ func run(ctx context.Context, c *config) error {
 		return err
 	}
 	defer attacher.Close()
-	kubelet, err := podresources.New(c.podResources, filepath.Join(c.devicePlugins, "kubelet_internal_checkpoint"), c.prefix)
+	var ledger *deviceplugin.Ledger
+	var plugin *deviceplugin.Manager
+	kubelet, err := podresources.New(c.podResources, filepath.Join(c.devicePlugins, "kubelet_internal_checkpoint"), func(resource string) bool {
+		return strings.HasPrefix(resource, c.prefix+"/") || plugin.Serves(resource) || ledger.Gave(resource)
+	})
 	if err != nil {
 		return err
 	}
@@ -177,11 +186,12 @@ func run(ctx context.Context, c *config) error {
 	// The parts need one another: what is attached is known to the CNI server, who
 	// holds a device to the ledger, what a VF goes back to to the node's configuration.
 	var agent *node.Agent
-	var plugin *deviceplugin.Manager
-	var ledger *deviceplugin.Ledger
 	cni, err := server.New(server.Options{
 		Socket: c.socket, StateDir: c.stateDir, Kernel: attacher, IPAMDirs: []string{c.cniDir}, Addresses: addresses, Log: log.WithName("cni"),
-		Baselines: baselines(func() *node.Agent { return agent }), Allocated: func(ctx context.Context, id string) (string, bool, error) { return ledger.Allocated(ctx, id) },
+		Baselines: baselines(func(id string) (net.HardwareAddr, int, bool) {
+			mac, mtu, ok := agent.Baseline(id)
+			return mac, mtu, ok || plugin.Offers(id) // as it was found, when it is not ours
+		}), Allocated: func(ctx context.Context, id string) (string, bool, error) { return ledger.Allocated(ctx, id) },
 		Changes: kernel.Watch, Ready: func() error { return registered(plugin)() },
 		PodNetworks: standalone.Options{API: pods, Kernel: attacher, Devices: kubelet.Pod, DeviceInfo: func(resource, id string) (*nadv1.DeviceInfo, error) {
 			return deviceplugin.ReadDeviceInfo(c.deviceInfo, resource, id)
@@ -204,11 +214,18 @@ func run(ctx context.Context, c *config) error {
 	if cloud.IsOpenStack(c.sysfs) {
 		networks = func(ctx context.Context) (map[string]string, error) { return cloud.Networks(ctx, cloud.Metadata) }
 	}
+	pools := config.Open(c.devicePools, filepath.Join(c.stateDir, "device-pools.json"), c.prefix, log.WithName("device-pools"))
 	before, _ := os.Lstat(c.socket) // of an earlier agent, if any
 	recovered := make(chan struct{})
 	agent = node.New(node.Config{
 		Node: c.node, StateDir: c.stateDir, UpstreamDir: c.upstreamDir,
-		Kernel: kernel, States: objects, Conditions: []metav1.Condition{aliasCondition(aliasErr)},
+		Kernel: kernel, States: objects, Conditions: func() []metav1.Condition {
+			all := []metav1.Condition{aliasCondition(aliasErr)}
+			if inEffect, message, asked := pools.State(); asked {
+				all = append(all, devicePoolsCondition(inEffect, message))
+			}
+			return all
+		}, Others: fromFile(pools, ledger, c.prefix),
 		Advertiser: advertiser{plugin, recovered}, Usage: ledger, Attached: cni.Attached, Lifeline: lifeline,
 		Reboot: func(ctx context.Context) error { return host.Reboot(ctx, c.systemBus) }, BootID: bootID, ModprobeDir: c.modprobeDir, Networks: networks,
 		Uninstall: func() error {
@@ -220,7 +237,7 @@ func run(ctx context.Context, c *config) error {
 	})
 
 	metrics := prometheus.NewRegistry()
-	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), plugin)
+	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), plugin, pools)
 	health := handler([]check{
 		{"nics", closed(agent.Looked(), "have not been read yet")},
 		{"cni", closed(recovered, "attachments of an earlier agent are being finished")},
@@ -236,6 +253,7 @@ func run(ctx context.Context, c *config) error {
 		return nil
 	})
 	group.Go(func() error { return agent.Run(ctx) })
+	group.Go(func() error { return pools.Watch(ctx, agent.HolderChanged) })
 	group.Go(func() error {
 		ledger.Watch(ctx, agent.HolderChanged, plugin.Repeat)
 		return nil

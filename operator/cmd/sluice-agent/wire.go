@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strings"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/sluice-network/sluice/deviceplugin"
+	"github.com/sluice-network/sluice/deviceplugin/config"
 	"github.com/sluice-network/sluice/internal/host"
 	"github.com/sluice-network/sluice/operator/node"
 )
@@ -39,11 +41,40 @@ func devicePools(pools []node.Pool) []deviceplugin.Pool {
 			devices = append(devices, deviceplugin.Device(d))
 		}
 		out = append(out, deviceplugin.Pool{
-			Resource: p.Resource, ExcludeTopology: p.ExcludeTopology, RDMA: p.RDMA, VhostNet: p.VhostNet,
-			DeviceType: p.DeviceType, Devices: devices,
+			Prefix: p.Prefix, Resource: p.Resource, ExcludeTopology: p.ExcludeTopology, RDMA: p.RDMA, VhostNet: p.VhostNet,
+			DeviceType: p.DeviceType, Info: p.Info, Devices: devices,
 		})
 	}
 	return out
+}
+
+// fromFile are the pools of the file of device pools, as package node sees them. prefix
+// is that of the policies' resources.
+func fromFile(f *config.File, ledger *deviceplugin.Ledger, prefix string) func([]node.Candidate) []node.Pool {
+	return func(candidates []node.Candidate) []node.Pool {
+		all := make([]config.Candidate, 0, len(candidates))
+		for _, c := range candidates {
+			if c.Resource != "" {
+				c.Resource = prefix + "/" + c.Resource
+			}
+			all = append(all, config.Candidate{
+				Device: deviceplugin.Device(c.Device), Vendor: c.Vendor, DeviceID: c.DeviceID, RDMA: c.RDMA, Resource: c.Resource,
+				Hand: ledger.GivenFrom(c.PCIAddress),
+			})
+		}
+		var pools []node.Pool
+		for _, p := range f.Pools(all) {
+			devices := make([]node.Device, 0, len(p.Devices))
+			for _, d := range p.Devices {
+				devices = append(devices, node.Device(d))
+			}
+			pools = append(pools, node.Pool{
+				Prefix: p.Prefix, Resource: p.Resource, ExcludeTopology: p.ExcludeTopology, RDMA: p.RDMA, VhostNet: p.VhostNet,
+				DeviceType: p.DeviceType, Info: p.Info, Devices: devices,
+			})
+		}
+		return pools
+	}
 }
 
 // exists checks a VF, or the parent of a MacVLAN slot, at its allocation. A VF whose
@@ -62,13 +93,11 @@ func exists(vfs *host.Attacher, links *host.Host) func(string) error {
 	}
 }
 
-// baselines lets the CNI server be made before the agent that it asks.
-type baselines func() *node.Agent
+// baselines lets the CNI server be made before those that it asks.
+type baselines func(pciAddress string) (net.HardwareAddr, int, bool)
 
 // Baseline implements attach.Baselines.
-func (b baselines) Baseline(pciAddress string) (net.HardwareAddr, int, bool) {
-	return b().Baseline(pciAddress)
-}
+func (b baselines) Baseline(pciAddress string) (net.HardwareAddr, int, bool) { return b(pciAddress) }
 
 // registered is the readiness towards the kubelet.
 func registered(plugin *deviceplugin.Manager) func() error {
@@ -112,6 +141,26 @@ func replaced(ctx context.Context, path string, before os.FileInfo) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// conditionDevicePools tells whether the file of device pools is in effect; it is there
+// only when the file is.
+const conditionDevicePools = "DevicePoolsFileInEffect"
+
+func devicePoolsCondition(inEffect bool, message string) metav1.Condition {
+	if !inEffect {
+		return metav1.Condition{Type: conditionDevicePools, Status: metav1.ConditionFalse, Reason: "Refused", Message: shorten(message)}
+	}
+	return metav1.Condition{Type: conditionDevicePools, Status: metav1.ConditionTrue, Reason: "InEffect", Message: message}
+}
+
+// shorten keeps a message well within the 32768 bytes that a condition may have.
+func shorten(message string) string {
+	const limit = 4096
+	if len(message) <= limit {
+		return message
+	}
+	return strings.ToValidUTF8(message[:limit], "") + "..."
 }
 
 // conditionAlias tells, in a node's state, what network definitions of type

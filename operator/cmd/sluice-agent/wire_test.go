@@ -9,10 +9,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-logr/logr/testr"
 	"github.com/google/go-cmp/cmp"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/sluice-network/sluice/deviceplugin"
+	"github.com/sluice-network/sluice/deviceplugin/config"
 	"github.com/sluice-network/sluice/internal/host"
 	"github.com/sluice-network/sluice/operator/node"
 )
@@ -24,7 +26,7 @@ func TestDevicePools(t *testing.T) {
 	}
 	got := devicePools([]node.Pool{
 		{Resource: "a", ExcludeTopology: true, DeviceType: "vfio-pci", Devices: []node.Device{d}},
-		{Resource: "b", RDMA: true, VhostNet: true},
+		{Prefix: "x.io", Resource: "b", RDMA: true, VhostNet: true, Info: map[string]map[string]string{"*": {"k": "v"}}},
 		{Resource: "c", Devices: []node.Device{{Slot: "bond0-1", Parent: "bond0", NUMANode: -1, Healthy: true}}},
 	})
 	want := []deviceplugin.Pool{
@@ -32,7 +34,7 @@ func TestDevicePools(t *testing.T) {
 			PCIAddress: "0000:01:00.1", PFAddress: "0000:01:00.0", PFName: "ens1f0", VFIndex: 1, Driver: "d", NUMANode: 1,
 			IOMMUGroup: "7", LinkType: host.Ethernet, Healthy: true, Reason: "r",
 		}}},
-		{Resource: "b", RDMA: true, VhostNet: true, Devices: []deviceplugin.Device{}},
+		{Prefix: "x.io", Resource: "b", RDMA: true, VhostNet: true, Info: map[string]map[string]string{"*": {"k": "v"}}, Devices: []deviceplugin.Device{}},
 		{Resource: "c", Devices: []deviceplugin.Device{{Slot: "bond0-1", Parent: "bond0", NUMANode: -1, Healthy: true}}},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -135,5 +137,40 @@ func TestASlotNeedsItsParent(t *testing.T) {
 	}
 	if err := check(host.SlotID("absent9", 3)); err == nil || !strings.Contains(err.Error(), "find link absent9") {
 		t.Errorf("a link that is not there: %v", err)
+	}
+}
+
+// The file's pools get what policies leave, under the file's prefixes, and keep what pods have.
+func TestPoolsFromTheFile(t *testing.T) {
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "config.json"), `{"resourceList":[
+		{"resourceName":"a","resourcePrefix":"x.io","excludeTopology":true,"additionalInfo":{"*":{"k":"v"}},"selectors":{"pfNames":["ens1f0"],"needVhostNet":true}},
+		{"resourceName":"b","selectors":{"vendors":["15b3"],"isRdma":true}}]}`, 0o600)
+	f := config.Open(filepath.Join(dir, "config.json"), filepath.Join(dir, "last"), "p.io", testr.New(t))
+	ledger, err := deviceplugin.OpenLedger(filepath.Join(dir, "devices.json"), nil, nil, testr.New(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	free := node.Device{PCIAddress: "0000:01:00.1", PFName: "ens1f0", NUMANode: 1, Healthy: true}
+	taken := node.Device{PCIAddress: "0000:01:00.2", PFName: "ens1f0"}
+	rdma := node.Device{PCIAddress: "0000:02:00.1", PFName: "ens2f0", VFIndex: 3}
+	got := fromFile(f, ledger, "p.io")([]node.Candidate{{Device: free}, {Device: taken, Resource: "policy"}, {Device: rdma, Vendor: "15b3", RDMA: true}})
+	want := []node.Pool{
+		{Prefix: "x.io", Resource: "a", ExcludeTopology: true, VhostNet: true, Info: map[string]map[string]string{"*": {"k": "v"}}, Devices: []node.Device{free}},
+		{Prefix: "p.io", Resource: "b", RDMA: true, Devices: []node.Device{rdma}},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+	inEffect, message, _ := f.State()
+	c := devicePoolsCondition(inEffect, message)
+	if c.Status != metav1.ConditionFalse || c.Reason != "Refused" || !strings.Contains(c.Message, "0000:01:00.2 (p.io/policy)") {
+		t.Errorf("%+v", c)
+	}
+	if c := devicePoolsCondition(true, "m"); c.Status != metav1.ConditionTrue || c.Reason != "InEffect" || c.Message != "m" {
+		t.Errorf("%+v", c)
+	}
+	if c := devicePoolsCondition(false, strings.Repeat("x", 40000)); len(c.Message) > 5000 {
+		t.Errorf("a message of %d bytes", len(c.Message))
 	}
 }

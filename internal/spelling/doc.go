@@ -1,0 +1,2 @@
+// Package spelling finds what a misspelt word may have meant.
+package spelling
