@@ -4,9 +4,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"strconv"
 	"strings"
 
 	api "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
+
+	"github.com/sluice-network/sluice/internal/host"
 )
 
 // facts is what sysfs says about one device at the time of its allocation.
@@ -14,6 +17,7 @@ type facts struct {
 	noIOMMU     bool   // its IOMMU group is one that vfio made up (enable_unsafe_noiommu_mode)
 	rdma        rdma   // zero when it has no RDMA device
 	representor string // netdev name of its representor; empty in legacy mode
+	vdpa        string // path of its vDPA device: a node of vhost, a folder of virtio's bus
 }
 
 // rdma are the names of the RDMA device of a VF and of its character devices.
@@ -60,60 +64,80 @@ func aliases(keys []string) map[string]string {
 	return out
 }
 
-// infoEntry is what <key>_INFO says about one device: provider -> name -> value.
+// infoEntry is what <key>_INFO says about one device: provider -> name -> value. Of
+// "sluice", the resource is what a network names to get the device, whose PCI address
+// network-status then tells beside the interface.
 type infoEntry map[string]map[string]string
 
 // container computes what a container is given for devices (sorted by ID) of
-// the pool: its environment and its device nodes.
-func container(pool Pool, key, alias string, devices []Device, known map[string]facts) (*api.ContainerAllocateResponse, error) {
+// the pool: its environment, and the device nodes of each device.
+func container(pool Pool, name, key, alias string, devices []Device, known map[string]facts) (map[string]string, []deviceNodes, error) {
 	ids := make([]string, 0, len(devices))
 	info := make(map[string]infoEntry, len(devices))
-	var nodes deviceNodes
-	for _, d := range devices {
+	nodes := make([]deviceNodes, len(devices))
+	for i, d := range devices {
+		e, err := pool.give(d, known[d.ID()], &nodes[i])
+		if err != nil {
+			return nil, nil, err
+		}
+		e["sluice"]["resource"] = name
 		ids = append(ids, d.ID())
-		e := infoEntry{"generic": {"deviceID": d.ID()}}
-		if d.Slot != "" {
-			e["macvlan"] = map[string]string{"parent": d.Parent}
-		}
-		f := known[d.ID()]
-		if pool.userspace(d) {
-			if d.IOMMUGroup == "" {
-				return nil, fmt.Errorf("device %s has no IOMMU group: enable the IOMMU (intel_iommu=on or amd_iommu=on) "+
-					"or load vfio with enable_unsafe_noiommu_mode=1", d.PCIAddress)
-			}
-			group := "/dev/vfio/" + d.IOMMUGroup
-			onHost := group
-			if f.noIOMMU {
-				onHost = "/dev/vfio/noiommu-" + d.IOMMUGroup
-			}
-			nodes.add("/dev/vfio/vfio", "/dev/vfio/vfio")
-			nodes.add(onHost, group)
-			e["vfio"] = map[string]string{"mount": "/dev/vfio/vfio", "dev-mount": group}
-		}
-		if pool.RDMA {
-			if entry := nodes.addRDMA(f.rdma); len(entry) > 0 {
-				e["rdma"] = entry
-			}
-		}
-		if pool.VhostNet {
-			nodes.add("/dev/vhost-net", "/dev/vhost-net")
-			nodes.add("/dev/net/tun", "/dev/net/tun")
-			e["vhost"] = map[string]string{"net-mount": "/dev/vhost-net", "tun-mount": "/dev/net/tun"}
-		}
-		if extra := pool.extra(d.ID()); len(extra) > 0 {
-			e["extra"] = extra
-		}
 		info[d.ID()] = e
 	}
 	encoded, err := json.Marshal(info)
 	if err != nil {
-		return nil, fmt.Errorf("encode device information: %w", err)
+		return nil, nil, fmt.Errorf("encode device information: %w", err)
 	}
 	env := map[string]string{key: strings.Join(ids, ","), key + "_INFO": string(encoded)}
 	if alias != "" {
 		maps.Copy(env, map[string]string{alias: env[key], alias + "_INFO": env[key+"_INFO"]})
 	}
-	return &api.ContainerAllocateResponse{Envs: env, Devices: nodes}, nil
+	return env, nodes, nil
+}
+
+// give computes what a container is told of a device, and adds its device nodes.
+func (p *Pool) give(d Device, f facts, nodes *deviceNodes) (infoEntry, error) {
+	e := infoEntry{"generic": {"deviceID": d.ID()}, "sluice": {}}
+	if d.Slot != "" {
+		e["macvlan"] = map[string]string{"parent": d.Parent}
+	} else {
+		e["sluice"]["pf"], e["sluice"]["vf"] = d.PFName, strconv.Itoa(d.VFIndex)
+	}
+	if p.userspace(d) {
+		if d.IOMMUGroup == "" {
+			return nil, fmt.Errorf("device %s has no IOMMU group: enable the IOMMU (intel_iommu=on or amd_iommu=on) "+
+				"or load vfio with enable_unsafe_noiommu_mode=1", d.PCIAddress)
+		}
+		group := "/dev/vfio/" + d.IOMMUGroup
+		onHost := group
+		if f.noIOMMU {
+			onHost = "/dev/vfio/noiommu-" + d.IOMMUGroup
+		}
+		nodes.add("/dev/vfio/vfio", "/dev/vfio/vfio")
+		nodes.add(onHost, group)
+		e["vfio"] = map[string]string{"mount": "/dev/vfio/vfio", "dev-mount": group}
+	}
+	if d.VDPA == host.VDPAVhost {
+		if f.vdpa == "" {
+			return nil, fmt.Errorf("device %s has no vhost-vdpa node: load module vhost_vdpa on the node", d.PCIAddress)
+		}
+		nodes.add(f.vdpa, f.vdpa)
+		e["vdpa"] = map[string]string{"mount": f.vdpa}
+	}
+	if p.RDMA {
+		if entry := nodes.addRDMA(f.rdma); len(entry) > 0 {
+			e["rdma"] = entry
+		}
+	}
+	if p.VhostNet {
+		nodes.add("/dev/vhost-net", "/dev/vhost-net")
+		nodes.add("/dev/net/tun", "/dev/net/tun")
+		e["vhost"] = map[string]string{"net-mount": "/dev/vhost-net", "tun-mount": "/dev/net/tun"}
+	}
+	if extra := p.extra(d.ID()); len(extra) > 0 {
+		e["extra"] = extra
+	}
+	return e, nil
 }
 
 // extra is what Info says of the device: what is said of it alone goes before what is

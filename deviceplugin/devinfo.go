@@ -19,6 +19,20 @@ const deviceInfoSuffix = "-device.json"
 // deviceInfo is the content of a device-info file, as the NPWG Device
 // Information Specification 1.1.0 defines it.
 func deviceInfo(d Device, f facts) nad.DeviceInfo {
+	if d.VDPA != "" {
+		return nad.DeviceInfo{
+			Type:    "vdpa",
+			Version: "1.1.0",
+			Vdpa: &nad.VdpaDevice{
+				ParentDevice:      vdpaDevice(d.PCIAddress),
+				Driver:            d.VDPA,
+				Path:              f.vdpa,
+				PciAddress:        d.PCIAddress,
+				PfPciAddress:      d.PFAddress,
+				RepresentorDevice: f.representor,
+			},
+		}
+	}
 	return nad.DeviceInfo{
 		Type:    "pci",
 		Version: "1.1.0",
@@ -37,10 +51,9 @@ func deviceInfoName(resource, id string) string {
 	return strings.ReplaceAll(resource, "/", "-") + "-" + id + deviceInfoSuffix
 }
 
-// writeDeviceInfo puts the file of one device in place with a single rename, so
-// that no reader sees half of it. The directory is on a tmpfs and the file
+// writeDeviceInfo writes the file of one device. The directory is on a tmpfs and the file
 // means nothing after a reboot, hence no fsync.
-func writeDeviceInfo(dir, resource string, info nad.DeviceInfo) error {
+func writeDeviceInfo(dir, resource, id string, info nad.DeviceInfo) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("create device-info directory: %w", err)
 	}
@@ -53,19 +66,28 @@ func writeDeviceInfo(dir, resource string, info nad.DeviceInfo) error {
 	}
 	b, err := json.Marshal(info)
 	if err != nil {
-		return fmt.Errorf("encode device information of %s: %w", info.Pci.PciAddress, err)
+		return fmt.Errorf("encode device information of %s: %w", id, err)
 	}
-	tmp, err := os.CreateTemp(dir, ".sluice-*")
+	if err := replaceFile(filepath.Join(dir, deviceInfoName(resource, id)), b); err != nil {
+		return fmt.Errorf("write device information of %s: %w", id, err)
+	}
+	return nil
+}
+
+// replaceFile puts a file that all may read in place with a single rename, so that no
+// reader sees half of it.
+func replaceFile(path string, b []byte) error {
+	tmp, err := os.CreateTemp(filepath.Dir(path), ".sluice-*")
 	if err != nil {
-		return fmt.Errorf("write device information of %s: %w", info.Pci.PciAddress, err)
+		return err
 	}
 	_, err = tmp.Write(b)
 	err = errors.Join(err, tmp.Chmod(0o444), tmp.Close())
 	if err == nil {
-		err = os.Rename(tmp.Name(), filepath.Join(dir, deviceInfoName(resource, info.Pci.PciAddress)))
+		err = os.Rename(tmp.Name(), path)
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("write device information of %s: %w", info.Pci.PciAddress, err), os.Remove(tmp.Name()))
+		return errors.Join(err, os.Remove(tmp.Name()))
 	}
 	return nil
 }

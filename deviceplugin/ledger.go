@@ -213,6 +213,13 @@ func (l *Ledger) GivenFrom(id string) string {
 	return h.Resource
 }
 
+func (l *Ledger) inHand(id string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, ok := l.book.Hand(id)
+	return ok
+}
+
 // Gave tells whether somebody has a device that was given from the resource, which may be
 // offered no more.
 func (l *Ledger) Gave(resource string) bool {

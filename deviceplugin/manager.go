@@ -11,6 +11,9 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 	"github.com/go-logr/logr"
+
+	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/deviceplugin/life"
 )
 
 const (
@@ -18,12 +21,15 @@ const (
 	retireGrace   = 10 * time.Second
 )
 
-// Options are the surroundings of a Manager. All but Log are required.
+// Options are the surroundings of a Manager. All but CDIDir and Log are required.
 type Options struct {
 	Prefix        string // of resource names without one of their own, e.g. "openshift.io"
 	Dir           string // the kubelet's device-plugin directory
 	DeviceInfoDir string // where device-info files of device plugins are
 	SysFS         string // where sysfs is mounted
+	// CDIDir is where device nodes are described for the runtime (Container Device
+	// Interface). Empty tells the kubelet of them instead.
+	CDIDir string
 	// Exists tells whether the device of an ID, a VF or the parent of a MacVLAN
 	// slot, is there and fit for use now, with an error that says what is wrong. It
 	// is asked at every allocation and must not call back into the Manager.
@@ -159,6 +165,9 @@ func (m *Manager) Advertise(ctx context.Context, pools []Pool) error {
 		m.retire(name, r)
 	}
 	m.mu.Unlock()
+	if m.opts.CDIDir != "" {
+		errs = append(errs, pruneCDI(m.opts.CDIDir, func(id string) bool { return m.Offers(id) || m.opts.Ledger.inHand(id) }))
+	}
 	return errors.Join(append(errs, m.told(ctx))...)
 }
 
@@ -239,7 +248,8 @@ type Status struct {
 	Streams  int   // ListAndWatch calls in progress
 	Err      error // why it is not registered; nil when it is
 
-	list []listed
+	list    []listed
+	reasons map[string]string // of those that are not healthy
 }
 
 // Status tells the state of every resource, sorted by name.
@@ -256,14 +266,38 @@ func (m *Manager) Status() []Status {
 func (r *resource) status() Status {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s := Status{Resource: r.name, Devices: len(r.list), Streams: len(r.streams), Err: r.failure, list: r.list}
+	s := Status{Resource: r.name, Devices: len(r.list), Streams: len(r.streams), Err: r.failure, list: r.list, reasons: map[string]string{}}
 	for _, l := range r.list {
 		if l.healthy {
 			s.Healthy++
+		} else {
+			s.reasons[l.id] = r.devices[l.id].Reason
 		}
 	}
 	if s.Err == nil && r.registered != r.epoch {
 		s.Err = errors.New("registration with the kubelet is under way")
 	}
 	return s
+}
+
+// Pools tells people of what is offered, and of who has it.
+func (m *Manager) Pools() []v1.DevicePool {
+	var all []v1.DevicePool
+	for _, s := range m.Status() {
+		p := v1.DevicePool{ResourceName: s.Resource, Devices: s.Devices, Healthy: s.Healthy}
+		if s.Err != nil {
+			p.Message = s.Err.Error()
+		}
+		for _, l := range s.list {
+			if !l.healthy {
+				p.Unhealthy = append(p.Unhealthy, v1.UnhealthyDevice{Device: l.id, Reason: s.reasons[l.id]})
+			}
+			switch r := m.opts.Ledger.record(l.id, l.healthy); r.phase {
+			case life.Allocated, life.Attached, life.Returned:
+				p.Held = append(p.Held, v1.HeldDevice{Device: l.id, Phase: string(r.phase), Pod: r.pod, Generation: int64(r.generation)})
+			}
+		}
+		all = append(all, p)
+	}
+	return all
 }

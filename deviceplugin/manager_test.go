@@ -10,11 +10,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	api "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
+
+	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 )
 
 const nics = "example.com/nics"
@@ -414,11 +417,13 @@ func wantError(t *testing.T, err error, parts ...string) {
 	}
 }
 
-func TestMetrics(t *testing.T) {
+func TestPoolsAndMetrics(t *testing.T) {
 	f := newFixture(t)
+	f.advertise(t, pool("nics"))
+	eventually(t, "a pool says that there is no kubelet", func() bool { return strings.Contains(f.Pools()[0].Message, "register with the kubelet") })
 	k := startKubelet(t, f.dir)
 	sick := vf(2)
-	sick.Healthy = false
+	sick.Healthy, sick.Reason = false, "PF ens1f0 has no carrier"
 	f.advertise(t, pool("nics", vf(1), sick, vf(3)))
 	eventuallyList(t, k, nics, "00.1 Healthy numa0,00.2 Unhealthy numa0,00.3 Healthy numa0")
 	eventually(t, "registered", func() bool { return f.Status()[0].Err == nil })
@@ -430,6 +435,17 @@ func TestMetrics(t *testing.T) {
 	f.mu.Unlock()
 	if _, _, err := f.opts.Ledger.Allocated(t.Context(), ""); err != nil {
 		t.Fatal(err)
+	}
+	want := []v1.DevicePool{{
+		ResourceName: nics, Devices: 3, Healthy: 2,
+		Unhealthy: []v1.UnhealthyDevice{{Device: "0000:01:00.2", Reason: "PF ens1f0 has no carrier"}},
+		Held: []v1.HeldDevice{
+			{Device: "0000:01:00.1", Phase: "Allocated", Generation: 1},
+			{Device: "0000:01:00.3", Phase: "Attached", Pod: "ns/b", Generation: 2},
+		},
+	}}
+	if diff := cmp.Diff(want, f.Pools()); diff != "" {
+		t.Error(diff)
 	}
 	registry := prometheus.NewPedanticRegistry()
 	registry.MustRegister(f.Manager)

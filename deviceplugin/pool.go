@@ -19,6 +19,7 @@ type Pool struct {
 	ExcludeTopology bool   // do not tell the kubelet the devices' NUMA nodes
 	RDMA            bool   // give containers the RDMA character devices of their VFs
 	VhostNet        bool   // give containers /dev/vhost-net and /dev/net/tun
+	Spread          bool   // take a pod's VFs from different PFs
 	DeviceType      string // "netdevice" or "vfio-pci"; empty when the driver of each VF says it
 	// Info is told to containers of a device besides the rest, by its ID, or by "*" for all.
 	Info    map[string]map[string]string

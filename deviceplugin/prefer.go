@@ -10,9 +10,10 @@ import (
 // or parents as possible; equal choices are made in the order of IDs. Of several
 // that do, VFs are taken from the PF with the fewest left, which keeps the others
 // whole, and slots from the parent with the most left: slots share a link, and pods
-// have more of it where there are fewer. It returns fewer than size when there are
-// not enough.
-func prefer(devices map[string]Device, excludeTopology bool, available, must []string, size int) []string {
+// have more of it where there are fewer. With spread they are on as many PFs as
+// possible instead, and VFs are taken from the one with the most left. It returns
+// fewer than size when there are not enough.
+func prefer(devices map[string]Device, excludeTopology, spread bool, available, must []string, size int) []string {
 	numa := func(id string) int {
 		if excludeTopology {
 			return -1
@@ -25,12 +26,18 @@ func prefer(devices map[string]Device, excludeTopology bool, available, must []s
 		return !known || slices.Contains(chosen, id)
 	})
 	for len(chosen) < size && len(free) > 0 {
-		spread := devices[free[0]].Slot != ""
-		node := best(free, chosen, size-len(chosen), spread, numa)
+		most := spread || devices[free[0]].Slot != ""
+		node := best(free, chosen, size-len(chosen), most, numa)
 		onNode := slices.DeleteFunc(slices.Clone(free), func(id string) bool { return numa(id) != node })
 		// A PF is told by its address, a parent by its name; within one NUMA node only.
 		group := func(id string) string { return cmp.Or(devices[id].PFAddress, devices[id].Parent) }
-		from := best(onNode, chosen, size-len(chosen), spread, group)
+		if spread {
+			id := apart(onNode, chosen, group)
+			chosen = append(chosen, id)
+			free = slices.DeleteFunc(free, func(f string) bool { return f == id })
+			continue
+		}
+		from := best(onNode, chosen, size-len(chosen), most, group)
 		for _, id := range onNode {
 			if group(id) == from && len(chosen) < size {
 				chosen = append(chosen, id)
@@ -41,10 +48,26 @@ func prefer(devices map[string]Device, excludeTopology bool, available, must []s
 	return chosen
 }
 
+// apart returns the free device of the group (as told by of) that has the fewest of the
+// chosen, and of these the most free ones.
+func apart(free, chosen []string, of func(string) string) string {
+	count := func(ids []string, group string) (n int) {
+		for _, id := range ids {
+			if of(id) == group {
+				n++
+			}
+		}
+		return n
+	}
+	return slices.MinFunc(free, func(a, b string) int {
+		return cmp.Or(cmp.Compare(count(chosen, of(a)), count(chosen, of(b))), cmp.Compare(count(free, of(b)), count(free, of(a))), cmp.Compare(a, b))
+	})
+}
+
 // best returns the group (as told by of) to take the next devices from: one
-// that has some of the chosen already, else the smallest (with spread, the
+// that has some of the chosen already, else the smallest (with most, the
 // largest) that has need free ones, else the largest.
-func best[K cmp.Ordered](free, chosen []string, need int, spread bool, of func(string) K) K {
+func best[K cmp.Ordered](free, chosen []string, need int, most bool, of func(string) K) K {
 	count := make(map[K]int)
 	for _, id := range free {
 		count[of(id)]++
@@ -57,7 +80,7 @@ func best[K cmp.Ordered](free, chosen []string, need int, spread bool, of func(s
 		switch n := count[k]; {
 		case used[k]:
 			return [3]int{0, -n}
-		case n >= need && !spread:
+		case n >= need && !most:
 			return [3]int{1, n}
 		default:
 			return [3]int{2, -n}

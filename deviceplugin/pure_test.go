@@ -1,6 +1,7 @@
 package deviceplugin
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,6 +12,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	api "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
 	"pgregory.net/rapid"
+
+	"github.com/sluice-network/sluice/internal/host"
 )
 
 func TestEnvironmentNames(t *testing.T) {
@@ -107,43 +110,57 @@ func TestContainer(t *testing.T) {
 	}{
 		{
 			"netdevice", pool("n-1"), []Device{vf(1), vf(2)}, nil, "0000:01:00.1,0000:01:00.2",
-			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"}},"0000:01:00.2":{"generic":{"deviceID":"0000:01:00.2"}}}`, nil,
+			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"},"sluice":{"pf":"ens1f0","resource":"p.io/n-1","vf":"0"}},"0000:01:00.2":{"generic":{"deviceID":"0000:01:00.2"},"sluice":{"pf":"ens1f0","resource":"p.io/n-1","vf":"1"}}}`, nil,
 		},
 		{
 			"vfio, one group", Pool{DeviceType: DeviceTypeVFIO}, []Device{vfio, other}, nil, "0000:01:00.1,0000:01:00.2",
-			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"},"vfio":{"dev-mount":"/dev/vfio/12","mount":"/dev/vfio/vfio"}},` +
-				`"0000:01:00.2":{"generic":{"deviceID":"0000:01:00.2"},"vfio":{"dev-mount":"/dev/vfio/12","mount":"/dev/vfio/vfio"}}}`,
+			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"},"sluice":{"pf":"ens1f0","resource":"p.io/n-1","vf":"0"},"vfio":{"dev-mount":"/dev/vfio/12","mount":"/dev/vfio/vfio"}},` +
+				`"0000:01:00.2":{"generic":{"deviceID":"0000:01:00.2"},"sluice":{"pf":"ens1f0","resource":"p.io/n-1","vf":"1"},"vfio":{"dev-mount":"/dev/vfio/12","mount":"/dev/vfio/vfio"}}}`,
 			rw("/dev/vfio/vfio", "/dev/vfio/vfio", "/dev/vfio/12", "/dev/vfio/12"),
 		},
 		{
 			"vfio without IOMMU", Pool{DeviceType: DeviceTypeVFIO}, []Device{vfio}, map[string]facts{"0000:01:00.1": {noIOMMU: true}}, "0000:01:00.1",
-			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"},"vfio":{"dev-mount":"/dev/vfio/12","mount":"/dev/vfio/vfio"}}}`,
+			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"},"sluice":{"pf":"ens1f0","resource":"p.io/n-1","vf":"0"},"vfio":{"dev-mount":"/dev/vfio/12","mount":"/dev/vfio/vfio"}}}`,
 			rw("/dev/vfio/vfio", "/dev/vfio/vfio", "/dev/vfio/noiommu-12", "/dev/vfio/12"),
 		},
 		{
 			"vhost-net", Pool{VhostNet: true}, []Device{vf(1)}, nil, "0000:01:00.1",
-			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"},"vhost":{"net-mount":"/dev/vhost-net","tun-mount":"/dev/net/tun"}}}`,
+			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"},"sluice":{"pf":"ens1f0","resource":"p.io/n-1","vf":"0"},"vhost":{"net-mount":"/dev/vhost-net","tun-mount":"/dev/net/tun"}}}`,
 			rw("/dev/vhost-net", "/dev/vhost-net", "/dev/net/tun", "/dev/net/tun"),
 		},
 		{
 			"RDMA", Pool{RDMA: true}, []Device{vf(1)}, map[string]facts{"0000:01:00.1": rdmaFacts}, "0000:01:00.1",
 			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"},"rdma":{"rdma_cm":"/dev/infiniband/rdma_cm","rdma_dev":"mlx5_2",` +
-				`"umad":"/dev/infiniband/umad2","uverbs":"/dev/infiniband/uverbs2"}}}`,
+				`"umad":"/dev/infiniband/umad2","uverbs":"/dev/infiniband/uverbs2"},"sluice":{"pf":"ens1f0","resource":"p.io/n-1","vf":"0"}}}`,
 			rw("/dev/infiniband/uverbs2", "/dev/infiniband/uverbs2", "/dev/infiniband/umad2", "/dev/infiniband/umad2",
 				"/dev/infiniband/rdma_cm", "/dev/infiniband/rdma_cm"),
 		},
 		{
+			"vDPA", Pool{}, []Device{vdpaVF(host.VDPAVhost)}, map[string]facts{"0000:01:00.1": {vdpa: "/dev/vhost-vdpa-3"}}, "0000:01:00.1",
+			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"},"sluice":{"pf":"ens1f0","resource":"p.io/n-1","vf":"0"},"vdpa":{"mount":"/dev/vhost-vdpa-3"}}}`,
+			rw("/dev/vhost-vdpa-3", "/dev/vhost-vdpa-3"),
+		},
+		{
+			"more of the user's", Pool{Info: map[string]map[string]string{"*": {"a": "1", "b": "1"}, "0000:01:00.1": {"b": "2"}}}, []Device{vf(1)}, nil, "0000:01:00.1",
+			`{"0000:01:00.1":{"extra":{"a":"1","b":"2"},"generic":{"deviceID":"0000:01:00.1"},"sluice":{"pf":"ens1f0","resource":"p.io/n-1","vf":"0"}}}`, nil,
+		},
+		{
 			"RDMA not asked for", Pool{}, []Device{vf(1)}, map[string]facts{"0000:01:00.1": rdmaFacts}, "0000:01:00.1",
-			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"}}}`, nil,
+			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"},"sluice":{"pf":"ens1f0","resource":"p.io/n-1","vf":"0"}}}`, nil,
 		},
 		{
 			"RDMA not there", Pool{RDMA: true}, []Device{vf(1)}, nil, "0000:01:00.1",
-			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"}}}`, nil,
+			`{"0000:01:00.1":{"generic":{"deviceID":"0000:01:00.1"},"sluice":{"pf":"ens1f0","resource":"p.io/n-1","vf":"0"}}}`, nil,
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got, err := container(c.pool, key, "ALIAS", c.devs, c.known)
+			env, nodes, err := container(c.pool, "p.io/n-1", key, "ALIAS", c.devs, c.known)
 			if err != nil {
+				t.Fatal(err)
+			}
+			got := &api.ContainerAllocateResponse{Envs: env}
+			r := &resource{opts: &Options{}}
+			if err := r.nodes(got, c.devs, nodes); err != nil {
 				t.Fatal(err)
 			}
 			want := map[string]string{key: c.ids, key + "_INFO": c.info, "ALIAS": c.ids, "ALIAS_INFO": c.info}
@@ -155,8 +172,80 @@ func TestContainer(t *testing.T) {
 			}
 		})
 	}
-	_, err := container(Pool{DeviceType: DeviceTypeVFIO}, key, "", []Device{vf(1)}, nil)
+	_, _, err := container(Pool{DeviceType: DeviceTypeVFIO}, "p.io/n-1", key, "", []Device{vf(1)}, nil)
 	wantError(t, err, "0000:01:00.1", "IOMMU group", "intel_iommu=on")
+}
+
+func vdpaVF(kind string) Device {
+	d := vf(1)
+	d.VDPA = kind
+	return d
+}
+
+// The files are those of the specification, and a runtime can make anything of them that
+// the kubelet could be told.
+func TestCDI(t *testing.T) {
+	f := newFixture(t)
+	f.opts.CDIDir = t.TempDir()
+	k := startKubelet(t, f.dir)
+	user := vf(1)
+	user.IOMMUGroup, user.Driver = "7", DeviceTypeVFIO
+	plain := vf(2)
+	p := pool("nics", user, plain)
+	p.DeviceType = ""
+	f.advertise(t, p)
+	eventually(t, "registered", func() bool { return k.client(nics) != nil })
+	got, err := k.allocate(nics, "0000:01:00.1", "0000:01:00.2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(got.GetDevices()) > 0 || len(got.GetCdiDevices()) != 1 || got.GetCdiDevices()[0].GetName() != "sluice.dev/vf=0000:01:00.1" {
+		t.Errorf("%v", got)
+	}
+	file := filepath.Join(f.opts.CDIDir, "sluice-vf-0000:01:00.1.json")
+	b, err := os.ReadFile(file)
+	want := `{"cdiVersion":"0.5.0","kind":"sluice.dev/vf","devices":[{"name":"0000:01:00.1","containerEdits":{"deviceNodes":[` +
+		`{"path":"/dev/vfio/vfio","hostPath":"/dev/vfio/vfio","permissions":"rw"},{"path":"/dev/vfio/7","hostPath":"/dev/vfio/7","permissions":"rw"}]}}]}`
+	if err != nil || string(b) != want {
+		t.Errorf("%v, got\n%s\nwant\n%s", err, b, want)
+	}
+	other := filepath.Join(f.opts.CDIDir, "other.json")
+	idle := filepath.Join(f.opts.CDIDir, "sluice-vf-0000:09:00.1.json")
+	for _, path := range []string{other, idle} {
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.advertise(t) // a container of the pod that has it may start again
+	for path, stays := range map[string]bool{file: true, other: true, idle: false} {
+		if _, err := os.Stat(path); (err == nil) != stays {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	f.opts.CDIDir = filepath.Join(f.opts.CDIDir, "gone")
+	f.advertise(t, p)
+	_, err = k.allocate(nics, "0000:01:00.1")
+	wantError(t, err, "write CDI specification of 0000:01:00.1")
+}
+
+func TestVDPADeviceInfo(t *testing.T) {
+	sys := t.TempDir()
+	for _, dir := range []string{"vhost-vdpa-3", "virtio9", "power"} {
+		if err := os.MkdirAll(filepath.Join(sys, "bus/vdpa/devices/vdpa:0000:01:00.1", dir), 0o750); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for kind, want := range map[string]string{
+		host.VDPAVhost:  `{"type":"vdpa","version":"1.1.0","vdpa":{"parent-device":"vdpa:0000:01:00.1","driver":"vhost","path":"/dev/vhost-vdpa-3","pci-address":"0000:01:00.1","pf-pci-address":"0000:01:00.0"}}`,
+		host.VDPAVirtio: `{"type":"vdpa","version":"1.1.0","vdpa":{"parent-device":"vdpa:0000:01:00.1","driver":"virtio","path":"/sys/bus/virtio/devices/virtio9","pci-address":"0000:01:00.1","pf-pci-address":"0000:01:00.0"}}`,
+	} {
+		d := vdpaVF(kind)
+		if got, err := json.Marshal(deviceInfo(d, readFacts(sys, d))); err != nil || string(got) != want {
+			t.Errorf("%v, got\n%s\nwant\n%s", err, got, want)
+		}
+	}
+	_, _, err := container(Pool{}, "p.io/n", "K", "", []Device{vdpaVF(host.VDPAVhost)}, nil)
+	wantError(t, err, "0000:01:00.1", "vhost_vdpa")
 }
 
 func TestReadFacts(t *testing.T) {
@@ -233,7 +322,7 @@ func TestPrefer(t *testing.T) {
 		{"unknown IDs are not chosen", "z9 a0", "", 1, false, "a0"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got := prefer(devices, c.exclude, strings.Fields(c.available), strings.Fields(c.must), c.size)
+			got := prefer(devices, c.exclude, false, strings.Fields(c.available), strings.Fields(c.must), c.size)
 			if strings.Join(got, " ") != c.want {
 				t.Errorf("got %v, want %s", got, c.want)
 			}
@@ -243,7 +332,7 @@ func TestPrefer(t *testing.T) {
 		available := rapid.SliceOfDistinct(rapid.SampledFrom(all), rapid.ID[string]).Draw(t, "available")
 		must := available[:rapid.IntRange(0, len(available)).Draw(t, "must")]
 		size := rapid.IntRange(len(must), len(all)).Draw(t, "size")
-		got := prefer(devices, false, available, must, size)
+		got := prefer(devices, false, false, available, must, size)
 		if len(got) != min(size, len(available)) {
 			t.Fatalf("%d devices of %d, want %d", len(got), len(available), size)
 		}
@@ -268,6 +357,67 @@ func TestPrefer(t *testing.T) {
 		}
 		if len(must) == 0 && len(nodes) > 1 && (free[0] >= size || free[1] >= size) {
 			t.Fatalf("%v is on two nodes", got)
+		}
+	})
+}
+
+// Spread keeps to one NUMA node if it can, and takes as many PFs there as there are.
+func TestPreferSpreads(t *testing.T) {
+	devices := map[string]Device{}
+	var all []string
+	for _, pf := range []struct {
+		name    string
+		numa, n int
+	}{{"a", 0, 3}, {"b", 0, 2}, {"c", 0, 1}, {"d", 1, 4}} {
+		for i := range pf.n {
+			id := fmt.Sprintf("%s%d", pf.name, i)
+			devices[id] = Device{PCIAddress: id, PFAddress: pf.name, NUMANode: pf.numa}
+			all = append(all, id)
+		}
+	}
+	for _, c := range []struct{ available, must, want string }{
+		{"a0 a1 a2 b0 b1 c0", "", "a0"},
+		{"a0 a1 a2 b0 b1 c0", "", "a0 b0"},
+		{"a0 a1 a2 b0 b1 c0", "", "a0 b0 c0"},
+		{"a0 a1 a2 b0 b1 c0", "", "a0 b0 c0 a1"},
+		{"a1 a2 b0 d0", "a0", "a0 b0"},
+		{"d0 d1 d2 d3 a0", "", "d0 d1"}, // one node before two PFs
+	} {
+		must := strings.Fields(c.must)
+		if got := prefer(devices, false, true, strings.Fields(c.available), must, len(strings.Fields(c.want))); strings.Join(got, " ") != c.want {
+			t.Errorf("of %s beside %s: %v, want %s", c.available, c.must, got, c.want)
+		}
+	}
+	rapid.Check(t, func(t *rapid.T) {
+		available := rapid.SliceOfDistinct(rapid.SampledFrom(all[:6]), rapid.ID[string]).Draw(t, "available") // of one node
+		must := available[:rapid.IntRange(0, len(available)).Draw(t, "must")]
+		size := rapid.IntRange(len(must), 8).Draw(t, "size")
+		got := prefer(devices, false, true, available, must, size)
+		if len(got) != min(size, len(available)) {
+			t.Fatalf("%d devices of %d, want %d", len(got), len(available), size)
+		}
+		has, left := map[string]int{}, map[string]int{}
+		for _, id := range available {
+			if slices.Contains(got, id) {
+				has[devices[id].PFAddress]++
+			} else {
+				left[devices[id].PFAddress]++
+			}
+			if slices.Contains(must, id) && !slices.Contains(got, id) {
+				t.Fatalf("%s must be included", id)
+			}
+		}
+		// No PF has two more than one that has some left, unless it must.
+		required := map[string]int{}
+		for _, id := range must {
+			required[devices[id].PFAddress]++
+		}
+		for pf, n := range has {
+			for other := range left {
+				if n > has[other]+1 && n > required[pf] {
+					t.Fatalf("%v: %d of %s, %d of %s which has some left", got, n, pf, has[other], other)
+				}
+			}
 		}
 	})
 }

@@ -16,6 +16,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	api "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
+
+	"github.com/sluice-network/sluice/internal/host"
 )
 
 const (
@@ -380,11 +382,15 @@ func (r *resource) allocate(ids []string) (*api.ContainerAllocateResponse, error
 			known[id] = readFacts(r.opts.SysFS, d)
 		}
 	}
-	out, err := container(r.pool, r.key, r.alias, devices, known)
+	env, nodes, err := container(r.pool, r.name, r.key, r.alias, devices, known)
 	if err != nil {
 		return nil, fail(err)
 	}
-	exclusive := r.pool.RDMA || slices.ContainsFunc(devices, r.pool.userspace)
+	out := &api.ContainerAllocateResponse{Envs: env}
+	if err := r.nodes(out, devices, nodes); err != nil {
+		return nil, fail(err)
+	}
+	exclusive := r.pool.RDMA || slices.ContainsFunc(devices, func(d Device) bool { return r.pool.userspace(d) || d.VDPA == host.VDPAVhost })
 	if err := r.opts.Ledger.give(ids, r.name, exclusive); err != nil {
 		return nil, fail(err)
 	}
@@ -392,9 +398,32 @@ func (r *resource) allocate(ids []string) (*api.ContainerAllocateResponse, error
 		if d.Slot != "" {
 			continue // the specification has no type for it
 		}
-		if err := writeDeviceInfo(r.opts.DeviceInfoDir, r.name, deviceInfo(d, known[d.PCIAddress])); err != nil {
+		if err := writeDeviceInfo(r.opts.DeviceInfoDir, r.name, d.PCIAddress, deviceInfo(d, known[d.PCIAddress])); err != nil {
 			return nil, fail(err)
 		}
 	}
 	return out, nil
+}
+
+// nodes adds the devices' nodes to the answer, by CDI if that is wanted.
+func (r *resource) nodes(out *api.ContainerAllocateResponse, devices []Device, nodes []deviceNodes) error {
+	var all deviceNodes
+	for i, own := range nodes {
+		if r.opts.CDIDir == "" {
+			for _, n := range own {
+				all.add(n.GetHostPath(), n.GetContainerPath())
+			}
+			continue
+		}
+		if len(own) == 0 {
+			continue // a specification must not be empty
+		}
+		d, err := writeCDI(r.opts.CDIDir, devices[i].ID(), own)
+		if err != nil {
+			return err
+		}
+		out.CdiDevices = append(out.CdiDevices, d)
+	}
+	out.Devices = all
+	return nil
 }

@@ -112,7 +112,7 @@ func (s *session) GetPreferredAllocation(_ context.Context, req *api.PreferredAl
 	out := &api.PreferredAllocationResponse{}
 	for _, c := range req.GetContainerRequests() {
 		out.ContainerResponses = append(out.ContainerResponses, &api.ContainerPreferredAllocationResponse{
-			DeviceIDs: prefer(s.r.devices, s.r.pool.ExcludeTopology,
+			DeviceIDs: prefer(s.r.devices, s.r.pool.ExcludeTopology, s.r.pool.Spread,
 				c.GetAvailableDeviceIDs(), c.GetMustIncludeDeviceIDs(), int(c.GetAllocationSize())),
 		})
 	}

@@ -30,8 +30,8 @@ func TestSlotsReachTheKubelet(t *testing.T) {
 	}
 	if diff := cmp.Diff(map[string]string{
 		"PCIDEVICE_EXAMPLE_COM_SLOTS": "ens1f0.100-0,ens1f0.100-1",
-		"PCIDEVICE_EXAMPLE_COM_SLOTS_INFO": `{"ens1f0.100-0":{"generic":{"deviceID":"ens1f0.100-0"},"macvlan":{"parent":"ens1f0.100"}},` +
-			`"ens1f0.100-1":{"generic":{"deviceID":"ens1f0.100-1"},"macvlan":{"parent":"ens1f0.100"}}}`,
+		"PCIDEVICE_EXAMPLE_COM_SLOTS_INFO": `{"ens1f0.100-0":{"generic":{"deviceID":"ens1f0.100-0"},"macvlan":{"parent":"ens1f0.100"},"sluice":{"resource":"example.com/slots"}},` +
+			`"ens1f0.100-1":{"generic":{"deviceID":"ens1f0.100-1"},"macvlan":{"parent":"ens1f0.100"},"sluice":{"resource":"example.com/slots"}}}`,
 	}, got.GetEnvs()); diff != "" {
 		t.Error(diff)
 	}
@@ -106,7 +106,7 @@ func TestPreferSpreadsSlots(t *testing.T) {
 		{"a-0 c-0 c-1", "", "c-0"},
 	} {
 		must := strings.Fields(c.must)
-		if got := prefer(devices, false, strings.Fields(c.available), must, len(must)+1); strings.Join(got, " ") != c.want {
+		if got := prefer(devices, false, false, strings.Fields(c.available), must, len(must)+1); strings.Join(got, " ") != c.want {
 			t.Errorf("of %s beside %s: %v, want %s", c.available, c.must, got, c.want)
 		}
 	}

@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"github.com/sluice-network/sluice/internal/host"
 )
 
 // readFacts reads from sysfs, mounted at sys, what an allocation of d needs and
@@ -18,6 +20,17 @@ func readFacts(sys string, d Device) facts {
 		noIOMMU:     readLine(filepath.Join(sys, "kernel/iommu_groups", d.IOMMUGroup, "name")) == "vfio-noiommu",
 		representor: representor(sys, d.PFName, d.VFIndex),
 	}
+	vdpa := filepath.Join(sys, "bus/vdpa/devices", vdpaDevice(d.PCIAddress))
+	switch d.VDPA {
+	case host.VDPAVhost:
+		if name := entry(vdpa, "vhost-vdpa-"); name != "" {
+			f.vdpa = "/dev/" + name
+		}
+	case host.VDPAVirtio:
+		if name := entry(vdpa, "virtio"); name != "" {
+			f.vdpa = "/sys/bus/virtio/devices/" + name
+		}
+	}
 	if name := entry(filepath.Join(dev, "infiniband"), ""); name != "" {
 		_, err := os.Stat(filepath.Join(sys, "class/misc/rdma_cm"))
 		f.rdma = rdma{
@@ -30,6 +43,9 @@ func readFacts(sys string, d Device) facts {
 	}
 	return f
 }
+
+// vdpaDevice is the name that package host gives a VF's vDPA device.
+func vdpaDevice(pciAddress string) string { return "vdpa:" + pciAddress }
 
 // representor finds the netdev that stands for a VF in the PF's switch: it has
 // the switch ID of the PF's uplink and the port name that

@@ -14,6 +14,7 @@ type Candidate struct {
 	deviceplugin.Device        // as it would be offered
 	Vendor, DeviceID    string // PCI, four hex digits
 	RDMA                bool   // it has an RDMA device
+	Carrier             bool   // its PF has one
 	Resource            string // that a policy gives it to; empty for none
 	// Hand is the resource, with prefix, that it was given to a pod from, which has it
 	// still: what was selected by is not there to see, as its netdev is in the pod.
@@ -35,7 +36,7 @@ func (c *Config) Pools(candidates []Candidate) (pools []deviceplugin.Pool, refus
 		first, name := r.Selectors[0], r.full()
 		p := deviceplugin.Pool{
 			Prefix: r.Prefix, Resource: r.Name, ExcludeTopology: r.ExcludeTopology, RDMA: first.IsRdma, VhostNet: first.NeedVhostNet,
-			Info: r.Info, Devices: []deviceplugin.Device{},
+			Spread: r.Spread, Info: r.Info, Devices: []deviceplugin.Device{},
 		}
 		var ofPolicy, ofOther []string
 		for _, d := range candidates {
@@ -50,6 +51,9 @@ func (c *Config) Pools(candidates []Candidate) (pools []deviceplugin.Pool, refus
 				ofOther = append(ofOther, fmt.Sprintf("%s (%s)", d.PCIAddress, other))
 			default:
 				taken[d.PCIAddress] = name
+				if r.RequireCarrier && !d.Carrier && d.Healthy {
+					d.Healthy, d.Reason = false, fmt.Sprintf("its PF %s has no carrier: check cable and switch", d.PFName)
+				}
 				p.Devices = append(p.Devices, d.Device)
 			}
 		}

@@ -33,6 +33,8 @@ const upstream = `{
       "resourceName": "one",
       "deviceType": "netDevice",
       "excludeTopology": true,
+      "allocation": "Spread",
+      "requireCarrier": true,
       "selectors": {"pciAddresses": ["0000:01:00.1"], "linkTypes": ["ether"], "rootDevices": ["0000:01:00.0#0-3,8"]}
     }, {
       "resourceName": "all",
@@ -51,7 +53,7 @@ func TestParseAcceptsWhatUpstreamDoes(t *testing.T) {
 			Vendors: []string{"8086"}, Devices: intel, Drivers: []string{"vfio-pci"}, PFNames: []string{"enp0s0f0", "enp2s2f1"},
 		}}},
 		{Prefix: "mellanox.com", Name: "mlnx_sriov_rdma", Selectors: []Selector{{Vendors: []string{"15b3"}, Devices: []string{"1018"}, Drivers: []string{"mlx5_ib"}, IsRdma: true, NeedVhostNet: true}}},
-		{Prefix: "openshift.io", Name: "one", ExcludeTopology: true, Selectors: []Selector{{PCIAddresses: []string{"0000:01:00.1"}, LinkTypes: []string{"ether"}, RootDevices: []string{"0000:01:00.0#0-3,8"}}}},
+		{Prefix: "openshift.io", Name: "one", ExcludeTopology: true, Spread: true, RequireCarrier: true, Selectors: []Selector{{PCIAddresses: []string{"0000:01:00.1"}, LinkTypes: []string{"ether"}, RootDevices: []string{"0000:01:00.0#0-3,8"}}}},
 		{Prefix: "openshift.io", Name: "all", Selectors: []Selector{{SelectAll: true}}},
 	}}
 	if diff := cmp.Diff(want, c, cmpopts.IgnoreUnexported(Selector{})); diff != "" {
@@ -90,6 +92,7 @@ func TestParseRefuses(t *testing.T) {
 		{"subfunctions", `{"resourceList":[{"resourceName":"a","deviceType":"auxNetDevice"}]}`, `"auxNetDevice" is not supported`},
 		{"no type", `{"resourceList":[{"resourceName":"a","deviceType":"netdevice"}]}`, `deviceType "netdevice": there is no such type: write netDevice`},
 		{"information of no device", `{"resourceList":[{"resourceName":"a","additionalInfo":{"ens1":{}},"selectors":{"selectAll":true}}]}`, `resourceList[0].additionalInfo: key "ens1"`},
+		{"allocation", `{"resourceList":[{"resourceName":"a","allocation":"spread","selectors":{"selectAll":true}}]}`, `resourceList[0].allocation "spread": write Pack or Spread`},
 		{"vendor", one(`{"vendors":["8086","0x15b3"]}`), `resourceList[0].selectors.vendors[1] "0x15b3": write four hex digits`},
 		{"device", one(`{"devices":[""]}`), `devices[0] ""`},
 		{"driver", one(`{"drivers":[""]}`), `drivers[0] ""`},
@@ -182,6 +185,17 @@ func TestPools(t *testing.T) {
 				t.Errorf("%v, refused %v", got, refused)
 			}
 		})
+	}
+}
+
+func TestRequireCarrier(t *testing.T) {
+	config, err := Parse([]byte(`{"resourceList":[{"resourceName":"a","requireCarrier":true,"allocation":"Spread","selectors":{"selectAll":true}}]}`), "p.io")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pools, _ := config.Pools([]Candidate{vf(0, func(c *Candidate) { c.Carrier = true }), vf(1, nil)})
+	if d := pools[0].Devices; !d[0].Healthy || d[1].Healthy || !strings.Contains(d[1].Reason, "ens1f0 has no carrier") || !pools[0].Spread {
+		t.Errorf("%+v", pools)
 	}
 }
 

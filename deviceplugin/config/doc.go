@@ -12,5 +12,7 @@
 //     selectors ddpProfiles, pKeys, acpiIndexes and auxTypes, are refused by name;
 //   - isRdma, needVhostNet and vdpaType are the same in all selectors of a resource.
 //
+// A resource may also have "allocation" and "requireCarrier", as a policy.
+//
 // A VF goes to the first resource of the list that selects it, unless a policy has it.
 package config

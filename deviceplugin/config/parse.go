@@ -15,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 	kjson "sigs.k8s.io/json"
 
+	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/internal/host"
 	"github.com/sluice-network/sluice/internal/spelling"
 )
@@ -28,6 +29,8 @@ type Config struct {
 type Resource struct {
 	Prefix, Name    string
 	ExcludeTopology bool
+	Spread          bool // a pod's VFs are taken from different PFs
+	RequireCarrier  bool // VFs are offered while their PF has a carrier
 	// Info is added to what a container is told of a device, by its PCI address, or by "*"
 	// for all.
 	Info      map[string]map[string]string
@@ -77,6 +80,10 @@ type entry struct {
 	ExcludeTopology bool                         `json:"excludeTopology"`
 	Selectors       json.RawMessage              `json:"selectors"` // an object or a list of objects
 	AdditionalInfo  map[string]map[string]string `json:"additionalInfo"`
+
+	// As of policies. Added.
+	Allocation     string `json:"allocation"`
+	RequireCarrier bool   `json:"requireCarrier"`
 }
 
 // Parse reads the content of a file. A resource without prefix gets the one given. The
@@ -162,7 +169,7 @@ const typeNetDevice = "netDevice"
 var nameForm = regexp.MustCompile(`^[a-zA-Z0-9_-]+$`)
 
 func (e *entry) resource(path, prefix string) (*Resource, error) {
-	r := &Resource{Prefix: prefix, Name: e.ResourceName, ExcludeTopology: e.ExcludeTopology, Info: e.AdditionalInfo}
+	r := &Resource{Prefix: prefix, Name: e.ResourceName, ExcludeTopology: e.ExcludeTopology, Info: e.AdditionalInfo, RequireCarrier: e.RequireCarrier, Spread: e.Allocation == v1.AllocationSpread}
 	if e.ResourcePrefix != "" {
 		r.Prefix = e.ResourcePrefix
 	}
@@ -178,6 +185,9 @@ func (e *entry) resource(path, prefix string) (*Resource, error) {
 		return nil, fmt.Errorf("%s.deviceType %q is not supported: Sluice offers VFs of NICs, deviceType %s; let another device plugin offer these", path, e.DeviceType, typeNetDevice)
 	default:
 		return nil, fmt.Errorf("%s.deviceType %q: there is no such type: write %s", path, e.DeviceType, typeNetDevice)
+	}
+	if e.Allocation != "" && e.Allocation != v1.AllocationPack && !r.Spread {
+		return nil, fmt.Errorf("%s.allocation %q: write %s or %s", path, e.Allocation, v1.AllocationPack, v1.AllocationSpread)
 	}
 	for device := range e.AdditionalInfo {
 		if device != "*" && !host.ValidPCIAddress(device) {

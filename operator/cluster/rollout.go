@@ -33,7 +33,7 @@ const annotationTemplate = "sluice.dev/template"
 var agentManifest []byte
 
 // ownEnv are the agent's variables that the operator sets.
-var ownEnv = []string{"NODE_NAME", "NODE_IP", "POD_NAMESPACE", "RESOURCE_PREFIX"}
+var ownEnv = []string{"NODE_NAME", "NODE_IP", "POD_NAMESPACE", "RESOURCE_PREFIX", "CDI_DIR"}
 
 // agentDaemonSet is the DaemonSet of the agents as the configuration wants it.
 func agentDaemonSet(config *sriovv1.SriovOperatorConfig, selector map[string]string, settings Config) (*appsv1.DaemonSet, error) {
@@ -52,6 +52,9 @@ func agentDaemonSet(config *sriovv1.SriovOperatorConfig, selector map[string]str
 	if config.Annotations[sriovv1.AnnotationReadOnlyEtc] == "true" {
 		withoutEtc(pod)
 	}
+	if config.Spec.UseCDI {
+		withCDI(pod)
+	}
 	agent.Image = settings.AgentImage
 	agent.Args = []string{fmt.Sprintf("--v=%d", config.Spec.LogLevel)}
 	agent.Env = append(agent.Env, corev1.EnvVar{Name: "RESOURCE_PREFIX", Value: settings.ResourcePrefix})
@@ -67,6 +70,19 @@ func agentDaemonSet(config *sriovv1.SriovOperatorConfig, selector map[string]str
 	digest := sha256.Sum256(data)
 	ds.Annotations = map[string]string{annotationTemplate: fmt.Sprintf("%x", digest[:8])}
 	return ds, nil
+}
+
+// cdiDir is where runtimes look for what changes as the node runs.
+const cdiDir = "/var/run/cdi"
+
+// withCDI lets the agent describe device nodes for the runtime.
+func withCDI(pod *corev1.PodSpec) {
+	const name = "cdi"
+	create := corev1.HostPathDirectoryOrCreate
+	pod.Volumes = append(pod.Volumes, corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: cdiDir, Type: &create}}})
+	agent := &pod.Containers[0]
+	agent.VolumeMounts = append(agent.VolumeMounts, corev1.VolumeMount{Name: name, MountPath: cdiDir})
+	agent.Env = append(agent.Env, corev1.EnvVar{Name: "CDI_DIR", Value: cdiDir})
 }
 
 // withoutEtc takes the folders below /etc from a pod. The runtime would make those that
@@ -130,9 +146,6 @@ func unsupported(spec *sriovv1.SriovOperatorConfigSpec) []string {
 	var all []string
 	if spec.ConfigurationMode == sriovv1.ConfigurationModeSystemd {
 		all = append(all, "configurationMode systemd: agents configure NICs themselves, and VFs are not there before kubelet starts: set it to daemon")
-	}
-	if spec.UseCDI {
-		all = append(all, "useCDI true: kubelet is told of devices by the device plugin's own answer: set it to false")
 	}
 	for _, name := range slices.Sorted(maps.Keys(spec.FeatureGates)) {
 		gate, known := gates[name]

@@ -58,7 +58,6 @@ func TestUnsupported(t *testing.T) {
 			EnableInjector: true,
 		},
 		"configurationMode systemd: ":        {ConfigurationMode: "systemd"},
-		"useCDI true: ":                      {UseCDI: true},
 		"featureGates x: there is no such":   {FeatureGates: map[string]bool{"x": false}},
 		"featureGates parallelNicConfig fal": {FeatureGates: map[string]bool{"parallelNicConfig": false}},
 		"featureGates manageSoftwareBridges": {FeatureGates: map[string]bool{"manageSoftwareBridges": true}},
@@ -101,6 +100,24 @@ func TestAgentWithoutEtc(t *testing.T) {
 	want := slices.DeleteFunc(all, func(path string) bool { return strings.HasPrefix(path, "/etc") })
 	if paths, mounts := build(); !slices.Equal(paths, want) || !slices.Equal(mounts, want) {
 		t.Errorf("volumes %v, mounts %v, want %v", paths, mounts, want)
+	}
+}
+
+func TestAgentWithCDI(t *testing.T) {
+	config := &sriovv1.SriovOperatorConfig{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "default", UID: "u"}}
+	for _, use := range []bool{false, true} {
+		config.Spec.UseCDI = use
+		ds, err := agentDaemonSet(config, nil, Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pod := ds.Spec.Template.Spec
+		volume := slices.ContainsFunc(pod.Volumes, func(v corev1.Volume) bool { return v.HostPath != nil && v.HostPath.Path == "/var/run/cdi" })
+		mount := slices.ContainsFunc(pod.Containers[0].VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/var/run/cdi" })
+		env := slices.ContainsFunc(pod.Containers[0].Env, func(e corev1.EnvVar) bool { return e.Name == "CDI_DIR" && e.Value == "/var/run/cdi" })
+		if volume != use || mount != use || env != use {
+			t.Errorf("useCDI %v: volume %v, mount %v, variable %v", use, volume, mount, env)
+		}
 	}
 }
 

@@ -112,6 +112,16 @@ func (p *plugin) Advertise(_ context.Context, pools []Pool) error {
 	return nil
 }
 
+func (p *plugin) Pools() []v1.DevicePool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []v1.DevicePool
+	for _, pool := range p.pools {
+		all = append(all, v1.DevicePool{ResourceName: pool.Resource, Devices: len(pool.Devices)})
+	}
+	return all
+}
+
 // healthy lists the addresses offered under the resource.
 func (p *plugin) healthy(resource string) []string {
 	p.mu.Lock()
@@ -859,7 +869,7 @@ func TestCandidates(t *testing.T) {
 			{Index: 0, PCIAddress: "0000:01:00.1", Vendor: "15b3", DeviceID: "101e", Driver: "mlx5_core", Name: "ens1f0v0", NUMANode: -1, RDMADevice: "mlx5_2"},
 			{Index: 1, PCIAddress: "0000:01:00.2", Driver: "vfio-pci", NUMANode: 0},
 			{Index: 2, PCIAddress: "0000:01:00.3", Driver: "mlx5_core", VDPA: host.VDPAVhost},
-			{Index: 3, PCIAddress: "0000:01:00.4", Driver: "mlx5_core"},
+			{Index: 3, PCIAddress: "0000:01:00.4", Driver: "mlx5_core", VDPA: "none"},
 			{Index: 4, PCIAddress: "0000:01:00.5", Driver: "mlx5_core", Name: "ens1f0v4"},
 		}},
 		carries: []int{4},
@@ -874,6 +884,46 @@ func TestCandidates(t *testing.T) {
 	want := []string{`0 15b3:101e ens1f01 true "" true `, `1 : ens1f00 false "a" true `, `2 : ens1f00 false "" true vhost`, `3 : ens1f00 false "" false `, `4 : ens1f00 false "" false `}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
+	}
+}
+
+// A PF that loses its carrier takes VFs off offer where that is asked for, by an event and
+// at once, and the status has the pools as they are offered.
+func TestRequireCarrier(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	strict := of("strict", "0-0", 0)
+	strict.RequireCarrier, strict.Allocation = true, v1.AllocationSpread
+	r.server.spec(wants(nic0, 2, strict, of("left", "1-1", 0)))
+	r.ready()
+	carrier := func(on bool) {
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].Carrier = on })
+		r.eventually(func() error {
+			if got := r.plugin.healthy("strict"); len(got) == 1 != on {
+				return fmt.Errorf("carrier %v: offered %v", on, got)
+			}
+			return nil
+		})
+		if got := r.plugin.healthy("left"); len(got) != 1 {
+			t.Errorf("carrier %v: who does not ask for it is offered %v", on, got)
+		}
+	}
+	carrier(true)
+	carrier(false)
+	if c := r.condition(v1.ConditionReady); c.Status != metav1.ConditionTrue {
+		t.Errorf("without carrier: %+v", c)
+	}
+	carrier(true)
+	r.eventually(func() error {
+		if got := r.server.status().Pools; len(got) != 2 || got[0].ResourceName != "strict" || got[0].Devices != 1 {
+			return fmt.Errorf("pools in the status: %+v", got)
+		}
+		return nil
+	})
+	r.plugin.mu.Lock()
+	defer r.plugin.mu.Unlock()
+	if !r.plugin.pools[0].Spread || r.plugin.pools[1].Spread {
+		t.Errorf("%+v", r.plugin.pools)
 	}
 }
 

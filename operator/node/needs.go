@@ -54,6 +54,8 @@ type Advertiser interface {
 	Withdraw(ctx context.Context, pciAddresses []string) error
 	// Advertise replaces the whole set of pools.
 	Advertise(ctx context.Context, pools []Pool) error
+	// Pools tells of what is advertised, and of who has it.
+	Pools() []v1.DevicePool
 }
 
 // Pool is a set of interchangeable devices, offered under one resource name.
@@ -63,6 +65,7 @@ type Pool struct {
 	ExcludeTopology bool   // kubelet is not told the NUMA nodes
 	RDMA            bool   // pods get the RDMA character devices
 	VhostNet        bool   // pods get /dev/vhost-net and /dev/net/tun
+	Spread          bool   // take a pod's VFs from different PFs
 	DeviceType      string // netdevice or vfio-pci; empty when the driver of each VF says it
 	// Info is told to containers of a device besides the rest, by its ID, or by "*" for all.
 	Info    map[string]map[string]string
@@ -74,6 +77,7 @@ type Candidate struct {
 	Device                  // as it would be offered
 	Vendor, DeviceID string // PCI, four hex digits
 	RDMA             bool   // it has an RDMA device
+	Carrier          bool   // its PF has one
 	Resource         string // that a policy gives it to; empty for none
 }
 

@@ -410,7 +410,7 @@ func (p *pass) publish(ctx context.Context) {
 	now := metav1.NewTime(time.Now().Truncate(time.Second))
 	s := status(p.reports, &p.parents, p.unreadable, p.state.Generation, p.conditions, now)
 	p.mu.Unlock()
-	s.System.RdmaMode = p.rdmaMode
+	s.System.RdmaMode, s.Pools = p.rdmaMode, p.Advertiser.Pools()
 	for _, c := range p.Conditions() {
 		c.ObservedGeneration, c.LastTransitionTime = s.ObservedGeneration, now
 		meta.SetStatusCondition(&s.Conditions, c)

@@ -361,6 +361,7 @@ func pools(reports []*report) []Pool {
 			p.ExcludeTopology = p.ExcludeTopology || group.ExcludeTopology
 			p.RDMA = p.RDMA || group.IsRdma
 			p.VhostNet = p.VhostNet || group.NeedVhostNet
+			p.Spread = p.Spread || group.Allocation == v1.AllocationSpread
 			d := r.device(vf, group)
 			if d.Healthy && kind != p.DeviceType {
 				d.Healthy, d.Reason = false, fmt.Sprintf("resource %s has VFs of deviceType %s already: give this one's policy another resourceName", p.Resource, p.DeviceType)
@@ -375,7 +376,10 @@ func pools(reports []*report) []Pool {
 func (r *report) device(vf host.VF, group plan.VFGroup) Device {
 	d := Device{
 		PCIAddress: vf.PCIAddress, PFAddress: r.have.PCIAddress, PFName: r.have.Name, VFIndex: vf.Index, Driver: vf.Driver,
-		NUMANode: vf.NUMANode, IOMMUGroup: vf.IOMMUGroup, LinkType: r.have.LinkType, VDPA: vf.VDPA,
+		NUMANode: vf.NUMANode, IOMMUGroup: vf.IOMMUGroup, LinkType: r.have.LinkType,
+	}
+	if vf.VDPA == host.VDPAVirtio || vf.VDPA == host.VDPAVhost {
+		d.VDPA = vf.VDPA
 	}
 	if d.NUMANode < 0 {
 		d.NUMANode = r.have.NUMANode
@@ -386,6 +390,8 @@ func (r *report) device(vf host.VF, group plan.VFGroup) Device {
 		d.Healthy, d.Reason = false, "it carries the node's way to the API server: a pod would take it away"
 	case r.spared(vf.Index) != "":
 		d.Healthy, d.Reason = false, r.spared(vf.Index)
+	case group.RequireCarrier && !r.have.Carrier:
+		d.Healthy, d.Reason = false, fmt.Sprintf("its PF %s has no carrier: check cable and switch", r.have.Name)
 	}
 	if d.Healthy {
 		d.Reason = ""
@@ -410,7 +416,7 @@ func candidates(reports []*report, pools []Pool) []Candidate {
 				group.DeviceType = v1.DeviceTypeVfioPci // user space has it, not a netdev
 			}
 			all = append(all, Candidate{
-				Device: r.device(vf, group), Vendor: vf.Vendor, DeviceID: vf.DeviceID, RDMA: vf.RDMADevice != "", Resource: taken[vf.PCIAddress],
+				Device: r.device(vf, group), Vendor: vf.Vendor, DeviceID: vf.DeviceID, RDMA: vf.RDMADevice != "", Carrier: r.have.Carrier, Resource: taken[vf.PCIAddress],
 			})
 		}
 	}

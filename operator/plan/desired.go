@@ -275,6 +275,7 @@ func (n *nodePlan) clash(policy *sriovv1.SriovNetworkNodePolicy) string {
 	}
 	for _, setting := range []struct{ field, first, here string }{
 		{"excludeTopology", strconv.FormatBool(first.Spec.ExcludeTopology), strconv.FormatBool(policy.Spec.ExcludeTopology)},
+		{"allocation", cmp.Or(first.Spec.Allocation, sriovv1.AllocationPack), cmp.Or(policy.Spec.Allocation, sriovv1.AllocationPack)},
 		{"deviceType", cmp.Or(first.Spec.DeviceType, sriovv1.DeviceTypeNetDevice), cmp.Or(policy.Spec.DeviceType, sriovv1.DeviceTypeNetDevice)},
 	} {
 		if setting.first != setting.here {
@@ -379,6 +380,8 @@ func newClaim(policy *sriovv1.SriovNetworkNodePolicy, pf *sriovv1.InterfaceExt, 
 			VdpaType:        spec.VdpaType,
 			NeedVhostNet:    spec.NeedVhostNet,
 			ExcludeTopology: spec.ExcludeTopology,
+			Allocation:      spec.Allocation,
+			RequireCarrier:  spec.RequireCarrier,
 		},
 		iface: sriovv1.Interface{
 			PciAddress:        pf.PciAddress,
@@ -471,6 +474,8 @@ func differences(a, b *sriovv1.VfGroup) string {
 		{"vdpaType", a.VdpaType, b.VdpaType},
 		{"needVhostNet", a.NeedVhostNet, b.NeedVhostNet},
 		{"excludeTopology", a.ExcludeTopology, b.ExcludeTopology},
+		{"allocation", cmp.Or(a.Allocation, sriovv1.AllocationPack), cmp.Or(b.Allocation, sriovv1.AllocationPack)},
+		{"requireCarrier", a.RequireCarrier, b.RequireCarrier},
 	} {
 		if d.a != d.b {
 			all = append(all, fmt.Sprintf("%s %v, not %v", d.field, d.a, d.b))

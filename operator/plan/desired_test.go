@@ -127,6 +127,9 @@ func TestDesired(t *testing.T) {
 			"ens1f0 0-3: a/r=0-3", []string{"b Conflict ens2f0: excludeTopology is true here and false in policy a"}},
 		{"named, and of another vendor", []sriovv1.SriovNetworkNodePolicy{policy("a", pfNames("ens1f0", "ens2f0"), func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.NicSelector.RootDevices = []string{"0000:01:00.0"} })},
 			"ens1f0 0-3: a/res-a=0-3", []string{"a NotSelected ens2f0: not PF ens2f0 (0000:02:00.0): its address is not among nicSelector.rootDevices 0000:01:00.0"}},
+		{"one resource packed and spread", []sriovv1.SriovNetworkNodePolicy{
+			policy("a", resource("r")), policy("b", resource("r"), pfNames("ens2f0"), func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.Allocation = sriovv1.AllocationSpread })},
+			"ens1f0 0-3: a/r=0-3", []string{"b Conflict ens2f0: allocation is Spread here and Pack in policy a"}},
 		{"a software bridge", []sriovv1.SriovNetworkNodePolicy{policy("a", func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.Bridge.OVS = &sriovv1.OVSConfig{} })}, "",
 			[]string{"a UnsupportedByNode : bridge.ovs is not supported"}},
 	} {
@@ -152,14 +155,15 @@ func TestDesired(t *testing.T) {
 func TestDesiredFields(t *testing.T) {
 	p := policy("a", numVfs(2), func(p *sriovv1.SriovNetworkNodePolicy) {
 		p.Spec.Mtu, p.Spec.EswitchMode, p.Spec.LinkType, p.Spec.VdpaType = 9000, "switchdev", "eth", "virtio"
-		p.Spec.IsRdma, p.Spec.NeedVhostNet, p.Spec.ExcludeTopology = true, true, true
+		p.Spec.IsRdma, p.Spec.NeedVhostNet, p.Spec.ExcludeTopology, p.Spec.RequireCarrier = true, true, true, true
+		p.Spec.Allocation = sriovv1.AllocationSpread
 	})
 	spec, _ := Desired([]sriovv1.SriovNetworkNodePolicy{p}, nil, nics(), sriovv1.SriovNetworkNodeStateSpec{})
 	want := sriovv1.SriovNetworkNodeStateSpec{Interfaces: []sriovv1.Interface{{
 		PciAddress: "0000:01:00.0", Name: "ens1f0", NumVfs: 2, Mtu: 9000, LinkType: "eth", EswitchMode: "switchdev",
 		VfGroups: []sriovv1.VfGroup{{
 			ResourceName: "res-a", DeviceType: "netdevice", VfRange: "0-1", PolicyName: "a", Mtu: 9000,
-			IsRdma: true, VdpaType: "virtio", NeedVhostNet: true, ExcludeTopology: true,
+			IsRdma: true, VdpaType: "virtio", NeedVhostNet: true, ExcludeTopology: true, Allocation: "Spread", RequireCarrier: true,
 		}},
 	}}}
 	if diff := cmp.Diff(want, spec); diff != "" {

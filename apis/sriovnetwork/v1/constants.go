@@ -10,6 +10,12 @@ const (
 	DeviceTypeVfioPci   = "vfio-pci"  // user space (DPDK, virtual machines)
 )
 
+// Values of a policy's allocation.
+const (
+	AllocationPack   = "Pack"
+	AllocationSpread = "Spread"
+)
+
 // Modes of a PF's embedded switch.
 const (
 	EswitchModeLegacy    = "legacy"

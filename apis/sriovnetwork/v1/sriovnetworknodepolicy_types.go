@@ -81,6 +81,15 @@ type SriovNetworkNodePolicySpec struct {
 	// excludeTopology leaves the VFs' NUMA node out of what kubelet is told.
 	// +optional
 	ExcludeTopology bool `json:"excludeTopology,omitempty"`
+	// allocation says from which PFs a pod's VFs are taken, those of one NUMA node first:
+	// Pack, which is the default, from as few and as used ones as possible, Spread from as many
+	// and as free ones. Added.
+	// +optional
+	// +kubebuilder:validation:Enum=Pack;Spread
+	Allocation string `json:"allocation,omitempty"`
+	// requireCarrier takes VFs off offer while their PF has no carrier. Pods keep theirs. Added.
+	// +optional
+	RequireCarrier bool `json:"requireCarrier,omitempty"`
 	// externallyManaged takes the PF and its VFs as someone else made them.
 	// +optional
 	ExternallyManaged bool `json:"externallyManaged,omitempty"`

@@ -106,6 +106,12 @@ type VfGroup struct {
 	// excludeTopology leaves the VFs' NUMA node out of what kubelet is told. Added.
 	// +optional
 	ExcludeTopology bool `json:"excludeTopology,omitempty"`
+	// allocation is Spread when a pod's VFs are taken from different PFs. Added.
+	// +optional
+	Allocation string `json:"allocation,omitempty"`
+	// requireCarrier takes the VFs off offer while the PF has no carrier. Added.
+	// +optional
+	RequireCarrier bool `json:"requireCarrier,omitempty"`
 }
 
 // Bridges are software bridges.
@@ -192,6 +198,61 @@ type SriovNetworkNodeStateStatus struct {
 	// +optional
 	// +listType=atomic
 	Macvlans []MacvlanParentStatus `json:"macvlans,omitempty"`
+	// pools are the resources offered to kubelet, sorted by name. Added.
+	// +optional
+	// +listType=atomic
+	Pools []DevicePool `json:"pools,omitempty"`
+}
+
+// DevicePool is a resource of VFs or MacVLAN slots that kubelet is offered.
+type DevicePool struct {
+	// resourceName with its prefix.
+	// +required
+	ResourceName string `json:"resourceName"`
+	// devices is how many there are.
+	// +required
+	Devices int `json:"devices"`
+	// healthy is how many of them are offered, or with pods.
+	// +required
+	Healthy int `json:"healthy"`
+	// message is why kubelet is not told of them now. Empty when it is.
+	// +optional
+	Message string `json:"message,omitempty"`
+	// unhealthy are devices that are not offered, sorted.
+	// +optional
+	// +listType=atomic
+	Unhealthy []UnhealthyDevice `json:"unhealthy,omitempty"`
+	// held are devices that pods have, or are about to have, sorted.
+	// +optional
+	// +listType=atomic
+	Held []HeldDevice `json:"held,omitempty"`
+}
+
+// UnhealthyDevice is a device that is not offered.
+type UnhealthyDevice struct {
+	// device is the PCI address of a VF, or a MacVLAN slot.
+	// +required
+	Device string `json:"device"`
+	// reason why.
+	// +optional
+	Reason string `json:"reason,omitempty"`
+}
+
+// HeldDevice is a device in a pod's hand.
+type HeldDevice struct {
+	// device is the PCI address of a VF, or a MacVLAN slot.
+	// +required
+	Device string `json:"device"`
+	// phase is Allocated when kubelet gave it away, Attached when it is an interface of the
+	// pod, Returned when it is not any more and kubelet still counts it as the pod's.
+	// +required
+	Phase string `json:"phase"`
+	// pod that has it, as namespace/name; empty while that is not known.
+	// +optional
+	Pod string `json:"pod,omitempty"`
+	// generation of this hand, greater than those of all hands before it on the node.
+	// +optional
+	Generation int64 `json:"generation,omitempty"`
 }
 
 // Costs of a PendingChange.

@@ -51,7 +51,8 @@ type SriovOperatorConfigSpec struct {
 	// +optional
 	// +kubebuilder:validation:Enum=daemon;systemd
 	ConfigurationMode string `json:"configurationMode,omitempty"`
-	// useCDI tells kubelet of devices by the Container Device Interface.
+	// useCDI gives pods their device nodes by the Container Device Interface, which the
+	// runtime must have turned on.
 	// +optional
 	UseCDI bool `json:"useCDI,omitempty"`
 	// disablePlugins turns vendor plugins off. Sluice has none; the field is accepted.

@@ -67,7 +67,7 @@ type settings struct {
 
 	stateDir, upstreamDir, socket, shim, cniDir string
 	devicePlugins, podResources, deviceInfo     string
-	devicePools                                 string
+	devicePools, cdiDir                         string
 	systemBus, modprobeDir                      string
 	sysfs, listen                               string
 	replaceSriovCNI                             bool
@@ -99,6 +99,7 @@ func parse(args []string, env func(string) string) (*settings, error) {
 	f.StringVar(&c.podResources, "pod-resources-socket", "/var/lib/kubelet/pod-resources/kubelet.sock", "the kubelet's pod-resources socket")
 	f.StringVar(&c.deviceInfo, "device-info-dir", "/var/run/k8s.cni.cncf.io/devinfo/dp", "directory for device-info files")
 	f.StringVar(&c.devicePools, "device-pools", "/etc/pcidp/config.json", "config.json of the SR-IOV network device plugin, for pools besides those of policies; its folder is followed if it is there when the agent starts")
+	f.StringVar(&c.cdiDir, "cdi-dir", env("CDI_DIR"), "directory for CDI specifications, by which the runtime gives pods their device nodes; without it kubelet is told of them (environment CDI_DIR)")
 	f.StringVar(&c.systemBus, "system-bus-socket", "/run/dbus/system_bus_socket", "the node's D-Bus, where systemd loads modules, and reboots the node when its pool allows that")
 	f.StringVar(&c.modprobeDir, "modprobe-dir", "/etc/modprobe.d", "directory of the kernel modules' settings, for what a reboot is to bring about")
 	f.StringVar(&c.sysfs, "sysfs", "/sys", "where sysfs is mounted")
@@ -204,7 +205,7 @@ func run(ctx context.Context, c *settings) error {
 		return err
 	}
 	plugin, err = deviceplugin.New(deviceplugin.Options{
-		Prefix: c.prefix, Dir: c.devicePlugins, DeviceInfoDir: c.deviceInfo, SysFS: c.sysfs, Log: log.WithName("deviceplugin"),
+		Prefix: c.prefix, Dir: c.devicePlugins, DeviceInfoDir: c.deviceInfo, SysFS: c.sysfs, CDIDir: c.cdiDir, Log: log.WithName("deviceplugin"),
 		Exists: exists(attacher, kernel), Ledger: ledger,
 	})
 	if err != nil {

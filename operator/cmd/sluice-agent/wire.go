@@ -41,7 +41,7 @@ func devicePools(pools []node.Pool) []deviceplugin.Pool {
 			devices = append(devices, deviceplugin.Device(d))
 		}
 		out = append(out, deviceplugin.Pool{
-			Prefix: p.Prefix, Resource: p.Resource, ExcludeTopology: p.ExcludeTopology, RDMA: p.RDMA, VhostNet: p.VhostNet,
+			Prefix: p.Prefix, Resource: p.Resource, ExcludeTopology: p.ExcludeTopology, RDMA: p.RDMA, VhostNet: p.VhostNet, Spread: p.Spread,
 			DeviceType: p.DeviceType, Info: p.Info, Devices: devices,
 		})
 	}
@@ -58,7 +58,7 @@ func fromFile(f *config.File, ledger *deviceplugin.Ledger, prefix string) func([
 				c.Resource = prefix + "/" + c.Resource
 			}
 			all = append(all, config.Candidate{
-				Device: deviceplugin.Device(c.Device), Vendor: c.Vendor, DeviceID: c.DeviceID, RDMA: c.RDMA, Resource: c.Resource,
+				Device: deviceplugin.Device(c.Device), Vendor: c.Vendor, DeviceID: c.DeviceID, RDMA: c.RDMA, Carrier: c.Carrier, Resource: c.Resource,
 				Hand: ledger.GivenFrom(c.PCIAddress),
 			})
 		}
@@ -69,7 +69,7 @@ func fromFile(f *config.File, ledger *deviceplugin.Ledger, prefix string) func([
 				devices = append(devices, node.Device(d))
 			}
 			pools = append(pools, node.Pool{
-				Prefix: p.Prefix, Resource: p.Resource, ExcludeTopology: p.ExcludeTopology, RDMA: p.RDMA, VhostNet: p.VhostNet,
+				Prefix: p.Prefix, Resource: p.Resource, ExcludeTopology: p.ExcludeTopology, RDMA: p.RDMA, VhostNet: p.VhostNet, Spread: p.Spread,
 				DeviceType: p.DeviceType, Info: p.Info, Devices: devices,
 			})
 		}

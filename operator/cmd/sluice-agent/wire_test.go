@@ -25,12 +25,12 @@ func TestDevicePools(t *testing.T) {
 		IOMMUGroup: "7", LinkType: host.Ethernet, Healthy: true, Reason: "r",
 	}
 	got := devicePools([]node.Pool{
-		{Resource: "a", ExcludeTopology: true, DeviceType: "vfio-pci", Devices: []node.Device{d}},
+		{Resource: "a", ExcludeTopology: true, Spread: true, DeviceType: "vfio-pci", Devices: []node.Device{d}},
 		{Prefix: "x.io", Resource: "b", RDMA: true, VhostNet: true, Info: map[string]map[string]string{"*": {"k": "v"}}},
 		{Resource: "c", Devices: []node.Device{{Slot: "bond0-1", Parent: "bond0", NUMANode: -1, Healthy: true}}},
 	})
 	want := []deviceplugin.Pool{
-		{Resource: "a", ExcludeTopology: true, DeviceType: deviceplugin.DeviceTypeVFIO, Devices: []deviceplugin.Device{{
+		{Resource: "a", ExcludeTopology: true, Spread: true, DeviceType: deviceplugin.DeviceTypeVFIO, Devices: []deviceplugin.Device{{
 			PCIAddress: "0000:01:00.1", PFAddress: "0000:01:00.0", PFName: "ens1f0", VFIndex: 1, Driver: "d", NUMANode: 1,
 			IOMMUGroup: "7", LinkType: host.Ethernet, Healthy: true, Reason: "r",
 		}}},
