@@ -29,6 +29,7 @@ type kubelet struct {
 	t    *testing.T
 	dir  string
 	grpc *grpc.Server
+	gone func() // removes the socket
 
 	mu            sync.Mutex
 	registrations map[string]int
@@ -51,15 +52,19 @@ func startKubelet(t *testing.T, dir string) *kubelet {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// Go would remove the file when it gets to it, which may be the next kubelet's then.
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	k.gone = sync.OnceFunc(func() { _ = os.Remove(filepath.Join(dir, kubeletSocket)) })
 	go func() { _ = k.grpc.Serve(l) }()
 	t.Cleanup(k.stop)
 	return k
 }
 
-// stop ends it as a dying process does: connections break, the socket file is
-// removed by Go's listener as the next kubelet would remove it.
+// stop ends it as a dying process does: connections break; the socket file is
+// removed as the next kubelet would remove it.
 func (k *kubelet) stop() {
 	k.grpc.Stop()
+	k.gone()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, c := range k.conns {

@@ -102,6 +102,41 @@ func TestKubeletRestart(t *testing.T) {
 	}
 }
 
+// However often the kubelet comes and goes, the last one is told everything, once.
+func TestKubeletRestartStorm(t *testing.T) {
+	f := newFixture(t)
+	f.advertise(t, pool("nics", vf(1)), pool("more", vf(2)))
+	var k *kubelet
+	for i := range 30 {
+		k = startKubelet(t, f.dir)
+		if i%3 == 0 {
+			eventually(t, "registered", func() bool { return k.client(nics) != nil })
+		}
+		if i < 29 {
+			k.stop()
+		}
+		if i%2 == 0 {
+			for _, s := range f.sockets(t) {
+				_ = os.Remove(filepath.Join(f.dir, s)) // the resource may be making it anew
+			}
+		}
+	}
+	f.advertise(t, pool("nics", vf(1), vf(3)), pool("more", vf(2)))
+	eventuallyList(t, k, nics, "00.1 Healthy numa0,00.3 Healthy numa0")
+	eventuallyList(t, k, "example.com/more", "00.2 Healthy numa0")
+	eventually(t, "one stream each", func() bool {
+		for _, s := range f.Status() {
+			if s.Err != nil || s.Streams != 1 {
+				return false
+			}
+		}
+		return true
+	})
+	if _, err := k.allocate(nics, "0000:01:00.3"); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestKubeletSocketReplacedUnderLiveStream(t *testing.T) {
 	f := newFixture(t)
 	old := startKubelet(t, f.dir)

@@ -20,6 +20,7 @@ const maxAnswer = 16 << 20
 type Client struct {
 	conn       *grpc.ClientConn
 	checkpoint string
+	namespace  string
 	ours       func(resource string) bool
 
 	mu   sync.Mutex
@@ -29,8 +30,9 @@ type Client struct {
 // New makes a client for the kubelet's pod-resources socket and the checkpoint of its
 // device manager. It connects when it is first used, and again after the kubelet was
 // restarted. Only devices of our resources count: other device plugins may use PCI
-// addresses as IDs, too.
-func New(socket, checkpoint string, ours func(resource string) bool) (*Client, error) {
+// addresses as IDs, too. The caller is a pod in the namespace: a kubelet that tells of no
+// pod there has just started and does not know its pods yet.
+func New(socket, checkpoint, namespace string, ours func(resource string) bool) (*Client, error) {
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithNoProxy(),
 		// The default would let minutes pass after a long absence of the kubelet.
@@ -42,7 +44,7 @@ func New(socket, checkpoint string, ours func(resource string) bool) (*Client, e
 	if err != nil {
 		return nil, fmt.Errorf("reach the kubelet at %s: %w", socket, err)
 	}
-	return &Client{conn: conn, checkpoint: checkpoint, ours: ours}, nil
+	return &Client{conn: conn, checkpoint: checkpoint, namespace: namespace, ours: ours}, nil
 }
 
 // Close ends the connection.
@@ -60,6 +62,9 @@ func (c *Client) Devices(ctx context.Context) (map[string]string, error) {
 	all, err := api.NewPodResourcesListerClient(c.conn).List(ctx, &api.ListPodResourcesRequest{})
 	if err != nil {
 		return nil, fmt.Errorf("ask the kubelet's pod-resources API: %w", err)
+	}
+	if !slices.ContainsFunc(all.GetPodResources(), func(p *api.PodResources) bool { return p.GetNamespace() == c.namespace }) {
+		return nil, fmt.Errorf("the kubelet has just started: it does not tell of the agent's own pod in namespace %s yet", c.namespace)
 	}
 	devices, live := holders(all, c.ours)
 	c.mu.Lock()

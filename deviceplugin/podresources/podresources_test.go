@@ -41,7 +41,7 @@ func below(prefix string) func(string) bool {
 func TestDevices(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	checkpoint := filepath.Join(t.TempDir(), "kubelet_internal_checkpoint")
-	c, err := New(socket, checkpoint, below("example.com/"))
+	c, err := New(socket, checkpoint, "agents", below("example.com/"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,6 +56,7 @@ func TestDevices(t *testing.T) {
 	}
 	s := grpc.NewServer()
 	api.RegisterPodResourcesListerServer(s, &kubelet{pods: []*api.PodResources{
+		{Namespace: "agents", Name: "agent"},
 		pod("foreign", "example.community/nics", "0000:01:00.3"),
 		pod("a", "example.com/nics", "0000:01:00.1"),
 		pod("b", "example.com/more", "0000:02:00.0", "0000:02:00.1"),
@@ -81,6 +82,28 @@ func TestDevices(t *testing.T) {
 	}
 	if _, err := c.Devices(t.Context()); err == nil || !strings.Contains(err.Error(), checkpoint) {
 		t.Errorf("with half a checkpoint: %v", err)
+	}
+}
+
+// A kubelet has its socket before it has its pods.
+func TestAKubeletThatJustStartedSaysNothing(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := grpc.NewServer()
+	api.RegisterPodResourcesListerServer(s, &kubelet{pods: []*api.PodResources{pod("static", "example.com/nics", "0000:01:00.1")}})
+	go func() { _ = s.Serve(l) }()
+	t.Cleanup(s.Stop)
+	c, err := New(socket, filepath.Join(t.TempDir(), "none"), "agents", below("example.com/"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	c.ready(t)
+	if got, err := c.Devices(t.Context()); err == nil || got != nil || !strings.Contains(err.Error(), "namespace agents") {
+		t.Errorf("%v, %v", got, err)
 	}
 }
 

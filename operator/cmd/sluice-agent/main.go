@@ -136,7 +136,7 @@ func run(ctx context.Context, c *settings) error {
 	defer attacher.Close()
 	var ledger *deviceplugin.Ledger
 	var plugin *deviceplugin.Manager
-	kubelet, err := podresources.New(c.podResources, filepath.Join(c.devicePlugins, "kubelet_internal_checkpoint"), func(resource string) bool {
+	kubelet, err := podresources.New(c.podResources, filepath.Join(c.devicePlugins, "kubelet_internal_checkpoint"), c.namespace, func(resource string) bool {
 		return strings.HasPrefix(resource, c.prefix+"/") || plugin.Serves(resource) || ledger.Gave(resource)
 	})
 	if err != nil {
