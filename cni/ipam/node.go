@@ -65,6 +65,7 @@ type Node struct {
 	mu      sync.Mutex
 	stores  map[string]*store // by pool
 	pending map[Key]bool      // attachments of an earlier agent that are being undone
+	loaded  bool
 	closed  bool
 	// all: more is due than addresses to be ready.
 	all bool
@@ -124,7 +125,7 @@ func (n *Node) Load(leases func() []attach.Lease) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.leases = leases
+	n.leases, n.loaded = leases, true
 	live, half := map[string]map[Key]*lease{}, map[string]map[Key]string{}
 	for _, l := range leases() {
 		if !l.Done {
@@ -257,8 +258,8 @@ func (n *Node) lockTending(ctx context.Context) error {
 func (n *Node) give(ask Ask) (*Grant, *lack, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.closed {
-		return nil, nil, again("pool %q: the agent is ending", ask.Pool)
+	if n.closed || !n.loaded {
+		return nil, nil, again("pool %q: the agent is starting or ending", ask.Pool)
 	}
 	s := n.stores[ask.Pool]
 	if s == nil {
@@ -660,7 +661,7 @@ func (n *Node) tend(ctx context.Context, all bool) {
 		n.reconcile()
 	}
 	n.mu.Lock()
-	closed, now := n.closed, n.now()
+	closed, now := n.closed || !n.loaded, n.now()
 	stores := slices.SortedFunc(maps.Values(n.stores), func(a, b *store) int { return bytes.Compare([]byte(a.name), []byte(b.name)) })
 	for _, s := range stores {
 		if all {

@@ -79,6 +79,9 @@ func New(o Options) (*Server, error) {
 		Dir: filepath.Join(o.StateDir, "attachments"), Log: o.Log,
 		Allocated: o.Allocated, OnStep: o.OnStep, Ready: lasting(o.Ready, time.Now),
 	})
+	if err == nil && o.Addresses != nil {
+		err = o.Addresses.Load(a.Leases)
+	}
 	if err != nil {
 		return nil, err
 	}

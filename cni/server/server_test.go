@@ -20,6 +20,7 @@ import (
 	"github.com/go-logr/logr"
 
 	"github.com/sluice-network/sluice/cni/attach"
+	"github.com/sluice-network/sluice/cni/ipam"
 	"github.com/sluice-network/sluice/cni/wire"
 	"github.com/sluice-network/sluice/internal/durable"
 	"github.com/sluice-network/sluice/internal/host"
@@ -362,5 +363,24 @@ func TestIPAMPlugins(t *testing.T) {
 	cancel()
 	if _, err := ipam.Exec(ended, "testipam", req); !errors.Is(err, context.Canceled) {
 		t.Errorf("ended context: %v", err)
+	}
+}
+
+// A server's own IPAM knows what is attached before the first call.
+func TestOwnIPAMIsLoaded(t *testing.T) {
+	dir := t.TempDir()
+	n := ipam.New(ipam.Options{Name: "n1", Dir: filepath.Join(dir, "addresses"), Boot: "1", Now: host.SinceBoot, Log: logr.Discard()})
+	ask := func() string {
+		_, err := n.Add(t.Context(), ipam.Ask{Pool: "blue", Key: ipam.Key{Network: "net", ContainerID: "c", IfName: "net1"}})
+		return fmt.Sprint(err)
+	}
+	if got := ask(); !strings.Contains(got, "the agent is starting") {
+		t.Errorf("before: %s", got)
+	}
+	if _, err := New(Options{Socket: filepath.Join(dir, "cni.sock"), StateDir: dir, Baselines: noBaselines{}, Addresses: n, Log: logr.Discard()}); err != nil {
+		t.Fatal(err)
+	}
+	if got := ask(); !strings.Contains(got, "there is no such IPPool") {
+		t.Errorf("after: %s", got)
 	}
 }
