@@ -3,6 +3,7 @@ package attach
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -65,6 +66,26 @@ func TestMacvlan(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A sub-interface whose namespace cannot be seen is not taken for gone: its address is
+// not given to others.
+func TestMacvlanInANamespaceThatCannotBeSeen(t *testing.T) {
+	w := newWorld()
+	before := w.state()
+	a := newAttacher(t, w, t.TempDir(), nil)
+	req := macvlanRequest("c1", pod1, `"deviceID":"ens1f0-7"`)
+	if _, err := a.Add(t.Context(), req, nil); err != nil {
+		t.Fatal(err)
+	}
+	req.Command, req.Netns, w.blind = Del, "", true
+	if err := a.Del(t.Context(), req, nil); !errors.Is(err, syscall.EMFILE) || !w.leases["c1/net1"] || len(a.journal.all()) != 1 {
+		t.Errorf("DEL says %v, leases %v, records %v", err, w.leases, a.journal.all())
+	}
+	w.blind = false
+	if err := a.Del(t.Context(), req, nil); err != nil || w.state() != before || len(a.journal.all()) != 0 {
+		t.Errorf("DEL says %v, state\n%s", err, w.state())
 	}
 }
 

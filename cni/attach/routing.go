@@ -186,8 +186,11 @@ func only(links []host.Netdev) bool {
 func (a *Attacher) inNetns(r Record, ns *host.Netns, f func(*host.Netns) error) error {
 	if ns == nil || ns.ID != r.Netns {
 		byPath, err := a.Kernel.OpenNetns(r.NetnsPath)
-		if err != nil {
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, host.ErrNotNetns) {
 			return nil
+		}
+		if err != nil {
+			return refused("look into the pod: %w", err) // it may be there, with what is to be undone
 		}
 		defer byPath.Close()
 		if ns = byPath; ns.ID != r.Netns {

@@ -40,6 +40,7 @@ type world struct {
 	rdma     map[string]host.NetnsID // where the RDMA device of a VF is
 	shared   bool                    // all namespaces see all RDMA devices
 	index    int
+	blind    bool // namespaces cannot be opened
 
 	calls  []string
 	failAt int    // index into calls, -1 for none
@@ -159,6 +160,9 @@ func (w *world) HostNetns() *host.Netns { return &host.Netns{ID: hostNS} }
 
 func (w *world) OpenNetns(path string) (*host.Netns, error) {
 	id, ok := w.netns[path]
+	if w.blind {
+		return nil, fmt.Errorf("open %s: %w", path, syscall.EMFILE)
+	}
 	if !ok {
 		return nil, fmt.Errorf("open %s: %w", path, fs.ErrNotExist)
 	}
