@@ -29,7 +29,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"golang.org/x/sync/errgroup"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
 
@@ -220,13 +219,7 @@ func run(ctx context.Context, c *settings) error {
 	recovered := make(chan struct{})
 	agent = node.New(node.Config{
 		Node: c.node, StateDir: c.stateDir, UpstreamDir: c.upstreamDir,
-		Kernel: kernel, States: objects, Conditions: func() []metav1.Condition {
-			all := []metav1.Condition{aliasCondition(aliasErr)}
-			if inEffect, message, asked := pools.State(); asked {
-				all = append(all, devicePoolsCondition(inEffect, message))
-			}
-			return all
-		}, Others: fromFile(pools, ledger, c.prefix),
+		Kernel: kernel, States: objects, Conditions: conditions(aliasErr, pools), Others: fromFile(pools, ledger, c.prefix),
 		Advertiser: advertiser{plugin, recovered}, Usage: ledger, Attached: cni.Attached, Lifeline: lifeline,
 		Reboot: func(ctx context.Context) error { return host.Reboot(ctx, c.systemBus) }, BootID: bootID, ModprobeDir: c.modprobeDir, Networks: networks,
 		Uninstall: func() error {

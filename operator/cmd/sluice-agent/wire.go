@@ -143,6 +143,17 @@ func replaced(ctx context.Context, path string, before os.FileInfo) error {
 	}
 }
 
+// conditions are what the node's state tells of the agent itself.
+func conditions(aliasErr error, pools *config.File) func() []metav1.Condition {
+	return func() []metav1.Condition {
+		all := []metav1.Condition{aliasCondition(aliasErr)}
+		if inEffect, message, asked := pools.State(); asked {
+			all = append(all, devicePoolsCondition(inEffect, message))
+		}
+		return all
+	}
+}
+
 // conditionDevicePools tells whether the file of device pools is in effect; it is there
 // only when the file is.
 const conditionDevicePools = "DevicePoolsFileInEffect"

@@ -162,8 +162,11 @@ func TestPoolsFromTheFile(t *testing.T) {
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
-	inEffect, message, _ := f.State()
-	c := devicePoolsCondition(inEffect, message)
+	all := conditions(nil, f)()
+	if len(all) != 2 || all[0].Type != conditionAlias {
+		t.Fatalf("%+v", all)
+	}
+	c := all[1]
 	if c.Status != metav1.ConditionFalse || c.Reason != "Refused" || !strings.Contains(c.Message, "0000:01:00.2 (p.io/policy)") {
 		t.Errorf("%+v", c)
 	}
