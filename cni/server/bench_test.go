@@ -22,7 +22,7 @@ const (
 	mostRatio = 1.3
 	// The most CPU time of a shim that the agent answers, as a ratio to one that only
 	// says its version.
-	mostShim = 1.6
+	mostShim = 2.0
 )
 
 // built compiles packages as they are shipped, from a module's folder, and returns
