@@ -141,6 +141,15 @@ func (a *Attacher) Holder(deviceID string) (pod string, held bool) {
 	return r.Pod, held
 }
 
+// Phases counts the attachments by how far they have come.
+func (a *Attacher) Phases() map[Phase]int {
+	n := map[Phase]int{}
+	for _, r := range a.journal.all() {
+		n[r.Phase]++
+	}
+	return n
+}
+
 // Alive tells whether the path is still that of the network namespace.
 func (a *Attacher) Alive(path string, id host.NetnsID) bool {
 	return a.alive(Record{NetnsPath: path, Netns: id})

@@ -163,7 +163,7 @@ func openJournal(dir string) (*journal, []string, error) {
 
 // put writes the record. The caller must not change it afterwards.
 func (j *journal) put(r Record) error {
-	b, err := json.MarshalIndent(r, "", "  ")
+	b, err := json.Marshal(r)
 	if err != nil {
 		return fmt.Errorf("write journal: %w", err)
 	}

@@ -38,7 +38,7 @@ type lab struct {
 
 const vfsPerPF = 4
 
-func newLab(t *testing.T) *lab {
+func newLab(t testing.TB) *lab {
 	t.Helper()
 	kernel, err := host.OpenAttacher(host.DefaultSysfs)
 	if err != nil {
@@ -98,7 +98,7 @@ func newLab(t *testing.T) *lab {
 }
 
 // state is all there is to see of a VF in the host.
-func (l *lab) state(t *testing.T, vf string) string {
+func (l *lab) state(t testing.TB, vf string) string {
 	t.Helper()
 	ref, err := l.kernel.VF(vf)
 	if err != nil {
@@ -130,7 +130,7 @@ func (l *lab) atHome(t *testing.T, when string) {
 }
 
 // inPod returns the pod's link of the VF.
-func (l *lab) inPod(t *testing.T, pod, name string) (host.Netdev, error) {
+func (l *lab) inPod(t testing.TB, pod, name string) (host.Netdev, error) {
 	t.Helper()
 	ns, err := host.OpenNetns(pod)
 	if err != nil {
@@ -506,23 +506,25 @@ func TestLabOneMessage(t *testing.T) {
 	if ref.Driver != "sluicenicvf" {
 		t.Skipf("driver %s does not take all settings in one message", ref.Driver)
 	}
-	counting := &countingKernel{Attacher: l.kernel}
-	a, err := attach.New(attach.Options{Kernel: counting, Baselines: l, IPAM: attach.ExecIPAM{}, Dir: t.TempDir()})
+	a, err := attach.New(attach.Options{Kernel: l.kernel, Baselines: l, IPAM: attach.ExecIPAM{}, Dir: t.TempDir()})
 	if err != nil {
 		t.Fatal(err)
 	}
 	pod := newPod(t, t.TempDir(), "pod")
 	req := attach.Request{ContainerID: "c", IfName: "net1", Netns: pod, Stdin: conf(l.vfs[0], `,"vlan":9,"mac":"02:00:00:00:0c:01","trust":"on"`)}
-	begin := time.Now()
+	before := l.kernel.Requests()
 	if _, err := a.Add(context.Background(), req, nil); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("ADD without IPAM took %v", time.Since(begin))
-	if counting.lists != 0 || counting.changes != 1 {
-		t.Errorf("ADD read %d VF lists and changed the link %d times", counting.lists, counting.changes)
+	after := l.kernel.Requests()
+	if want := (host.Requests{VFLists: before.VFLists, VFMessages: before.VFMessages + 1, LinkMessages: before.LinkMessages + 1}); after != want {
+		t.Errorf("ADD made of %+v %+v, want %+v", before, after, want)
 	}
 	if err := a.Del(context.Background(), req, nil); err != nil {
 		t.Fatal(err)
+	}
+	if done := l.kernel.Requests(); done.VFLists != before.VFLists || done.VFMessages != after.VFMessages+1 {
+		t.Errorf("DEL made of %+v %+v", after, done)
 	}
 	l.atHome(t, "DEL")
 }
@@ -535,19 +537,4 @@ func (l *lab) Baseline(vf string) (net.HardwareAddr, int, bool) {
 	}
 	dev, err := l.kernel.Link(nil, ref.Name)
 	return dev.MAC, dev.MTU, err == nil
-}
-
-type countingKernel struct {
-	*host.Attacher
-	lists, changes int
-}
-
-func (k *countingKernel) VFSettings(vf host.VFRef) (host.VFSettings, error) {
-	k.lists++
-	return k.Attacher.VFSettings(vf)
-}
-
-func (k *countingKernel) ChangeLink(ctx context.Context, from *host.Netns, index int, c host.LinkChange) error {
-	k.changes++
-	return k.Attacher.ChangeLink(ctx, from, index, c)
 }

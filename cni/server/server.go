@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -47,6 +48,9 @@ type Options struct {
 	// Nil leaves VFs whose pod died to DEL and to the next look.
 	Changes func(context.Context) (<-chan host.Changes, error)
 
+	// Requests counts the kernel's work for the metrics. Nil leaves it out.
+	Requests func() host.Requests
+
 	// PodNetworks is what the mode without a meta plugin stands on, of which the
 	// server adds what it knows itself. Without an API nothing runs in that mode.
 	PodNetworks standalone.Options
@@ -65,17 +69,21 @@ type Server struct {
 	slots         *semaphore.Weighted
 	changes       func(context.Context) (<-chan host.Changes, error)
 	working       sync.Mutex // on the queue
+	metrics       metrics
+	requests      func() host.Requests
+	waiting       atomic.Int64 // calls that are not answered
 }
 
 // New makes a Server and reads the journal, so that Holder is right from the
 // start. Run makes it serve.
 func New(o Options) (*Server, error) {
+	m := newMetrics()
 	var plugins attach.IPAM = attach.ExecIPAM{Dirs: o.IPAMDirs}
 	if o.Addresses != nil {
 		plugins = attach.ByType{Own: o.Addresses, Others: plugins}
 	}
 	a, err := attach.New(attach.Options{
-		Kernel: o.Kernel, Baselines: o.Baselines, IPAM: plugins,
+		Kernel: timedKernel{o.Kernel, m}, Baselines: o.Baselines, IPAM: timedIPAM{plugins, m},
 		Dir: filepath.Join(o.StateDir, "attachments"), Log: o.Log,
 		Allocated: o.Allocated, OnStep: o.OnStep, Ready: lasting(o.Ready, time.Now),
 	})
@@ -88,6 +96,7 @@ func New(o Options) (*Server, error) {
 	s := &Server{
 		socket: o.Socket, queue: filepath.Join(o.StateDir, "del-queue"),
 		attacher: a, log: o.Log, slots: semaphore.NewWeighted(parallel), changes: o.Changes,
+		metrics: m, requests: o.Requests,
 	}
 	if p := o.PodNetworks; p.API != nil {
 		p.Plugin, p.Alive, p.Dirs, p.Dir, p.Log = s.plugin, a.Alive, o.IPAMDirs, filepath.Join(o.StateDir, "pod-networks"), o.Log
@@ -213,7 +222,10 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) {
 		}()
 	}
 	begin := time.Now()
+	s.waiting.Add(1)
 	out, err := s.limited(ctx, req, ns)
+	s.waiting.Add(-1)
+	s.metrics.called(req.Command, begin, err)
 	log := s.log.WithValues("command", req.Command, "container", req.ContainerID, "interface", req.IfName, "took", time.Since(begin).String())
 	if err != nil {
 		log.Error(err, "CNI call failed")

@@ -331,7 +331,7 @@ func TestReadyIsToldWhenItLasts(t *testing.T) {
 }
 
 // pluginDir is a folder in which this program is the IPAM plugin "testipam".
-func pluginDir(t *testing.T) string {
+func pluginDir(t testing.TB) string {
 	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {

@@ -160,6 +160,7 @@ func (a *Attacher) ChangeLink(ctx context.Context, from *Netns, index int, c Lin
 		if c.MTU > 0 {
 			attrs = append(attrs, nl.NewRtAttr(unix.IFLA_MTU, u32(uint32(c.MTU))))
 		}
+		a.linkMessages.Add(1)
 		_, err := conn.link(unix.RTM_NEWLINK, index, msg, attrs...)
 		return err
 	})

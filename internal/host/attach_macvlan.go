@@ -73,7 +73,6 @@ func (a *Attacher) AddMacvlan(ctx context.Context, ns *Netns, parent Netdev, inP
 
 func (r *rtnl) addMacvlan(parent int, to *Netns, m Macvlan, up bool) error {
 	req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK)
-	req.Sockets = r.raw
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 	if up {
 		msg.Flags, msg.Change = unix.IFF_UP, unix.IFF_UP
@@ -95,7 +94,7 @@ func (r *rtnl) addMacvlan(parent int, to *Netns, m Macvlan, up bool) error {
 		data.AddRtAttr(nl.IFLA_MACVLAN_BC_QUEUE_LEN, u32(uint32(m.BroadcastQueue)))
 	}
 	req.AddData(info)
-	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	_, err := r.execute(req)
 	return err
 }
 
@@ -120,7 +119,6 @@ func (a *Attacher) AddVeth(ctx context.Context, name string, ns *Netns, peer str
 	}
 	return retry(ctx, func() error {
 		req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK)
-		req.Sockets = conn.raw
 		msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 		msg.Flags, msg.Change = unix.IFF_UP, unix.IFF_UP
 		req.AddData(msg)
@@ -134,7 +132,7 @@ func (a *Attacher) AddVeth(ctx context.Context, name string, ns *Netns, peer str
 		other.AddRtAttr(unix.IFLA_MTU, u32(uint32(mtu)))
 		other.AddRtAttr(unix.IFLA_NET_NS_FD, u32(uint32(ns.file.Fd())))
 		req.AddData(info)
-		_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+		_, err := conn.execute(req)
 		return err
 	})
 }

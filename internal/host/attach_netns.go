@@ -113,29 +113,43 @@ func (n *Netns) Do(f func() error) error {
 type rtnl struct {
 	handle *netlink.Handle
 	raw    map[int]*nl.SocketHandle
+
+	within func(func() error) error // runs a function in the namespace
 }
 
-// openRtnl opens the sockets in the calling thread's namespace.
-func openRtnl() (*rtnl, error) {
+// openRtnl opens the sockets in the calling thread's namespace, the raw one when it is
+// first used if within is given: most pods' is never needed.
+func openRtnl(within func(func() error) error) (*rtnl, error) {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("open netlink: %w", err)
 	}
 	h.DisableVFInfoCollection()
+	r := &rtnl{handle: h, within: within}
+	if err = h.SetSocketTimeout(rtnlTimeout); err == nil && within == nil {
+		err = r.openRaw()
+	}
+	if err != nil {
+		r.close()
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	return r, nil
+}
+
+func (r *rtnl) openRaw() error {
 	s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_ROUTE)
 	if err != nil {
-		h.Close()
-		return nil, fmt.Errorf("open netlink: %w", err)
+		return err
 	}
 	// Without it an errno comes without the driver's own words.
 	_ = s.SetExtAck(true)
 	tv := unix.NsecToTimeval(rtnlTimeout.Nanoseconds())
-	if err := errors.Join(s.SetSendTimeout(&tv), s.SetReceiveTimeout(&tv), h.SetSocketTimeout(rtnlTimeout)); err != nil {
+	if err := errors.Join(s.SetSendTimeout(&tv), s.SetReceiveTimeout(&tv)); err != nil {
 		s.Close()
-		h.Close()
-		return nil, fmt.Errorf("set netlink time-out: %w", err)
+		return err
 	}
-	return &rtnl{handle: h, raw: map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}}, nil
+	r.raw = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}
+	return nil
 }
 
 func (r *rtnl) close() {
@@ -145,11 +159,21 @@ func (r *rtnl) close() {
 	}
 }
 
+// execute sends a request on the raw socket.
+func (r *rtnl) execute(req *nl.NetlinkRequest) ([][]byte, error) {
+	if r.raw == nil {
+		if err := r.within(r.openRaw); err != nil {
+			return nil, fmt.Errorf("open netlink: %w", err)
+		}
+	}
+	req.Sockets = r.raw
+	return req.Execute(unix.NETLINK_ROUTE, 0)
+}
+
 // link sends one message about the link with the given index and returns the
 // kernel's answers.
 func (r *rtnl) link(kind, index int, msg *nl.IfInfomsg, attrs ...*nl.RtAttr) ([][]byte, error) {
 	req := nl.NewNetlinkRequest(kind, unix.NLM_F_ACK)
-	req.Sockets = r.raw
 	if msg == nil {
 		msg = nl.NewIfInfomsg(unix.AF_UNSPEC)
 	}
@@ -158,7 +182,7 @@ func (r *rtnl) link(kind, index int, msg *nl.IfInfomsg, attrs ...*nl.RtAttr) ([]
 	for _, a := range attrs {
 		req.AddData(a)
 	}
-	return req.Execute(unix.NETLINK_ROUTE, 0)
+	return r.execute(req)
 }
 
 // rtnl returns the namespace's sockets.
@@ -167,7 +191,7 @@ func (n *Netns) rtnl() (*rtnl, error) {
 		return n.conn, nil
 	}
 	err := n.Do(func() (err error) {
-		n.conn, err = openRtnl()
+		n.conn, err = openRtnl(n.Do)
 		return err
 	})
 	return n.conn, err

@@ -365,6 +365,30 @@ func TestAddressesAndRoutes(t *testing.T) {
 	}
 }
 
+// A VF's number is the same by its address and by the PF's list, and what the kernel
+// tells of offsets is believed only where the list agrees.
+func TestVFIndex(t *testing.T) {
+	tr := newTree(t)
+	const pf = "0000:3b:00.0"
+	tr.pf(pf, 16, 16)
+	device := filepath.Join(tr.host().sysfs, "bus/pci/devices", pf)
+	for _, told := range []struct{ offset, stride string }{{"", ""}, {"128", "1"}, {"129", "2"}, {"127", "1"}, {"128", "0"}} {
+		if told.offset != "" {
+			tr.write(dev(pf)+"/sriov_offset", told.offset+"\n")
+			tr.write(dev(pf)+"/sriov_stride", told.stride+"\n")
+		}
+		for i := range 16 {
+			vf := fmt.Sprintf("0000:3b:%02x.%d", 0x10+i/8, i%8)
+			if n, err := vfIndex(device, pf, vf); n != i || err != nil {
+				t.Errorf("offset %s, stride %s: %s has number %d, %v, want %d", told.offset, told.stride, vf, n, err, i)
+			}
+		}
+		if n, err := vfIndex(device, pf, "0000:3b:1f.0"); n != -1 || err != nil {
+			t.Errorf("a VF that the PF does not have: %d, %v", n, err)
+		}
+	}
+}
+
 // TestSetDefaultRoutes takes the default routes of one link away for another's.
 func TestSetDefaultRoutes(t *testing.T) {
 	a, pod := twoNetns(t)

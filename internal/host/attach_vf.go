@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
@@ -42,6 +43,20 @@ var userspaceDrivers = map[string]bool{
 type Attacher struct {
 	sysfs string
 	host  *Netns
+
+	vfLists, vfMessages, linkMessages atomic.Uint64
+}
+
+// Requests counts what the node pays for attachments while the kernel holds RTNL.
+type Requests struct {
+	VFLists      uint64 // reads of a PF's VF list, for which the driver is asked about each VF
+	VFMessages   uint64 // messages that set a VF through its PF
+	LinkMessages uint64 // messages that move or change a link
+}
+
+// Requests counts those of this Attacher since it was opened.
+func (a *Attacher) Requests() Requests {
+	return Requests{VFLists: a.vfLists.Load(), VFMessages: a.vfMessages.Load(), LinkMessages: a.linkMessages.Load()}
 }
 
 // OpenAttacher opens the kernel for attachments. The network namespace of the
@@ -52,7 +67,12 @@ func OpenAttacher(sysfs string) (*Attacher, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := ns.rtnl(); err != nil {
+	// Many use the host's sockets at a time, so both are open from the start.
+	conn, err := ns.rtnl()
+	if err == nil {
+		err = conn.within(conn.openRaw)
+	}
+	if err != nil {
 		ns.Close()
 		return nil, err
 	}
@@ -98,15 +118,8 @@ func (a *Attacher) VF(pciAddress string) (VFRef, error) {
 	}
 	ref.PF = pf
 	pfDevice := filepath.Join(a.sysfs, "bus/pci/devices", pf)
-	entries, err := os.ReadDir(pfDevice)
-	if err != nil {
-		return ref, fmt.Errorf("list VFs of %s: %w", pf, err)
-	}
-	for _, i := range vfIndexes(entries) {
-		if vf, _ := linkBase(filepath.Join(pfDevice, fmt.Sprintf("virtfn%d", i))); vf == pciAddress {
-			ref.Index = i
-			break
-		}
+	if ref.Index, err = vfIndex(pfDevice, pf, pciAddress); err != nil {
+		return ref, err
 	}
 	if ref.Index < 0 {
 		return ref, fmt.Errorf("%w: PF %s does not list %s among its virtual functions", ErrNoVF, pf, pciAddress)
@@ -123,6 +136,40 @@ func (a *Attacher) VF(pciAddress string) (VFRef, error) {
 	ref.Userspace = userspaceDrivers[ref.Driver]
 	ref.Name, err = netdevOf(device)
 	return ref, err
+}
+
+// vfIndex returns the number of a VF below its PF, -1 when the PF does not list it. The
+// number follows from the addresses (Single Root I/O Virtualization 1.1, 2.1.2); where a
+// kernel does not tell the offsets, all VFs are looked at.
+func vfIndex(pfDevice, pf, vf string) (int, error) {
+	is := func(i int) bool {
+		listed, _ := linkBase(filepath.Join(pfDevice, fmt.Sprintf("virtfn%d", i)))
+		return listed == vf
+	}
+	offset, errOffset := readInt(filepath.Join(pfDevice, "sriov_offset"))
+	stride, errStride := readInt(filepath.Join(pfDevice, "sriov_stride"))
+	if errOffset == nil && errStride == nil {
+		if i := (routingID(vf) - routingID(pf) - offset) / max(stride, 1); i >= 0 && is(i) {
+			return i, nil
+		}
+	}
+	entries, err := os.ReadDir(pfDevice)
+	if err != nil {
+		return -1, fmt.Errorf("list VFs of %s: %w", pf, err)
+	}
+	for _, i := range vfIndexes(entries) {
+		if is(i) {
+			return i, nil
+		}
+	}
+	return -1, nil
+}
+
+// routingID is a PCI address without its domain, as the bus has it.
+func routingID(pciAddress string) int {
+	var domain, bus, device, function int
+	_, _ = fmt.Sscanf(pciAddress, "%x:%x:%x.%x", &domain, &bus, &device, &function) // valid, or it is on no bus
+	return bus<<8 | device<<3 | function
 }
 
 // VFAttrs is a set of attributes of VFSettings.
@@ -247,6 +294,7 @@ func (a *Attacher) setVF(ctx context.Context, pf, vf int, want VFSettings, attrs
 	if err != nil {
 		return err
 	}
+	a.vfMessages.Add(1)
 	return conn.setVF(ctx, pf, vf, want, attrs...)
 }
 
@@ -288,6 +336,7 @@ func (a *Attacher) VFSettings(vf VFRef) (VFSettings, error) {
 	if err != nil {
 		return VFSettings{}, err
 	}
+	a.vfLists.Add(1)
 	all, err := conn.vfSettings(pf)
 	if err != nil {
 		return VFSettings{}, fmt.Errorf("read VFs of %s: %w", vf.PFName, err)

@@ -50,7 +50,7 @@ func Open(sysfs string) (*Host, error) {
 		return nil, fmt.Errorf("open netlink: %w", err)
 	}
 	h.rt.DisableVFInfoCollection()
-	if h.vf, err = openRtnl(); err != nil {
+	if h.vf, err = openRtnl(nil); err != nil {
 		h.Close()
 		return nil, err
 	}

@@ -192,7 +192,7 @@ func run(ctx context.Context, c *settings) error {
 			mac, mtu, ok := agent.Baseline(id)
 			return mac, mtu, ok || plugin.Offers(id) // as it was found, when it is not ours
 		}), Allocated: func(ctx context.Context, id string) (string, bool, error) { return ledger.Allocated(ctx, id) },
-		Changes: kernel.Watch, Ready: func() error { return registered(plugin)() },
+		Requests: attacher.Requests, Changes: kernel.Watch, Ready: func() error { return registered(plugin)() },
 		PodNetworks: standalone.Options{API: pods, Kernel: attacher, Devices: kubelet.Pod, DeviceInfo: func(resource, id string) (*nadv1.DeviceInfo, error) {
 			return deviceplugin.ReadDeviceInfo(c.deviceInfo, resource, id)
 		}},
@@ -231,7 +231,7 @@ func run(ctx context.Context, c *settings) error {
 	})
 
 	metrics := prometheus.NewRegistry()
-	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), plugin, pools)
+	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), plugin, pools, cni)
 	health := handler([]check{
 		{"nics", closed(agent.Looked(), "have not been read yet")},
 		{"cni", closed(recovered, "attachments of an earlier agent are being finished")},
