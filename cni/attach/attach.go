@@ -76,6 +76,7 @@ type Options struct {
 	Baselines Baselines
 	IPAM      IPAM
 	Dir       string // of the journal
+	SriovCNI  string // folder of sriov-cni's state, to take its attachments over; empty for none
 	Log       logr.Logger
 
 	// Allocated returns the pod, as namespace/name, that the kubelet has given
@@ -115,14 +116,20 @@ func New(o Options) (*Attacher, error) {
 	for _, path := range aside {
 		o.Log.Error(nil, "A file of the journal is no record and was set aside; if it was of a VF, that keeps its settings until the node is configured anew", "file", path)
 	}
-	return &Attacher{Options: o, journal: j}, nil
+	a := &Attacher{Options: o, journal: j}
+	if o.SriovCNI != "" {
+		for _, err := range a.adopt(o.SriovCNI) {
+			o.Log.Error(err, "An attachment from before is not known; if its pod runs, its VF is returned as the kernel gives it back")
+		}
+	}
+	return a, nil
 }
 
 // Attached returns the settings that the VF was given at its PF for the pod it is
-// attached to; ok is false while it is attached to none, or not yet.
+// attached to; ok is false while it is attached to none, or not yet, or by sriov-cni.
 func (a *Attacher) Attached(pciAddress string) (settings host.VFSettings, ok bool) {
 	r, held := a.journal.owner(pciAddress)
-	return r.Settings, held && r.Phase == Attached
+	return r.Settings, held && r.Phase == Attached && r.Adopted == nil
 }
 
 // Attachments are the pods that have attachments, in the order these were made.

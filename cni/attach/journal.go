@@ -85,6 +85,8 @@ type Record struct {
 	Settings host.VFSettings `json:"settings"`          // intended at the PF
 	Macvlan  *Macvlan        `json:"macvlan,omitempty"` // nil for a VF
 
+	Adopted []string `json:"adopted,omitempty"` // sriov-cni's files of the attachment, which is sriov-cni's then
+
 	Only       bool      `json:"only,omitempty"`       // the pod had no other interface
 	HostLink   string    `json:"hostLink,omitempty"`   // the host's end of the host interface, if one is asked for
 	HostRoutes []network `json:"hostRoutes,omitempty"` // that lead there

@@ -34,7 +34,9 @@ func (a *Attacher) Del(ctx context.Context, req Request, ns *host.Netns) error {
 	defer unlock()
 	r, ok := a.journal.get(key)
 	if ok {
-		return a.finish(ctx, r, ns)
+		if err := a.finish(ctx, r, ns); err != nil || r.Adopted == nil {
+			return err
+		}
 	}
 	// Nothing of ours is left. Of the address there may be: a configuration that
 	// ADD could have accepted is passed on.
@@ -98,6 +100,9 @@ func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error 
 			r.Phase, r.Result = Returned, nil
 			return errors.Join(err, a.journal.put(r))
 		}
+	}
+	if err := r.disown(); err != nil {
+		return fail(types.ErrIOFailure, "forget what sriov-cni kept: %w", err)
 	}
 	a.step("del: forget")
 	if err := a.journal.remove(r.Key); err != nil {
@@ -206,6 +211,9 @@ func (a *Attacher) Check(ctx context.Context, req Request, ns *host.Netns) error
 	r, ok := a.journal.get(key)
 	if !ok || r.Phase != Attached || r.Device != cfg.DeviceID {
 		return fail(CodeCheckFailed, "network %q: %s is not attached as %s to container %s", cfg.Network, cfg.device(), req.IfName, req.ContainerID)
+	}
+	if r.Adopted != nil {
+		return nil // what sriov-cni made of the configuration it does not tell
 	}
 	if ns == nil {
 		if ns, err = a.Kernel.OpenNetns(req.Netns); err != nil {

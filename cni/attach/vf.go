@@ -2,6 +2,7 @@ package attach
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -176,6 +177,10 @@ func (a vfs) move(ctx context.Context, r Record, link host.Netdev, stale []strin
 
 // restore implements kind: the VF comes home and gets its baseline.
 func (a vfs) restore(ctx context.Context, r Record, ns *host.Netns) error {
+	if mac, mtu, ok := a.Baselines.Baseline(r.Device); ok && len(mac) > 0 && r.Adopted != nil {
+		// sriov-cni keeps what it found, which may be what the pod before had.
+		r.Baseline.MAC, r.Baseline.MTU = mac.String(), cmp.Or(mtu, r.Baseline.MTU)
+	}
 	if err := a.bringRDMAHome(ctx, r, ns); err != nil {
 		return refused("take the VF's RDMA device back: %w", err)
 	}

@@ -34,6 +34,7 @@ type Options struct {
 	StateDir  string // holds the journal (attachments) and the shim's queue (del-queue)
 	Kernel    attach.Kernel
 	Baselines attach.Baselines
+	SriovCNI  string     // see attach.Options
 	IPAMDirs  []string   // where IPAM plugins are looked for besides CNI_PATH
 	Addresses *ipam.Node // the agent's own IPAM; nil for none
 	Log       logr.Logger
@@ -84,7 +85,7 @@ func New(o Options) (*Server, error) {
 	}
 	a, err := attach.New(attach.Options{
 		Kernel: timedKernel{o.Kernel, m}, Baselines: o.Baselines, IPAM: timedIPAM{plugins, m},
-		Dir: filepath.Join(o.StateDir, "attachments"), Log: o.Log,
+		Dir: filepath.Join(o.StateDir, "attachments"), SriovCNI: o.SriovCNI, Log: o.Log,
 		Allocated: o.Allocated, OnStep: o.OnStep, Ready: lasting(o.Ready, time.Now),
 	})
 	if err == nil && o.Addresses != nil {

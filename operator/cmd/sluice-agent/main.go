@@ -64,12 +64,12 @@ func main() {
 type settings struct {
 	node, nodeIP, namespace, prefix string
 
-	stateDir, upstreamDir, socket, shim, cniDir string
-	devicePlugins, podResources, deviceInfo     string
-	devicePools, cdiDir                         string
-	systemBus, modprobeDir                      string
-	sysfs, listen                               string
-	replaceSriovCNI                             bool
+	stateDir, upstreamDir, sriovCNIDir, socket, shim, cniDir string
+	devicePlugins, podResources, deviceInfo                  string
+	devicePools, cdiDir                                      string
+	systemBus, modprobeDir                                   string
+	sysfs, listen                                            string
+	replaceSriovCNI                                          bool
 }
 
 func parse(args []string, env func(string) string) (*settings, error) {
@@ -90,6 +90,7 @@ func parse(args []string, env func(string) string) (*settings, error) {
 	f.StringVar(&c.prefix, "resource-prefix", def("RESOURCE_PREFIX", "openshift.io"), "prefix of the resource names (environment RESOURCE_PREFIX)")
 	f.StringVar(&c.stateDir, "state-dir", "/var/lib/sluice", "directory for what must survive a reboot")
 	f.StringVar(&c.upstreamDir, "sriov-operator-dir", "/etc/sriov-operator", "where the SR-IOV network operator left its files, to take its VFs over")
+	f.StringVar(&c.sriovCNIDir, "sriov-cni-dir", "/var/lib/cni/sriov", "where sriov-cni kept its state, to take over the VFs of pods that run; empty for none")
 	f.StringVar(&c.socket, "socket", "/var/run/sluice/cni.sock", "socket that the CNI shim calls")
 	f.StringVar(&c.shim, "shim", "/sluice-cni", "CNI shim to install")
 	f.StringVar(&c.cniDir, "cni-bin-dir", "/opt/cni/bin", "directory of the node's CNI plugins")
@@ -187,7 +188,7 @@ func run(ctx context.Context, c *settings) error {
 	// holds a device to the ledger, what a VF goes back to to the node's configuration.
 	var agent *node.Agent
 	cni, err := server.New(server.Options{
-		Socket: c.socket, StateDir: c.stateDir, Kernel: attacher, IPAMDirs: []string{c.cniDir}, Addresses: addresses, Log: log.WithName("cni"),
+		Socket: c.socket, StateDir: c.stateDir, SriovCNI: c.sriovCNIDir, Kernel: attacher, IPAMDirs: []string{c.cniDir}, Addresses: addresses, Log: log.WithName("cni"),
 		Baselines: baselines(func(id string) (net.HardwareAddr, int, bool) {
 			mac, mtu, ok := agent.Baseline(id)
 			return mac, mtu, ok || plugin.Offers(id) // as it was found, when it is not ours

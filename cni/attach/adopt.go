@@ -1,0 +1,118 @@
+package attach
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// sriovConf is as much as is needed of what sriov-cni keeps of an attachment, in the
+// file <container ID>-<interface>.
+type sriovConf struct {
+	Name     string `json:"name"`
+	DeviceID string `json:"deviceID"`
+	State    struct {
+		HostIFName, AdminMAC, EffectiveMAC string
+		MTU                                int
+	} `json:"OrigVfState"`
+}
+
+// adopt takes over the attachments of sriov-cni in dir, so that the pods that run from
+// before Sluice keep their VFs, and these come home with Sluice's baseline. A VF counts
+// when sriov-cni has it down as allocated (pci/<address>, which holds the path of the
+// pod's namespace) and no record of ours names it. It returns what could not be read.
+func (a *Attacher) adopt(dir string) (unread []error) {
+	files, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return []error{fmt.Errorf("take over from sriov-cni: %w", err)}
+	}
+	for _, f := range files {
+		containerID, ifName, ok := strings.Cut(f.Name(), "-")
+		if f.IsDir() || !ok {
+			continue
+		}
+		r, err := a.adopted(dir, f.Name(), Key{ContainerID: containerID, IfName: ifName})
+		if err == nil && r != nil {
+			err = a.journal.put(*r)
+		}
+		if err != nil {
+			unread = append(unread, fmt.Errorf("take over %s from sriov-cni: %w", f.Name(), err))
+		}
+	}
+	return unread
+}
+
+// adopted reads one file; nil when it is of no VF in use, or of one that is ours.
+func (a *Attacher) adopted(dir, file string, key Key) (*Record, error) {
+	b, err := os.ReadFile(filepath.Join(dir, file))
+	if err != nil {
+		return nil, err
+	}
+	var conf sriovConf
+	if err = json.Unmarshal(b, &conf); err != nil {
+		return nil, err
+	}
+	if !host.ValidPCIAddress(conf.DeviceID) {
+		return nil, fmt.Errorf("deviceID %q is not a PCI address", conf.DeviceID)
+	}
+	if _, held := a.journal.owner(conf.DeviceID); held {
+		return nil, nil
+	}
+	path, err := os.ReadFile(filepath.Join(dir, "pci", conf.DeviceID))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	key.Network = conf.Name
+	r := &Record{
+		Key: key, Device: conf.DeviceID, Generation: a.journal.next(), Phase: Attached, NetnsPath: strings.TrimSpace(string(path)),
+		Adopted:  []string{filepath.Join(dir, file), filepath.Join(dir, "pci", conf.DeviceID)},
+		Baseline: Baseline{Name: conf.State.HostIFName, MAC: cmp.Or(conf.State.AdminMAC, conf.State.EffectiveMAC), MTU: conf.State.MTU},
+		// Without a netdev there was none to read an MTU or a name of.
+		Userspace: conf.State.HostIFName == "",
+		Config:    json.RawMessage(b),
+	}
+	if strings.Trim(r.Baseline.MAC, "0:") == "" {
+		r.Baseline.MAC = conf.State.EffectiveMAC
+	}
+	ns, err := a.Kernel.OpenNetns(r.NetnsPath)
+	if err != nil {
+		return r, nil // its pod is gone
+	}
+	defer ns.Close()
+	r.Netns = ns.ID
+	links, err := a.Kernel.Links(ns)
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range links {
+		if l.PCIAddress == r.Device {
+			r.Baseline.AltNames = l.AltNames
+		}
+	}
+	return r, nil
+}
+
+// disown removes what sriov-cni kept of the record's attachment: a plugin of its own
+// that comes back would think that the VF is in use.
+func (r *Record) disown() error {
+	var errs []error
+	for _, f := range r.Adopted {
+		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,104 @@
+package attach
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/go-logr/logr"
+
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// beforeSluice leaves a VF in a pod, and sriov-cni's files of it, as that leaves them.
+func beforeSluice(t *testing.T, w *world) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	i, err := w.find(nil, func(l host.Netdev) bool { return l.PCIAddress == vf0 })
+	if err != nil {
+		t.Fatal(err)
+	}
+	link := w.links[hostNS][i]
+	pod := &host.Netns{ID: w.netns[pod1]}
+	if err := w.ChangeLink(t.Context(), nil, link.Index, host.LinkChange{To: pod, Name: "net1", MAC: []byte{2, 0, 0, 0, 0, 0x77}, MTU: 9000, State: host.SetUp}); err != nil {
+		t.Fatal(err)
+	}
+	w.settings[vf0] = host.VFSettings{MAC: []byte{2, 0, 0, 0, 0, 0x77}, VLAN: 100, VLANProto: host.Dot1Q, Trust: true}
+	w.leases["c1/net1"] = true
+	for file, content := range map[string]string{
+		"c1-net1": fmt.Sprintf(`{"cniVersion":"1.0.0","name":"blue","type":"sriov","ipam":{"type":"static"},"dns":{},"vlan":100,"trust":"on","deviceID":%q,"VFID":0,"Master":"ens1f0",
+			"OrigVfState":{"HostIFName":%q,"SpoofChk":true,"Trust":false,"AdminMAC":"00:00:00:00:00:00","EffectiveMAC":%q,"Vlan":5,"MTU":1500}}`, vf0, link.Name, link.MAC),
+		"pci/" + vf0: pod1,
+		"c2-net1":    "{torn",
+		"c3-net1":    fmt.Sprintf(`{"name":"blue","deviceID":%q}`, vf1), // not down as in use
+	} {
+		path := filepath.Join(dir, file)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+func TestPodsFromBeforeSluice(t *testing.T) {
+	ctx := context.Background()
+	del := request(Del, "c1", pod1, vf0, `"ipam":{"type":"static"}`)
+	for name, end := range map[string]func(w *world, a *Attacher) error{
+		"DEL": func(_ *world, a *Attacher) error { return a.Del(ctx, del, nil) },
+		"the pod dies": func(w *world, a *Attacher) error {
+			w.end(pod1)
+			if err := a.Recover(ctx); err != nil {
+				return err
+			}
+			return a.Del(ctx, del, nil)
+		},
+	} {
+		w := newWorld()
+		before := w.state()
+		dir, journal := beforeSluice(t, w), t.TempDir()
+		start := func() *Attacher {
+			a, err := New(Options{Kernel: w, Baselines: w, IPAM: w, Dir: journal, SriovCNI: dir, Log: logr.Discard()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return a
+		}
+		a := start()
+		running := w.state()
+		if err := a.Recover(ctx); err != nil || w.state() != running {
+			t.Errorf("%s: a running pod's VF was touched: %v\n%s", name, err, w.state())
+		}
+		if _, held := a.Holder(vf0); !held {
+			t.Errorf("%s: the VF has no holder", name)
+		}
+		if _, held := a.Holder(vf1); held {
+			t.Errorf("%s: a VF that is not in use has a holder", name)
+		}
+		if _, ok := a.Attached(vf0); ok {
+			t.Errorf("%s: settings are said to be known", name)
+		}
+		if _, err := a.Add(ctx, request(Add, "c9", pod2, vf0, ""), nil); codeOf(err) != CodeHeld {
+			t.Errorf("%s: another pod's ADD: %v", name, err)
+		}
+		a = start() // another agent: nothing is taken over twice
+		if err := end(w, a); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if now := w.state(); now != before {
+			t.Errorf("%s: left\n%s\nwant\n%s", name, now, before)
+		}
+		for _, gone := range []string{"c1-net1", "pci/" + vf0} {
+			if _, err := os.Stat(filepath.Join(dir, gone)); err == nil {
+				t.Errorf("%s: sriov-cni's %s is left", name, gone)
+			}
+		}
+		if _, held := start().Holder(vf0); held {
+			t.Errorf("%s: taken over again", name)
+		}
+	}
+}
