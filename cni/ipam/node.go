@@ -305,8 +305,12 @@ func (n *Node) give(ask Ask) (*Grant, *lack, error) {
 		addresses = append(addresses, a)
 	}
 	s.take(ask.Key, ask.Namespace, addresses)
-	if len(s.queue[true]) < window/2 || len(s.queue[false]) < window/2 {
-		n.wake()
+	for i := range p.Ranges {
+		r := &p.Ranges[i]
+		// Not with each address: who gets the next one would wait for the look at all.
+		if left := len(s.queue[r.Start.Is4()]); left < enough(r) && (enough(r) < 8 || left%4 == 3) {
+			n.wake()
+		}
 	}
 	return &Grant{p, s.spec, addresses}, nil, nil
 }
