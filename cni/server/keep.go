@@ -34,7 +34,7 @@ func (s *Server) keep(ctx context.Context) {
 	if w, err := s.watchQueue(); err != nil {
 		s.log.Error(err, "Queued DELs are done at the next look only", "every", audit)
 	} else {
-		defer w.Close()
+		defer func() { _ = w.Close() }()
 		queued = w.Events
 	}
 	changes := s.watchLinks(ctx)

@@ -316,7 +316,7 @@ func TestReadyIsToldWhenItLasts(t *testing.T) {
 	ready := lasting(func() error { return why }, func() time.Time { return now })
 	for after, want := range []error{nil, nil, why, why} {
 		now = time.Unix(0, 0).Add(time.Duration(after) * settled / 2)
-		if err := ready(); err != want {
+		if err := ready(); !errors.Is(err, want) {
 			t.Errorf("after %v: %v, want %v", now, err, want)
 		}
 	}

@@ -11,9 +11,6 @@ import (
 	"github.com/sluice-network/sluice/cni/attach"
 )
 
-// capability hands the pod's annotations from the runtime to the plugin.
-const capability = "io.kubernetes.cri.pod-annotations"
-
 // config is the configuration of the chained plugin.
 type config struct {
 	CNIVersion    string               `json:"cniVersion"`

@@ -28,9 +28,9 @@ const (
 	// two minutes.
 	AnswerTimeout = 100 * time.Second
 
-	// Heartbeat is how often the server renews the socket's time of change, and
-	// RestartTimeout how old that may be for the next server to be on its way.
-	Heartbeat      = 10 * time.Second
+	// Heartbeat is how often the server renews the socket's time of change.
+	Heartbeat = 10 * time.Second
+	// RestartTimeout is how old that may be for the next server to be on its way.
 	RestartTimeout = 60 * time.Second
 
 	// Ack is the byte that says that a request was received.

@@ -137,7 +137,7 @@ func (e element) selection(namespace string, n int) (Selection, error) {
 	case s.Interface == "":
 		s.Interface = fmt.Sprintf("net%d", n)
 	case !validInterface(s.Interface):
-		return s, fmt.Errorf("interface %q is not a name of an interface: at most 15 characters without blanks, / and :", s.Interface)
+		return s, fmt.Errorf("interface %q is not a name of an interface: at most 15 characters, no / or : or blank", s.Interface)
 	}
 	if problems := validation.IsDNS1123Subdomain(s.Name); len(problems) > 0 {
 		return s, fmt.Errorf("name %q is not a name of a NetworkAttachmentDefinition: %s", s.Name, problems[0])
