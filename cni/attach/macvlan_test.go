@@ -23,8 +23,23 @@ import (
 func macvlanRequest(container, netns, keys string) Request {
 	return Request{
 		Command: Add, ContainerID: container, Netns: netns, IfName: "net1",
-		Args:  "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=" + container,
+		Args:  "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=" + container + ";K8S_POD_UID=uid-" + container,
 		Stdin: fmt.Appendf(nil, `{"cniVersion":"1.1.0","name":"blue","type":"sluice","ipam":{"type":"static"},%s}`, keys),
+	}
+}
+
+// Of a pod whose init containers alone hold the device the kubelet tells the UID only.
+func TestADeviceIsForThePodOfItsUID(t *testing.T) {
+	a := newAttacher(t, newWorld(), t.TempDir(), nil)
+	a.Allocated = func(context.Context, string) (string, bool, error) { return UnnamedPod + "uid-c1", true, nil }
+	if _, err := a.Add(t.Context(), macvlanRequest("c1", pod1, `"deviceID":"ens1f0-7"`), nil); err != nil {
+		t.Error(err)
+	}
+	a.Allocated = func(context.Context, string) (string, bool, error) { return UnnamedPod, true, nil }
+	request := macvlanRequest("c2", pod2, `"deviceID":"ens1f0-8"`)
+	request.Args = strings.TrimSuffix(request.Args, "uid-c2")
+	if _, err := a.Add(t.Context(), request, nil); err == nil {
+		t.Error("a pod without UID was taken for another without UID")
 	}
 }
 
@@ -138,6 +153,9 @@ func TestMacvlanRefusals(t *testing.T) {
 		"slot of another": {keys: `"deviceID":"ens1f0-7"`, prepare: func(_ *world, a *Attacher) {
 			a.Allocated = func(context.Context, string) (string, bool, error) { return "ns/c2", true, nil }
 		}, code: CodeHeld, says: "the slot is allocated to pod ns/c2, not to ns/c1"},
+		"slot of another's init container": {keys: `"deviceID":"ens1f0-7"`, prepare: func(_ *world, a *Attacher) {
+			a.Allocated = func(context.Context, string) (string, bool, error) { return UnnamedPod + "uid-c2", true, nil }
+		}, code: CodeHeld, says: "the slot is allocated to pod uid:uid-c2, not to ns/c1"},
 		"slot in use": {keys: `"deviceID":"ens1f0-7"`, prepare: func(_ *world, a *Attacher) {
 			must(a.Add(context.Background(), macvlanRequest("c2", pod2, `"deviceID":"ens1f0-7"`), nil))
 		}, code: CodeHeld, says: "the slot is held by pod ns/c2"},

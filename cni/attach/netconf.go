@@ -66,6 +66,7 @@ type Config struct {
 	IPAM       string // plugin type, empty for none
 	DNS        types.DNS
 	Pod        string // namespace/name as far as the runtime told
+	PodUID     string // likewise
 
 	MAC       net.HardwareAddr // nil: the baseline's
 	MTU       int              // 0: the baseline's
@@ -248,7 +249,7 @@ func (p *parser) parse(req Request, keys map[string]json.RawMessage) error {
 	if err != nil {
 		return err
 	}
-	p.Pod = strings.Trim(args["K8S_POD_NAMESPACE"]+"/"+args["K8S_POD_NAME"], "/")
+	p.Pod, p.PodUID = strings.Trim(args["K8S_POD_NAMESPACE"]+"/"+args["K8S_POD_NAME"], "/"), args["K8S_POD_UID"]
 	if err := p.chooseKind(req.Command, keys); err != nil {
 		return err
 	}
