@@ -290,12 +290,12 @@ func testVerdicts(t *testing.T) {
 	// An update is judged by what it changes.
 	config := getConfig(t)
 	h.take()
-	config.Spec.DisableDrain, config.Spec.UseCDI = true, true
+	config.Spec.DisableDrain, config.Spec.ConfigurationMode = true, sriovv1.ConfigurationModeSystemd
 	if err := c.Update(t.Context(), config, client.DryRunAll); err != nil {
 		t.Error(err)
 	}
 	said := strings.Join(h.take(), "\n")
-	for _, want := range []string{"spec.useCDI true", "spec.disableDrain true: no pod is evicted", "spec.disableDrain true: changes of nodes wh-1 are under way"} {
+	for _, want := range []string{"configurationMode systemd", "spec.disableDrain true: no pod is evicted", "spec.disableDrain true: changes of nodes wh-1 are under way"} {
 		if !strings.Contains(said, want) {
 			t.Errorf("the warnings are %q, want %q", said, want)
 		}
