@@ -34,9 +34,10 @@ tools() {
 
 unit() {
   tools
-  say "artefacts of the API server tests"
+  say "artefacts of the tests against a real API server and a real OVSDB"
   KUBEBUILDER_ASSETS=$(out/lab assets)
-  export KUBEBUILDER_ASSETS
+  SLUICE_OVS=$(out/lab ovs)
+  export KUBEBUILDER_ASSETS SLUICE_OVS
   say "vet, with the tests of guests and clusters"
   go vet -tags lab,e2e ./... # no file is there only without them
   say "unit tests, tests against a real API server, tests on this kernel"

@@ -630,3 +630,21 @@ func Assets(ctx context.Context, progress io.Writer) (string, error) {
 	}
 	return store.Make(ctx, cluster.NewParts(repo).Kubelab)
 }
+
+// OVS downloads, if need be, and returns a directory with Open vSwitch as Debian has
+// it, and the libraries that few machines have, for tests that need its database.
+func OVS(ctx context.Context, progress io.Writer) (string, error) {
+	store, err := artefact.Open("", progress)
+	if err != nil {
+		return "", err
+	}
+	packages := []string{"openvswitch-common", "openvswitch-switch", "libbpf1", "libcap-ng0", "libevent-2.1-7", "libnuma1", "libunbound8", "libxdp1"}
+	return store.Make(ctx, &artefact.Step{
+		Name:   "ovs",
+		Inputs: []artefact.Input{artefact.Text("packages", strings.Join(packages, " "))},
+		Build: func(ctx context.Context, b *artefact.Build) error {
+			b.Say("downloading Open vSwitch")
+			return b.Download(ctx, b.Out, packages...)
+		},
+	})
+}

@@ -57,7 +57,7 @@ ${XDG_CACHE_HOME:-~/.cache}/sluice.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(up(), down(), status(), load(), execute(), console(), logs(), kubectl(), build(), assets(), gc())
+	root.AddCommand(up(), down(), status(), load(), execute(), console(), logs(), kubectl(), build(), assets(), ovs(), gc())
 	return root
 }
 
@@ -323,12 +323,21 @@ func build() *cobra.Command {
 }
 
 func assets() *cobra.Command {
+	return printing("assets", "Print a directory for KUBEBUILDER_ASSETS, building it if need be", lab.Assets)
+}
+
+func ovs() *cobra.Command {
+	return printing("ovs", "Print a directory for SLUICE_OVS, downloading it if need be", lab.OVS)
+}
+
+// printing is a command that prints the directory that get makes.
+func printing(use, short string, get func(context.Context, io.Writer) (string, error)) *cobra.Command {
 	return &cobra.Command{
-		Use:   "assets",
-		Short: "Print a directory for KUBEBUILDER_ASSETS, building it if need be",
+		Use:   use,
+		Short: short,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			dir, err := lab.Assets(cmd.Context(), cmd.ErrOrStderr())
+			dir, err := get(cmd.Context(), cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}

@@ -1,0 +1,301 @@
+package ovsdb
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+)
+
+// server is a real ovsdb-server with Open vSwitch's schema and no switch.
+type server struct {
+	*Client
+	t    *testing.T
+	root string
+	dir  string
+	cmd  *exec.Cmd
+}
+
+// newServer starts one of SLUICE_OVS, a folder with Debian's packages unpacked. Where
+// there is none the test is skipped, except in CI, where that is a failure.
+func newServer(t *testing.T) *server {
+	root := os.Getenv("SLUICE_OVS")
+	if root == "" {
+		const why = "SLUICE_OVS is not set: point it at what out/lab ovs prints"
+		if os.Getenv("CI") == "true" {
+			t.Fatal(why)
+		}
+		t.Skip(why)
+	}
+	dir := t.TempDir()
+	s := &server{Client: &Client{Socket: filepath.Join(dir, "db.sock")}, t: t, root: root, dir: dir}
+	s.run("bin/ovsdb-tool", "create", filepath.Join(dir, "conf.db"), filepath.Join(root, "usr/share/openvswitch/vswitch.ovsschema"))
+	s.start()
+	s.transact(op{"op": "insert", "table": "Open_vSwitch", "row": map[string]any{}})
+	return s
+}
+
+func (s *server) command(program string, args ...string) *exec.Cmd {
+	cmd := exec.Command(filepath.Join(s.root, "usr", program), args...)
+	libraries, err := filepath.Glob(filepath.Join(s.root, "usr/lib/*-linux-gnu"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	cmd.Env = append(os.Environ(), "LD_LIBRARY_PATH="+strings.Join(libraries, ":"), "OVS_RUNDIR="+s.dir)
+	return cmd
+}
+
+func (s *server) run(program string, args ...string) {
+	s.t.Helper()
+	if out, err := s.command(program, args...).CombinedOutput(); err != nil {
+		s.t.Fatalf("%s: %v: %s", program, err, out)
+	}
+}
+
+func (s *server) start() {
+	s.t.Helper()
+	s.cmd = s.command("sbin/ovsdb-server", "--remote=punix:"+s.Socket, "--no-chdir", "--unixctl="+filepath.Join(s.dir, "ctl"), filepath.Join(s.dir, "conf.db"))
+	if err := s.cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	cmd := s.cmd
+	s.t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	s.eventually(func() bool {
+		conn, err := s.dial(s.t.Context())
+		if err == nil {
+			_ = conn.Close()
+		}
+		return err == nil
+	})
+}
+
+func (s *server) stop() {
+	_ = s.cmd.Process.Kill()
+	_ = s.cmd.Wait()
+}
+
+func (s *server) eventually(ok func() bool) {
+	s.t.Helper()
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if ok() {
+			return
+		}
+	}
+	s.t.Fatal("it did not come to that")
+}
+
+func (s *server) transact(ops ...op) []result {
+	s.t.Helper()
+	results, err := s.Client.transact(s.t.Context(), ops...)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return results
+}
+
+func (s *server) rows(table string) []row {
+	s.t.Helper()
+	return s.transact(op{"op": "select", "table": table, "where": []any{}})[0].Rows
+}
+
+// found is the bridge as it is, which must be there.
+func (s *server) found() Found {
+	s.t.Helper()
+	f, err := s.ReadBridge(s.t.Context(), "br-0000_3b_00.0")
+	if err != nil || f == nil {
+		s.t.Fatalf("%v, %v", f, err)
+	}
+	return *f
+}
+
+func (s *server) mustSet(b Bridge) {
+	s.t.Helper()
+	if err := s.SetBridge(s.t.Context(), b); err != nil {
+		s.t.Fatal(err)
+	}
+	if d := cmp.Diff(b, s.found().Bridge); d != "" {
+		s.t.Fatalf("not as set: %s", d)
+	}
+}
+
+func mtu(n int) *int { return &n }
+
+func plain() Bridge { return Bridge{Name: "br-0000_3b_00.0", Uplink: Interface{Name: "ens1f0"}} }
+
+func full() Bridge {
+	return Bridge{
+		Name: "br-0000_3b_00.0", DatapathType: "netdev", FailMode: "secure",
+		ExternalIDs: map[string]string{"a": "1", "b": `"quoted"`}, OtherConfig: map[string]string{"hwaddr": "02:00:00:00:00:01"},
+		Uplink: Interface{
+			Name: "ens1f0", Type: "dpdk", Options: map[string]string{"dpdk-devargs": "0000:3b:00.0"}, ExternalIDs: map[string]string{"c": ""},
+			OtherConfig: map[string]string{"d": "4"}, MTURequest: mtu(9000),
+		},
+	}
+}
+
+// Whatever was set before, what is set is there, in one bridge with two ports.
+func TestSetBridge(t *testing.T) {
+	t.Parallel()
+	s := newServer(t)
+	if f, err := s.ReadBridge(t.Context(), "br-0000_3b_00.0"); f != nil || err != nil {
+		t.Fatalf("%v, %v before there is any", f, err)
+	}
+	other := full()
+	other.FailMode, other.DatapathType, other.ExternalIDs = "standalone", "", map[string]string{"b": "2"}
+	other.Uplink.Type, other.Uplink.Options, other.Uplink.MTURequest = "", map[string]string{"n_rxq": "2"}, mtu(1500)
+	renamed := full()
+	renamed.Uplink.Name = "ens2f0"
+	for _, b := range []Bridge{plain(), full(), other, plain(), full(), renamed, plain(), full()} {
+		s.mustSet(b)
+		if bridges, ports, interfaces := len(s.rows("Bridge")), len(s.rows("Port")), len(s.rows("Interface")); bridges != 1 || ports != 2 || interfaces != 2 {
+			t.Fatalf("%d bridges, %d ports, %d interfaces", bridges, ports, interfaces)
+		}
+	}
+	if err := s.DetachUplink(t.Context(), "br-0000_3b_00.0"); err != nil {
+		t.Fatal(err)
+	}
+	if f := s.found(); f.Uplink.Name != "" || f.DatapathType != "netdev" || len(s.rows("Port")) != 1 {
+		t.Errorf("detached: %+v", f)
+	}
+	s.mustSet(full())
+	for range 2 { // the second time there is nothing to remove
+		if err := s.RemoveBridge(t.Context(), "br-0000_3b_00.0"); err != nil {
+			t.Fatal(err)
+		}
+		if n := len(s.rows("Bridge")) + len(s.rows("Port")) + len(s.rows("Interface")); n != 0 {
+			t.Errorf("%d rows are left", n)
+		}
+	}
+}
+
+// What others have added stays, and what they changed of ours shows.
+func TestOthersInTheBridge(t *testing.T) {
+	t.Parallel()
+	s := newServer(t)
+	s.mustSet(full())
+	where := whereName("br-0000_3b_00.0")
+	ops := newPort("vf", row{"name": encode("ens1f0_0")})
+	s.transact(append(ops,
+		op{"op": "mutate", "table": "Bridge", "where": where, "mutations": []any{
+			[]any{"ports", "insert", set(named("vf"))}, []any{"external_ids", "insert", []any{"map", []any{[]any{"theirs", "1"}}}},
+			[]any{"external_ids", "delete", set("a")},
+		}},
+		op{"op": "update", "table": "Interface", "where": whereName("ens1f0"), "row": map[string]any{"mtu_request": 1500, "ofport": 1, "error": set()}})...)
+	f := s.found()
+	if d := cmp.Diff(map[string]string{"b": `"quoted"`}, f.ExternalIDs); d != "" || *f.Uplink.MTURequest != 1500 || !f.Opened {
+		t.Errorf("%+v %s", f, d)
+	}
+	s.mustSet(full())
+	s.mustSet(plain())
+	b := s.rows("Bridge")[0]
+	external, err := b.dict("external_ids")
+	if ports, _ := b.atoms("ports"); err != nil || len(ports) != 3 || external["theirs"] != "1" || len(external) != 2 {
+		t.Errorf("ports %v, external_ids %v, %v", ports, external, err)
+	}
+	s.transact(op{"op": "update", "table": "Interface", "where": whereName("ens1f0"), "row": map[string]any{"ofport": -1, "error": "could not open network device ens1f0 (No such device)"}})
+	if f := s.found(); f.Opened || !strings.Contains(f.Error, "No such device") {
+		t.Errorf("not opened: %+v", f)
+	}
+}
+
+// What somebody else made is not touched.
+func TestForeignBridge(t *testing.T) {
+	t.Parallel()
+	s := newServer(t)
+	ops := append(newPort("own", row{"name": encode("br-0000_3b_00.0")}), newPort("pf", row{"name": encode("ens1f0")})...)
+	s.transact(append(ops,
+		op{"op": "insert", "table": "Bridge", "uuid-name": "b", "row": map[string]any{"name": "br-0000_3b_00.0", "ports": set(named("own"), named("pf"))}},
+		op{"op": "mutate", "table": "Open_vSwitch", "where": []any{}, "mutations": []any{[]any{"bridges", "insert", set(named("b"))}}})...)
+	if f := s.found(); !f.Foreign {
+		t.Errorf("%+v", f)
+	}
+	for what, err := range map[string]error{
+		"set": s.SetBridge(t.Context(), plain()), "detach": s.DetachUplink(t.Context(), "br-0000_3b_00.0"), "remove": s.RemoveBridge(t.Context(), "br-0000_3b_00.0"),
+	} {
+		if !errors.Is(err, ErrForeign) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	elsewhere := plain()
+	elsewhere.Name = "br-1"
+	if err := s.SetBridge(t.Context(), elsewhere); err == nil || !strings.Contains(err.Error(), "ens1f0 is a port of bridge br-0000_3b_00.0") {
+		t.Error(err)
+	}
+	if n := len(s.rows("Bridge")); n != 1 {
+		t.Errorf("%d bridges", n)
+	}
+}
+
+func TestNotThere(t *testing.T) {
+	t.Parallel()
+	s := newServer(t)
+	s.transact(op{"op": "delete", "table": "Open_vSwitch", "where": []any{}})
+	if err := s.SetBridge(t.Context(), plain()); err == nil || !strings.Contains(err.Error(), "not initialized: start ovs-vswitchd") {
+		t.Error(err)
+	}
+	if n := len(s.rows("Bridge")) + len(s.rows("Interface")); n != 0 {
+		t.Errorf("%d rows are left", n)
+	}
+	s.stop()
+	if _, err := s.ReadBridge(t.Context(), "br-1"); !errors.Is(err, unix.ECONNREFUSED) || !strings.Contains(err.Error(), "start Open vSwitch on the node") {
+		t.Error(err)
+	}
+	if err := os.Remove(s.Socket); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.SetBridge(t.Context(), plain()); !errors.Is(err, unix.ENOENT) {
+		t.Error(err)
+	}
+}
+
+// Changes are told, and so is that Open vSwitch goes and comes.
+func TestWatch(t *testing.T) {
+	t.Parallel()
+	s := newServer(t)
+	ctx, stop := context.WithCancel(t.Context())
+	changed := s.Watch(ctx)
+	quiet := func() {
+		for {
+			select {
+			case <-changed:
+			case <-time.After(200 * time.Millisecond):
+				return
+			}
+		}
+	}
+	told := func(what string) {
+		t.Helper()
+		select {
+		case <-changed:
+		case <-time.After(10 * time.Second):
+			t.Fatalf("nothing was told of %s", what)
+		}
+		quiet()
+	}
+	told("the beginning")
+	s.mustSet(plain())
+	told("a bridge")
+	s.transact(op{"op": "update", "table": "Interface", "where": whereName("ens1f0"), "row": map[string]any{"ofport": 1}})
+	told("an interface that was opened")
+	s.transact(op{"op": "update", "table": "Interface", "where": whereName("ens1f0"), "row": map[string]any{"statistics": []any{"map", []any{[]any{"rx_bytes", 7}}}}})
+	select {
+	case <-changed:
+		t.Error("statistics were told")
+	case <-time.After(100 * time.Millisecond):
+	}
+	s.stop()
+	told("the end of Open vSwitch")
+	s.start()
+	told("its return")
+	s.mustSet(full())
+	told("a change after it")
+	stop()
+	s.eventually(func() bool { _, open := <-changed; return !open })
+}
