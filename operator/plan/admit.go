@@ -18,6 +18,7 @@ type Cluster struct {
 	Policies []sriovv1.SriovNetworkNodePolicy
 	Macvlans []sluicev1.MacvlanNodePolicy
 	Nodes    []Node
+	Bridges  bool // GateBridges is on
 }
 
 // Node is a node of a Cluster.
@@ -32,7 +33,7 @@ type Node struct {
 // conflicts, in which one of two policies would lose although neither yields. Warnings are
 // what is allowed and helps nobody, or takes from others.
 func (c *Cluster) AdmitPolicy(policy *sriovv1.SriovNetworkNodePolicy) (field.ErrorList, []string) {
-	before, after := Compile(c.Policies), Compile(replace(c.Policies, policy))
+	before, after := Compile(c.Policies, c.Bridges), Compile(replace(c.Policies, policy), c.Bridges)
 	a := admission{policy: policy.Name, spec: &policy.Spec}
 	for i := range c.Nodes {
 		node := &c.Nodes[i]
@@ -53,7 +54,7 @@ func (c *Cluster) AdmitPolicy(policy *sriovv1.SriovNetworkNodePolicy) (field.Err
 
 // AdmitMacvlanPolicy does for MacvlanNodePolicies what AdmitPolicy does.
 func (c *Cluster) AdmitMacvlanPolicy(policy *sluicev1.MacvlanNodePolicy) (field.ErrorList, []string) {
-	vfs, policies := Compile(c.Policies), replace(c.Macvlans, policy)
+	vfs, policies := Compile(c.Policies, c.Bridges), replace(c.Macvlans, policy)
 	a := admission{policy: policy.Name, spec: &policy.Spec}
 	for i := range c.Nodes {
 		node := &c.Nodes[i]
@@ -74,7 +75,7 @@ func (c *Cluster) AdmitMacvlanPolicy(policy *sluicev1.MacvlanNodePolicy) (field.
 
 // on are the policies that select a node: that others do not is nothing to tell here.
 func (p *Policies) on(node *Node) *Policies {
-	some := &Policies{}
+	some := &Policies{bridges: p.bridges}
 	for _, c := range p.sorted {
 		if SelectsNode(c.Spec.NodeSelector, node.Labels) {
 			some.sorted = append(some.sorted, c)

@@ -98,7 +98,7 @@ func TestAdmitPolicy(t *testing.T) {
 			errors:    []string{"spec.excludeTopology: Invalid value: true: excludeTopology is true here and false in policy b, which has the same resourceName res-b"}},
 		{name: "a resource of MacVLAN slots", macvlans: []sluicev1.MacvlanNodePolicy{slotsOn("a", "res-a", "bond0")}, candidate: policy("a"),
 			errors: []string{"MacvlanNodePolicy a would not have what it asks for: resourceName res-a is that of SriovNetworkNodePolicy a, which has VFs on the node"}},
-		{name: "a bridge", candidate: policy("a", func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.Bridge.OVS = &sriovv1.OVSConfig{} }), warnings: []string{"bridge.ovs is not supported"}},
+		{name: "a bridge with its gate off", candidate: policy("a", bridged(nil)), warnings: []string{"bridge.ovs needs the feature gate manageSoftwareBridges: set featureGates manageSoftwareBridges to true"}},
 		{name: "an unknown key", candidate: policy("a", func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.NicSelector.UnknownKeys = []string{"pfName"} }),
 			errors: []string{"spec.nicSelector: Invalid value: {\"pfNames\":[\"ens1f0\"]}: nicSelector has the unknown key pfName"}},
 		{name: "the same on many nodes", nodes: []Node{node("n3", nics()...), node("n1", nics()...), node("n2", nics()...)}, candidate: policy("a", numVfs(65)),

@@ -27,7 +27,7 @@ func BenchmarkSpec2000Nodes(b *testing.B) {
 		inventory = append(inventory, nic)
 	}
 	for b.Loop() {
-		compiled := Compile(policies)
+		compiled := Compile(policies, true)
 		for node := range 2000 {
 			labels := map[string]string{"rack": fmt.Sprint(node % 50)}
 			spec := compiled.Spec(labels, inventory, sriovv1.SriovNetworkNodeStateSpec{})

@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 
+	"k8s.io/apimachinery/pkg/api/equality"
+
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 )
 
@@ -63,9 +65,10 @@ func (f Finding) Refused() bool {
 // claim is what one policy wants of one PF.
 type claim struct {
 	policy *sriovv1.SriovNetworkNodePolicy
-	vfs    []int             // sorted
-	group  sriovv1.VfGroup   // what the VFs are for; VfRange is left empty
-	iface  sriovv1.Interface // what the PF shall be; VfGroups is left empty
+	vfs    []int              // sorted
+	group  sriovv1.VfGroup    // what the VFs are for; VfRange is left empty
+	iface  sriovv1.Interface  // what the PF shall be; VfGroups is left empty
+	ovs    *sriovv1.OVSConfig // the bridge it shall be the uplink of; nil when the policy asks for none
 }
 
 func (c *claim) rank() rank { return rankOf(c.policy, c.policy.Spec.Priority) }
@@ -73,7 +76,8 @@ func (c *claim) rank() rank { return rankOf(c.policy, c.policy.Spec.Priority) }
 // Policies are policies made ready for planning many nodes. They are not changed, and
 // must not be changed by others either.
 type Policies struct {
-	sorted []compiled // strongest first
+	sorted  []compiled // strongest first
+	bridges bool       // GateBridges is on
 }
 
 // compiled is a policy with what is the same on all nodes.
@@ -92,12 +96,15 @@ type pfChoice struct {
 	vfs  []int // nil without a choice of VFs
 }
 
-// Compile makes policies ready for planning.
-func Compile(policies []sriovv1.SriovNetworkNodePolicy) *Policies {
-	p := &Policies{sorted: make([]compiled, len(policies))}
+// Compile makes policies ready for planning, bridges with GateBridges.
+func Compile(policies []sriovv1.SriovNetworkNodePolicy, bridges bool) *Policies {
+	p := &Policies{sorted: make([]compiled, len(policies)), bridges: bridges}
 	for i := range policies {
 		c := compiled{SriovNetworkNodePolicy: &policies[i]}
 		c.reason, c.why = refuseEverywhere(c.SriovNetworkNodePolicy)
+		if c.why == "" && c.Spec.Bridge.OVS != nil && !bridges {
+			c.reason, c.why = UnsupportedByNode, "bridge.ovs needs the feature gate "+GateBridges+": set featureGates "+GateBridges+" to true in SriovOperatorConfig default, or remove bridge"
+		}
 		for _, entry := range policies[i].Spec.NicSelector.PfNames {
 			name, vfs, err := ParsePfName(string(entry))
 			if err != nil && c.why == "" {
@@ -132,11 +139,11 @@ func (p *Policies) Spec(nodeLabels map[string]string, inventory []sriovv1.Interf
 	return newNodePlan(inventory, prior).plan(p, nodeLabels, prior)
 }
 
-// Desired is that of the compiled policies, for one node.
+// Desired is that of the compiled policies, for one node, with all feature gates on.
 func Desired(policies []sriovv1.SriovNetworkNodePolicy, nodeLabels map[string]string,
 	inventory []sriovv1.InterfaceExt, prior sriovv1.SriovNetworkNodeStateSpec,
 ) (sriovv1.SriovNetworkNodeStateSpec, []Finding) {
-	return Compile(policies).Desired(nodeLabels, inventory, prior)
+	return Compile(policies, true).Desired(nodeLabels, inventory, prior)
 }
 
 // nodePlan gathers the claims in effect, strongest first.
@@ -151,6 +158,7 @@ type nodePlan struct {
 type pfPlan struct {
 	pf     *sriovv1.InterfaceExt
 	prior  *sriovv1.Interface // nil when the PF had no spec
+	ovs    *sriovv1.OVSConfig // the bridge it had; nil when none, or none is to be kept
 	claims []claim
 }
 
@@ -171,6 +179,11 @@ func newNodePlan(inventory []sriovv1.InterfaceExt, prior sriovv1.SriovNetworkNod
 
 // plan lets the policies, strongest first, claim their VFs.
 func (n *nodePlan) plan(p *Policies, nodeLabels map[string]string, prior sriovv1.SriovNetworkNodeStateSpec) sriovv1.SriovNetworkNodeStateSpec {
+	if p.bridges {
+		for _, pf := range n.pfs {
+			pf.ovs = had(&prior.Bridges, pf.pf.PciAddress)
+		}
+	}
 	for i := range p.sorted {
 		n.add(&p.sorted[i], nodeLabels)
 	}
@@ -304,8 +317,6 @@ func refuseEverywhere(policy *sriovv1.SriovNetworkNodePolicy) (Reason, string) {
 		return PolicyInvalid, fmt.Sprintf("numVfs %d makes no VFs: set it to 1 or more; to take VFs away, delete the policy", spec.NumVfs)
 	case !resourceName.MatchString(spec.ResourceName):
 		return PolicyInvalid, fmt.Sprintf("resourceName %q is not a resource name: use 1 to 63 letters, digits, _ and -, with a letter or digit at both ends", spec.ResourceName)
-	case spec.Bridge.OVS != nil:
-		return UnsupportedByNode, "bridge.ovs is not supported, whatever feature gate manageSoftwareBridges says: remove it and attach the PF to a bridge yourself"
 	}
 	if why := combined(spec); why != "" {
 		return PolicyInvalid, why
@@ -338,7 +349,7 @@ func combined(spec *sriovv1.SriovNetworkNodePolicySpec) string {
 	case switchdev && infiniBand:
 		return fmt.Sprintf("eSwitchMode switchdev cannot go with linkType %s: set linkType to eth or eSwitchMode to legacy", spec.LinkType)
 	}
-	return ""
+	return refuseBridge(spec)
 }
 
 // resourceName is the form of a resource's name, after the prefix.
@@ -356,6 +367,8 @@ func (p *pfPlan) refuse(policy *sriovv1.SriovNetworkNodePolicy) (Reason, string)
 		return NICMismatch, fmt.Sprintf("linkType %s: PF %s is %s: change the card's port type with its vendor's tool, or linkType", spec.LinkType, p, pf.LinkType)
 	case spec.EswitchMode == sriovv1.EswitchModeSwitchdev && pf.EswitchMode == "":
 		return NICMismatch, fmt.Sprintf("eSwitchMode switchdev: the driver of PF %s has no eswitch that devlink can switch: remove eSwitchMode, or select another NIC", p)
+	case spec.Bridge.OVS != nil && len(BridgeName(pf.PciAddress)) > maxLinkName:
+		return NICMismatch, fmt.Sprintf("bridge.ovs: the bridge of PF %s would be called %s, which is longer than the %d characters that a link's name can have: remove bridge, or select another NIC", p, BridgeName(pf.PciAddress), maxLinkName)
 	case spec.ExternallyManaged && spec.EswitchMode != "" && pf.EswitchMode != "" && spec.EswitchMode != pf.EswitchMode:
 		return NICMismatch, fmt.Sprintf("eSwitchMode %s with externallyManaged: PF %s is in %s: change it there, or eSwitchMode", spec.EswitchMode, p, pf.EswitchMode)
 	case spec.ExternallyManaged && spec.NumVfs > pf.NumVfs:
@@ -371,6 +384,7 @@ func newClaim(policy *sriovv1.SriovNetworkNodePolicy, pf *sriovv1.InterfaceExt, 
 	return claim{
 		policy: policy,
 		vfs:    vfs,
+		ovs:    spec.Bridge.OVS,
 		group: sriovv1.VfGroup{
 			ResourceName:    spec.ResourceName,
 			DeviceType:      cmp.Or(spec.DeviceType, sriovv1.DeviceTypeNetDevice),
@@ -403,6 +417,13 @@ func (p *pfPlan) keep(policy *sriovv1.SriovNetworkNodePolicy) bool {
 	}
 	c := claim{policy: policy, iface: *p.prior}
 	c.iface.VfGroups = nil
+	if asked := policy.Spec.Bridge.OVS; asked != nil && p.ovs != nil {
+		ovs := *p.ovs
+		if p.prior.Mtu > 0 { // stands in its place
+			ovs.Uplink.Interface.MTURequest = asked.Uplink.Interface.MTURequest
+		}
+		c.ovs = &ovs
+	}
 	for _, group := range p.prior.VfGroups {
 		if group.PolicyName != policy.Name {
 			continue
@@ -456,6 +477,10 @@ func (p *pfPlan) clash(strong, weak *claim) (Reason, string) {
 			return reason, fmt.Sprintf("%s of PF %s is %s by policy %s and cannot also be %s: %s; make them equal, or select another PF",
 				setting.field, p, setting.strong, strong.policy.Name, setting.weak, high.wins(low))
 		}
+	}
+	if strong.ovs != nil && weak.ovs != nil && !equality.Semantic.DeepEqual(strong.ovs, weak.ovs) {
+		return reason, fmt.Sprintf("bridge.ovs of PF %s is as policy %s says and cannot also be otherwise, for a PF is in one bridge: %s; make them equal, or remove one",
+			p, strong.policy.Name, high.wins(low))
 	}
 	return "", ""
 }
@@ -512,16 +537,20 @@ func (p *pfPlan) String() string {
 	return p.pf.Name + " (" + p.pf.PciAddress + ")"
 }
 
-// spec writes the claims down. Bridges and system settings are not decided here: they
-// stay as they were.
+// spec writes the claims down. System settings are not decided here: they stay as they
+// were.
 func (n *nodePlan) spec(prior sriovv1.SriovNetworkNodeStateSpec) sriovv1.SriovNetworkNodeStateSpec {
-	prior.Interfaces = nil
+	prior.Interfaces, prior.Bridges = nil, sriovv1.Bridges{}
 	spec := *prior.DeepCopy()
 	for _, p := range n.pfs {
 		if len(p.claims) > 0 {
 			spec.Interfaces = append(spec.Interfaces, p.spec())
+			if bridge := p.bridge(spec.Interfaces[len(spec.Interfaces)-1].Mtu); bridge != nil {
+				spec.Bridges.OVS = append(spec.Bridges.OVS, *bridge)
+			}
 		}
 	}
+	slices.SortFunc(spec.Bridges.OVS, func(a, b sriovv1.OVSConfigExt) int { return cmp.Compare(a.Name, b.Name) })
 	return spec
 }
 

@@ -130,8 +130,10 @@ func TestDesired(t *testing.T) {
 		{"one resource packed and spread", []sriovv1.SriovNetworkNodePolicy{
 			policy("a", resource("r")), policy("b", resource("r"), pfNames("ens2f0"), func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.Allocation = sriovv1.AllocationSpread })},
 			"ens1f0 0-3: a/r=0-3", []string{"b Conflict ens2f0: allocation is Spread here and Pack in policy a"}},
-		{"a software bridge", []sriovv1.SriovNetworkNodePolicy{policy("a", func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.Bridge.OVS = &sriovv1.OVSConfig{} })}, "",
-			[]string{"a UnsupportedByNode : bridge.ovs is not supported"}},
+		{"two bridges on a PF", []sriovv1.SriovNetworkNodePolicy{policy("a", pfNames("ens1f0#0-1"), bridged(nil)), policy("b", pfNames("ens1f0#2-3"), later(1), bridged(func(c *sriovv1.OVSConfig) { c.Bridge.FailMode = "secure" }))},
+			"ens1f0 0-3: a/res-a=0-1", []string{"b Conflict ens1f0: bridge.ovs of PF ens1f0 (0000:01:00.0) is as policy a says"}},
+		{"one bridge of two policies", []sriovv1.SriovNetworkNodePolicy{policy("a", pfNames("ens1f0#0-1"), bridged(nil)), policy("b", pfNames("ens1f0#2-3"), later(1), bridged(nil)), policy("c", numVfs(6), pfNames("ens1f0#4-5"), later(2))},
+			"ens1f0 0-5: a/res-a=0-1 b/res-b=2-3 c/res-c=4-5", nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			spec, findings := Desired(c.policies, map[string]string{"role": "worker"}, nics(), sriovv1.SriovNetworkNodeStateSpec{})

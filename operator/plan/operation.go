@@ -34,6 +34,8 @@ type Kind string
 // BindVFDriver: they get their address first and are probed once.
 const (
 	SetRDMAMode     Kind = "SetRDMAMode"     // Value: shared or exclusive; of the node
+	RemoveBridge    Kind = "RemoveBridge"    // Value: the name, as below
+	DetachUplink    Kind = "DetachUplink"    // takes the PF out of its bridge, before SetEswitchMode
 	SetPFMTU        Kind = "SetPFMTU"        // Number: bytes
 	SetPFUp         Kind = "SetPFUp"         //
 	UnbindVFDriver  Kind = "UnbindVFDriver"  // before SetEswitchMode
@@ -48,6 +50,7 @@ const (
 	RenameVF        Kind = "RenameVF"        // Value: the name
 	SetVFMAC        Kind = "SetVFMAC"        // Value: the MAC of the netdev itself
 	SetVFMTU        Kind = "SetVFMTU"        // Number: bytes
+	SetBridge       Kind = "SetBridge"       // makes the bridge of the PF, or makes it right
 )
 
 // Operation is one change of one function, or with SetRDMAMode of the node.
@@ -88,7 +91,7 @@ func (o Operation) String() string {
 // TouchesVF tells whether the operation changes the VF, itself or with its PF.
 func (o Operation) TouchesVF(index int) bool {
 	switch o.Kind {
-	case SetNumVFs, SetEswitchMode:
+	case SetNumVFs, SetEswitchMode, RemoveBridge, DetachUplink:
 		return true
 	}
 	return o.VF == index

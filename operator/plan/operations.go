@@ -31,6 +31,8 @@ type PF struct {
 	// file of the PF is in /etc/sriov-operator/pci, it was not externally managed,
 	// and SetNumVFs has not been done since. Such VFs keep their addresses.
 	TakenOver bool
+
+	Bridge Bridge // see WithBridge
 }
 
 // Original is what a PF had before it was first changed, and what it was given.

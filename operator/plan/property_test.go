@@ -29,6 +29,11 @@ func genPolicy(t *rapid.T, name string) sriovv1.SriovNetworkNodePolicy {
 	p.Spec.EswitchMode = rapid.SampledFrom([]string{"", "", "legacy", "switchdev"}).Draw(t, name+" mode")
 	p.Spec.ExcludeTopology = rapid.IntRange(0, 9).Draw(t, name+" topology") == 0
 	p.Spec.ExternallyManaged = rapid.IntRange(0, 9).Draw(t, name+" external") == 0
+	if rapid.IntRange(0, 3).Draw(t, name+" bridge") == 0 {
+		bridged(func(c *sriovv1.OVSConfig) {
+			c.Bridge.FailMode = rapid.SampledFrom([]string{"", "secure"}).Draw(t, name+" fail mode")
+		})(&p)
+	}
 	p.Spec.Mtu = rapid.SampledFrom([]int{0, 1500, 9000}).Draw(t, name+" mtu")
 	p.Spec.NicSelector.PfNames = nil
 	for _, nic := range []string{"ens1f0", "enp1s0f0", "ens2f0"} {
@@ -62,7 +67,7 @@ func TestDesiredProperties(t *testing.T) {
 			prior, _ = Desired(genPolicies(t), nil, inventory, prior)
 		}
 		spec, findings := Desired(policies, nil, inventory, prior)
-		if diff := cmp.Diff(spec, Compile(policies).Spec(nil, inventory, prior)); diff != "" {
+		if diff := cmp.Diff(spec, Compile(policies, true).Spec(nil, inventory, prior)); diff != "" {
 			t.Fatalf("without findings it is another spec:\n%s", diff)
 		}
 
@@ -99,6 +104,17 @@ func TestDesiredProperties(t *testing.T) {
 				}
 			}
 		}
+		for _, b := range spec.Bridges.OVS {
+			up := b.Uplinks[0]
+			i := slices.IndexFunc(spec.Interfaces, func(i sriovv1.Interface) bool { return i.PciAddress == up.PciAddress })
+			if b.Name != BridgeName(up.PciAddress) || i < 0 || spec.Interfaces[i].EswitchMode != "switchdev" || spec.Interfaces[i].ExternallyManaged {
+				t.Fatalf("bridge %+v on %+v", b, spec.Interfaces)
+			}
+		}
+		if off := Compile(policies, false).Spec(nil, inventory, prior); len(off.Bridges.OVS) > 0 {
+			t.Fatalf("bridges without the gate: %+v", off.Bridges)
+		}
+
 		for _, p := range policies {
 			if len(reasons(findings, p.Name)) == 0 {
 				t.Fatalf("policy %s has no finding", p.Name)

@@ -115,7 +115,14 @@ func TestRefusedWhateverTheNIC(t *testing.T) {
 			p.Spec.NicSelector = sriovv1.SriovNetworkNicSelector{NetFilter: "aws/NetworkID:x"}
 			p.Spec.EswitchMode = "legacy"
 		}, "PolicyInvalid nicSelector.netFilter"},
-		"a bridge": {func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.Bridge.OVS = &sriovv1.OVSConfig{} }, "UnsupportedByNode bridge.ovs"},
+		"a bridge in legacy mode": {func(p *sriovv1.SriovNetworkNodePolicy) { p.Spec.Bridge.OVS = &sriovv1.OVSConfig{} }, "PolicyInvalid bridge.ovs needs the NIC in switchdev mode"},
+		"a bridge on a NIC of others": {func(p *sriovv1.SriovNetworkNodePolicy) {
+			bridged(nil)(p)
+			p.Spec.ExternallyManaged = true
+		}, "PolicyInvalid bridge.ovs cannot go with externallyManaged"},
+		"a bridge with the agent's key": {bridged(func(c *sriovv1.OVSConfig) { c.Bridge.ExternalIDs = map[string]string{"sluice.dev/bridge": ""} }),
+			"PolicyInvalid bridge.ovs.bridge.externalIDs has the key sluice.dev/bridge"},
+		"a bridge's MTU": {bridged(func(c *sriovv1.OVSConfig) { c.Uplink.Interface.MTURequest = new(int) }), "PolicyInvalid bridge.ovs.uplink.interface.mtuRequest 0"},
 		"a network nobody knows": {func(p *sriovv1.SriovNetworkNodePolicy) {
 			p.Spec.NicSelector = sriovv1.SriovNetworkNicSelector{NetFilter: "aws/NetworkID:x"}
 		}, "NoNICSelected nicSelector selects no PF"},
