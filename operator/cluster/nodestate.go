@@ -113,11 +113,11 @@ func (r *nodeState) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.R
 	if err != nil {
 		return ctrl.Result{}, r.forget(ctx, request.Name, state, missing)
 	}
-	policies, err := r.policies(ctx)
+	config, hasAgent, err := r.hasAgent(ctx, node)
 	if err != nil {
 		return ctrl.Result{}, err
 	}
-	config, hasAgent, err := r.hasAgent(ctx, node)
+	policies, err := r.policies(ctx, config != nil && config.Spec.FeatureGates[plan.GateBridges])
 	if err != nil {
 		return ctrl.Result{}, err
 	}
@@ -167,7 +167,7 @@ func renderNode(policies *policies, pools *plan.Pools, config *sriovv1.SriovOper
 	state *sriovv1.SriovNetworkNodeState, missing bool,
 ) (sriovv1.SriovNetworkNodeStateSpec, map[policyKey]judged) {
 	if isRestoring(config) {
-		return sriovv1.SriovNetworkNodeStateSpec{Bridges: state.Spec.Bridges}, policies.selecting(node,
+		return sriovv1.SriovNetworkNodeStateSpec{}, policies.selecting(node,
 			verdict{reason: reasonRestoring, message: "its NICs are given back, because SriovOperatorConfig default is being deleted", progress: true})
 	}
 	spec, findings := policies.compiled.Desired(node.Labels, state.Status.Interfaces, state.Spec)
@@ -215,12 +215,13 @@ type policies struct {
 	macvlans []sluicev1.MacvlanNodePolicy
 	compiled *plan.Policies
 	edition  int64 // how many events of policies there had been
+	bridges  bool  // the feature gate
 }
 
 // policies reads the policies, and prepares them for all nodes, once after each event.
-func (r *nodeState) policies(ctx context.Context) (*policies, error) {
+func (r *nodeState) policies(ctx context.Context, bridges bool) (*policies, error) {
 	edition := r.edition.Load() // before they are read: what comes later is of the next
-	if last := r.prepared.Load(); last != nil && last.edition == edition {
+	if last := r.prepared.Load(); last != nil && last.edition == edition && last.bridges == bridges {
 		return last, nil
 	}
 	vfs, macvlans := &sriovv1.SriovNetworkNodePolicyList{}, &sluicev1.MacvlanNodePolicyList{}
@@ -234,8 +235,9 @@ func (r *nodeState) policies(ctx context.Context) (*policies, error) {
 		vfs:      slices.DeleteFunc(vfs.Items, func(p sriovv1.SriovNetworkNodePolicy) bool { return p.DeletionTimestamp != nil }),
 		macvlans: slices.DeleteFunc(macvlans.Items, func(p sluicev1.MacvlanNodePolicy) bool { return p.DeletionTimestamp != nil }),
 		edition:  edition,
+		bridges:  bridges,
 	}
-	p.compiled = plan.Compile(p.vfs)
+	p.compiled = plan.Compile(p.vfs, bridges)
 	r.prepared.Store(p)
 	return p, nil
 }
@@ -275,6 +277,11 @@ func (p *policies) judged(vfs, macvlans map[string]verdict) map[policyKey]judged
 	return all
 }
 
+// ovsBridges are Bridges with a list that is given also when it is empty.
+type ovsBridges struct {
+	OVS []sriovv1.OVSConfigExt `json:"ovs"`
+}
+
 // apply writes the spec over that of a state, which is empty where there is none yet.
 func (r *nodeState) apply(ctx context.Context, state *sriovv1.SriovNetworkNodeState, key client.ObjectKey, config *sriovv1.SriovOperatorConfig, spec *sriovv1.SriovNetworkNodeStateSpec) error {
 	if state.Spec.System.RdmaMode != "" && spec.System.RdmaMode == "" {
@@ -288,9 +295,10 @@ func (r *nodeState) apply(ctx context.Context, state *sriovv1.SriovNetworkNodeSt
 	// when somebody else has written it too.
 	part, err := runtime.DefaultUnstructuredConverter.ToUnstructured(&struct {
 		Interfaces []sriovv1.Interface     `json:"interfaces"`
+		Bridges    ovsBridges              `json:"bridges"`
 		Macvlans   []sriovv1.MacvlanParent `json:"macvlans"`
 		System     sriovv1.System          `json:"system,omitzero"`
-	}{append([]sriovv1.Interface{}, spec.Interfaces...), append([]sriovv1.MacvlanParent{}, spec.Macvlans...), spec.System})
+	}{append([]sriovv1.Interface{}, spec.Interfaces...), ovsBridges{append([]sriovv1.OVSConfigExt{}, spec.Bridges.OVS...)}, append([]sriovv1.MacvlanParent{}, spec.Macvlans...), spec.System})
 	if err != nil {
 		return fmt.Errorf("convert the spec of SriovNetworkNodeState %s: %w", key.Name, err)
 	}

@@ -16,6 +16,7 @@ import (
 
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/operator/cluster/admission"
+	"github.com/sluice-network/sluice/operator/plan"
 )
 
 // agentName is the name of the agents' DaemonSet, service account and container owner.
@@ -123,8 +124,11 @@ func agentSelector(config *sriovv1.SriovOperatorConfig, nodes []metav1.PartialOb
 	return selector
 }
 
-// gates are the feature gates that the SR-IOV network operator has, but for the one that
-// is heeded, with what Sluice does instead of heeding them.
+// heeded are the feature gates that have an effect.
+var heeded = []string{plan.GateBridges, admission.GateInjectorFails}
+
+// gates are the other ones that the SR-IOV network operator has, with what Sluice does
+// instead of heeding them.
 var gates = map[string]struct {
 	on   bool
 	does string
@@ -133,7 +137,6 @@ var gates = map[string]struct {
 	"blockDevicePluginUntilConfigured": {true, "a VF is never advertised before it is configured"},
 	"metricsExporter":                  {true, "agents always serve their metrics"},
 	"mellanoxFirmwareReset":            {false, "firmware is never changed, so it needs no reset"},
-	"manageSoftwareBridges":            {false, "software bridges are not managed"},
 }
 
 // defaultsOn are gates that are on where nothing is said of them. Turned on they ask for
@@ -150,9 +153,9 @@ func unsupported(spec *sriovv1.SriovOperatorConfigSpec) []string {
 	for _, name := range slices.Sorted(maps.Keys(spec.FeatureGates)) {
 		gate, known := gates[name]
 		switch on := spec.FeatureGates[name]; {
-		case name == admission.GateInjectorFails: // is heeded
+		case slices.Contains(heeded, name):
 		case !known:
-			all = append(all, fmt.Sprintf("featureGates %s: there is no such gate: remove it, or use one of %s, %s", name, strings.Join(slices.Sorted(maps.Keys(gates)), ", "), admission.GateInjectorFails))
+			all = append(all, fmt.Sprintf("featureGates %s: there is no such gate: remove it, or use one of %s, %s", name, strings.Join(slices.Sorted(maps.Keys(gates)), ", "), strings.Join(heeded, ", ")))
 		case on != gate.on && !slices.Contains(defaultsOn, name):
 			all = append(all, fmt.Sprintf("featureGates %s %t: %s: set it to %t or remove it", name, on, gate.does, gate.on))
 		}

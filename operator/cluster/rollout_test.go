@@ -54,13 +54,12 @@ func TestUnsupported(t *testing.T) {
 	for want, spec := range map[string]sriovv1.SriovOperatorConfigSpec{
 		"": {
 			ConfigurationMode: "daemon", DisablePlugins: []sriovv1.PluginName{"mellanox"}, EnableOvsOffload: true,
-			FeatureGates:   map[string]bool{"parallelNicConfig": true, "metricsExporter": true, "blockDevicePluginUntilConfigured": true, "mellanoxFirmwareReset": true, "manageSoftwareBridges": false, "resourceInjectorMatchCondition": true},
+			FeatureGates:   map[string]bool{"parallelNicConfig": true, "metricsExporter": true, "blockDevicePluginUntilConfigured": true, "mellanoxFirmwareReset": true, "manageSoftwareBridges": true, "resourceInjectorMatchCondition": true},
 			EnableInjector: true,
 		},
 		"configurationMode systemd: ":        {ConfigurationMode: "systemd"},
 		"featureGates x: there is no such":   {FeatureGates: map[string]bool{"x": false}},
 		"featureGates parallelNicConfig fal": {FeatureGates: map[string]bool{"parallelNicConfig": false}},
-		"featureGates manageSoftwareBridges": {FeatureGates: map[string]bool{"manageSoftwareBridges": true}},
 		"configDaemonEnvVars NODE_NAME: ":    {ConfigDaemonEnvVars: map[string]string{"NODE_NAME": "x"}},
 	} {
 		got := strings.Join(unsupported(&spec), "; ")

@@ -42,6 +42,7 @@ type Config struct {
 	// InfiniBand VFs: /etc/sriov-operator.
 	UpstreamDir string
 	Kernel      Kernel
+	Switch      Switch
 	States      States
 	Advertiser  Advertiser
 	Usage       Usage
@@ -111,6 +112,7 @@ type Agent struct {
 	rdmaMode string
 	rdmaBusy time.Time
 	parents  parents
+	switched <-chan struct{} // tells of bridges; nil while nobody asks for one
 	boot     rebooting
 	left     bool // the agent's files are off the node
 	// Failures in a row to advertise, to read the NICs.
@@ -131,6 +133,7 @@ type hostName struct {
 // retry is when a PF that failed is tried again.
 type retry struct {
 	want     v1.Interface
+	bridge   *v1.OVSConfigExt
 	failures int
 	at       time.Time
 	report   *report // its troubles are told until then
@@ -225,6 +228,13 @@ func (a *Agent) Run(ctx context.Context) error {
 				}
 			}
 			a.mark(changes)
+			by(time.Now().Add(settle))
+		case _, ok := <-a.switched:
+			if !ok {
+				a.switched = nil // ctx ends
+				continue
+			}
+			a.bridgesChanged()
 			by(time.Now().Add(settle))
 		case <-a.poke:
 			by(time.Now())
@@ -373,6 +383,7 @@ func (a *Agent) view(r *report) plan.PF {
 		Eswitch: string(pf.Eswitch), TotalVFs: pf.TotalVFs, NumVFs: pf.NumVFs,
 	}
 	a.records.fill(&v)
+	v.Bridge.Is, v.Bridge.Foreign, v.Bridge.Unknown = r.bridge.is, r.bridge.foreign, r.bridge.unknown
 	if v.Original != nil && v.Original.MTU > 0 {
 		v.Original.MTU = max(v.Original.MTU, a.parentMTU(pf.Name))
 	}

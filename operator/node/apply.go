@@ -21,7 +21,8 @@ import (
 var errTaken = errors.New("a pod holds the VF")
 
 // apply does one operation on the PF as it was seen.
-func (p *pass) apply(ctx context.Context, pf host.PF, op plan.Operation) error {
+func (p *pass) apply(ctx context.Context, r *report, op plan.Operation) error {
+	pf := r.have
 	// Asked again at the last moment: the plan may be older than a pod's claim.
 	for _, vf := range pf.VFs {
 		if op.TouchesVF(vf.Index) {
@@ -41,6 +42,12 @@ func (p *pass) apply(ctx context.Context, pf host.PF, op plan.Operation) error {
 			return p.Kernel.SetNumVFs(ctx, pf.PCIAddress, op.Number)
 		case plan.SetEswitchMode:
 			return p.Kernel.SetEswitchMode(ctx, pf.PCIAddress, host.EswitchMode(op.Value))
+		case plan.SetBridge:
+			return p.Switch.SetBridge(ctx, toSwitch(r.bridge.want))
+		case plan.DetachUplink:
+			return p.Switch.DetachUplink(ctx, op.Value)
+		case plan.RemoveBridge:
+			return p.Switch.RemoveBridge(ctx, op.Value)
 		}
 		return fmt.Errorf("operation %s is not known", op)
 	}

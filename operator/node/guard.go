@@ -68,7 +68,8 @@ func (c carriers) risk(op plan.Operation) risk {
 		if slices.Contains(c.vfs, op.VF) {
 			return cutting
 		}
-	case op.Kind == plan.SetEswitchMode && any, op.Kind == plan.SetNumVFs && len(c.vfs) > 0:
+	// A port of a bridge has no addresses of its own any more.
+	case op.Kind == plan.SetEswitchMode && any, op.Kind == plan.SetBridge && c.pf, op.Kind == plan.SetNumVFs && len(c.vfs) > 0:
 		return cutting
 	case (op.Kind == plan.SetNumVFs || op.Kind == plan.SetPFMTU) && any:
 		return risky

@@ -51,6 +51,7 @@ func (b *budget) spend(d time.Duration) { b.credit -= max(d, leastLook) }
 // nic is what is known of one NIC, and how far that can be relied on.
 type nic struct {
 	pf      host.PF           // as last read
+	bridge  bridge            // as last read
 	changed bool              // something of it changed since
 	suspect bool              // the settings of its VFs may be others than those last read
 	stale   bool              // it could not be read when last looked at
@@ -150,6 +151,7 @@ func (p *pass) lookAround(ctx context.Context, audit bool) {
 		}
 		n := p.nics[pf.PCIAddress]
 		n.suspect = n.suspect || audit
+		n.bridge.read = n.bridge.read && !audit
 		n.take(pf)
 		p.looked[pf.PCIAddress] = true
 	}

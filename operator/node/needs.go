@@ -6,6 +6,7 @@ import (
 
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/internal/ovsdb"
 )
 
 // Kernel is what the agent does with the node's NICs; host.Host is the real one.
@@ -33,6 +34,15 @@ type Kernel interface {
 	RemoveVLAN(ctx context.Context, l host.Link) error
 	PathLinks(ctx context.Context, addresses []net.IP) ([]int, error)
 	Watch(ctx context.Context) (<-chan host.Changes, error)
+}
+
+// Switch is the node's Open vSwitch; ovsdb.Client is the real one.
+type Switch interface {
+	ReadBridge(ctx context.Context, name string) (*ovsdb.Found, error)
+	SetBridge(ctx context.Context, want ovsdb.Bridge) error
+	DetachUplink(ctx context.Context, bridge string) error
+	RemoveBridge(ctx context.Context, name string) error
+	Watch(ctx context.Context) <-chan struct{}
 }
 
 // States is the node's own SriovNetworkNodeState at the API server; Server is

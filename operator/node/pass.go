@@ -38,7 +38,7 @@ func (p *pass) collect() {
 	}
 	for _, address := range slices.Sorted(maps.Keys(p.nics)) {
 		n := p.nics[address]
-		p.reports = append(p.reports, &report{have: n.pf, network: p.networks.network(n.pf), stale: n.stale, carries: carriersOf(n.pf, p.path).vfs, vfTrouble: map[int]trouble{}, touched: map[string]bool{}})
+		p.reports = append(p.reports, &report{have: n.pf, bridge: n.bridge, network: p.networks.network(n.pf), stale: n.stale, carries: carriersOf(n.pf, p.path).vfs, vfTrouble: map[int]trouble{}, touched: map[string]bool{}})
 	}
 }
 
@@ -48,11 +48,15 @@ func (p *pass) assign() {
 	if p.state == nil {
 		return
 	}
+	for _, r := range p.reports {
+		r.bridge.want = nil
+	}
 	for i := range p.state.Spec.Interfaces {
 		want := &p.state.Spec.Interfaces[i]
 		at := slices.IndexFunc(p.reports, func(r *report) bool { return r.have.PCIAddress == want.PciAddress })
 		if at >= 0 {
 			p.reports[at].want, p.reports[at].asked = want, true
+			p.reports[at].bridge.want = bridgeOf(&p.state.Spec, p.reports[at].have)
 			continue
 		}
 		p.reports = append(p.reports, &report{want: want, asked: true, trouble: trouble{ReasonNotFound,
@@ -73,6 +77,7 @@ func (p *pass) examine(ctx context.Context, r *report) bool {
 	if err == nil {
 		err = p.tampered(ctx, r)
 	}
+	p.readBridge(ctx, r)
 	seen := p.view(r)
 	if err != nil {
 		return p.inTheWay(r, ReasonUnreadable, err)
@@ -106,14 +111,14 @@ func (p *pass) inTheWay(r *report, reason string, err error) bool {
 func (p *pass) propose(ctx context.Context, r *report, seen plan.PF) bool {
 	address := r.have.PCIAddress
 	again := p.retries[address]
-	early := again != nil && sameWant(again.want, *r.want) && time.Now().Before(again.at)
-	ops, blocked, err := plan.Operations(*r.want, seen)
+	early := again != nil && again.same(r) && time.Now().Before(again.at)
+	ops, blocked, err := r.plan(seen)
 	if len(ops) > 0 && !early && !p.fresh[address] {
 		// Only what is so at this moment is acted upon.
 		if readErr := p.readNow(ctx, r); readErr != nil {
 			return p.inTheWay(r, ReasonUnreadable, readErr)
 		}
-		ops, blocked, err = plan.Operations(*r.want, p.view(r))
+		ops, blocked, err = r.plan(p.view(r))
 	}
 	p.learn(r)
 	if err != nil {
@@ -244,8 +249,8 @@ func (p *pass) failed(r *report) {
 	if r.want != nil {
 		want = *r.want
 	}
-	if again == nil || !sameWant(again.want, want) {
-		again = &retry{want: want}
+	if again == nil || !again.same(r) {
+		again = &retry{want: want, bridge: r.bridge.want}
 		p.retries[r.have.PCIAddress] = again
 	}
 	again.failures++
@@ -265,7 +270,7 @@ func (p *pass) bring(ctx context.Context, r *report) {
 	var last []plan.Operation
 	for ctx.Err() == nil {
 		p.mu.Lock()
-		ops, blocked, err := plan.Operations(*r.want, p.view(r))
+		ops, blocked, err := r.plan(p.view(r))
 		ops = p.guard(r, ops)
 		p.mu.Unlock()
 		ops = slices.DeleteFunc(ops, func(op plan.Operation) bool { return failed[op.VF] })
@@ -297,7 +302,7 @@ func (p *pass) bring(ctx context.Context, r *report) {
 				p.note(r, -1, trouble{ReasonNoState, err.Error()})
 				return
 			}
-			err = p.lifted(ctx, r, op, func() error { return p.apply(ctx, r.have, op) })
+			err = p.lifted(ctx, r, op, func() error { return p.apply(ctx, r, op) })
 			var guarded *guardError
 			switch {
 			case errors.As(err, &guarded):
@@ -335,8 +340,11 @@ func (p *pass) again(ctx context.Context, r *report) bool {
 		return false
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	r.have = now
+	p.mu.Unlock()
+	p.reread(ctx, r)
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.view(r)
 	return true
 }
@@ -354,7 +362,7 @@ func (p *pass) rebind(ctx context.Context, r *report) {
 		if op.VF < 0 || failed[op.VF] {
 			continue
 		}
-		if err := p.apply(ctx, r.have, op); err != nil && !errors.Is(err, errTaken) {
+		if err := p.apply(ctx, r, op); err != nil && !errors.Is(err, errTaken) {
 			p.note(r, op.VF, trouble{ReasonRefused, err.Error()})
 			failed[op.VF] = true
 		}

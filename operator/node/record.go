@@ -22,6 +22,8 @@ type pfRecord struct {
 	Eswitch     host.EswitchMode `json:"eswitch,omitempty"`
 	NumVFs      int              `json:"numVFs,omitempty"` // VFs that somebody else had made
 	AutoprobeNo bool             `json:"autoprobeOff,omitempty"`
+	// Bridge tells that a bridge was to be made of it.
+	Bridge bool `json:"bridge,omitempty"`
 	// TakenOver tells that the VFs are those the SR-IOV network operator made.
 	TakenOver bool `json:"takenOver,omitempty"`
 	// GivenUp is left of a PF that was given up although the SR-IOV network
@@ -153,6 +155,8 @@ func (r *records) before(address string, op plan.Operation) error {
 	switch op.Kind {
 	case plan.SetPFMTU:
 		return r.change(address, func(one *pfRecord) { one.RaisedMTU = op.Number })
+	case plan.SetBridge:
+		return r.change(address, func(one *pfRecord) { one.Bridge = true })
 	case plan.SetNumVFs:
 		return r.change(address, func(one *pfRecord) { one.TakenOver = false })
 	}
@@ -178,7 +182,7 @@ func (r *records) fill(v *plan.PF) {
 	one, ok := r.get(v.PCIAddress)
 	if ok {
 		v.Original = &plan.Original{MTU: one.MTU, RaisedMTU: one.RaisedMTU, Eswitch: string(one.Eswitch)}
-		v.TakenOver = one.TakenOver
+		v.TakenOver, v.Bridge.Made = one.TakenOver, one.Bridge
 		return
 	}
 	r.mu.Lock()

@@ -34,6 +34,7 @@ const (
 	ReasonLost        = "ManagementLinkLost"   // a change cut it and was taken back
 	ReasonUnverified  = "APIServerUnreachable" // whether a change cuts it could not be checked
 	ReasonNoState     = "StateNotWritten"      // the agent could not write what must survive a reboot
+	ReasonNoUplink    = "UplinkNotOpened"      // Open vSwitch cannot open the PF
 	ReasonNoParent    = "NoParent"             // the spec names a MacVLAN parent that is not there, or cannot be one
 	ReasonUnreadable  = "NICUnreadable"        // a NIC could not be read
 	ReasonIdle        = "Idle"                 // no work to do
@@ -53,9 +54,10 @@ type report struct {
 	have      host.PF
 	network   string        // that it is on, as nicSelector.netFilter names it
 	want      *v1.Interface // nil when the spec does not speak of the PF
-	asked     bool          // want comes from the spec, not from giving the PF up
-	takenOver bool          // see plan.PF
-	stale     bool          // have is what was read last; it cannot be read now
+	bridge    bridge
+	asked     bool // want comes from the spec, not from giving the PF up
+	takenOver bool // see plan.PF
+	stale     bool // have is what was read last; it cannot be read now
 	holders   map[string]string
 	held      map[string]bool
 	working   bool
@@ -127,6 +129,8 @@ func (r *report) vfState(vf host.VF, group plan.VFGroup) (ready bool, why string
 	case r.otherMode() != "":
 		// It would get a pod, which would have to go before the mode can change.
 		return false, fmt.Sprintf("the PF's eswitch is in mode %s and shall be in %s", r.have.Eswitch, r.otherMode())
+	case !r.bridge.ready():
+		return false, r.bridge.why(r.have.Name)
 	case group.DeviceType != v1.DeviceTypeVfioPci && vf.Name == "":
 		return false, "waits: its driver has made no network device in the node's namespace, and no pod known here holds it"
 	}
@@ -161,6 +165,9 @@ func status(reports []*report, slots *parents, unreadable error, generation int6
 	for _, r := range reports {
 		if r.have.PCIAddress != "" {
 			s.Interfaces = append(s.Interfaces, r.interfaceStatus())
+		}
+		if r.bridge.is != nil {
+			s.Bridges.OVS = append(s.Bridges.OVS, *r.bridge.is)
 		}
 		troubles = append(troubles, r.troubles()...)
 		for _, b := range r.blocked {
@@ -270,6 +277,9 @@ func (r *report) troubles() []trouble {
 	if r.trouble.message != "" {
 		all = append(all, r.trouble)
 	}
+	if t := r.bridge.trouble(r.have.Name); t.message != "" {
+		all = append(all, t)
+	}
 	for _, vf := range r.have.VFs {
 		for _, t := range []trouble{r.vfTrouble[vf.Index], r.drift[vf.Index]} {
 			if t.message != "" {
@@ -285,7 +295,7 @@ func (r *report) interfaceStatus() v1.InterfaceExt {
 	s := v1.InterfaceExt{
 		Name: pf.Name, AltNames: pf.AltNames, Mac: macText(pf.MAC), Driver: pf.Driver, PciAddress: pf.PCIAddress,
 		Vendor: pf.Vendor, DeviceID: pf.DeviceID, Mtu: pf.MTU, NumVfs: pf.NumVFs, TotalVfs: pf.TotalVFs,
-		LinkType: string(pf.LinkType), EswitchMode: string(pf.Eswitch), Message: cmp.Or(r.trouble.message, r.waits(-1)),
+		LinkType: string(pf.LinkType), EswitchMode: string(pf.Eswitch), Message: cmp.Or(r.trouble.message, r.waits(-1), r.bridge.trouble(pf.Name).message),
 		ExternallyManaged: r.want != nil && r.want.ExternallyManaged, NetFilter: r.network,
 	}
 	if pf.LinkSpeed > 0 {

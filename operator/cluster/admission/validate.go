@@ -202,7 +202,11 @@ func (v *Validator) cluster(ctx context.Context) (*plan.Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &plan.Cluster{Nodes: nodes}
+	config := &sriovv1.SriovOperatorConfig{}
+	if err := v.Get(ctx, client.ObjectKey{Namespace: v.Namespace, Name: sriovv1.DefaultOperatorConfigName}, config); client.IgnoreNotFound(err) != nil {
+		return nil, fmt.Errorf("read SriovOperatorConfig %s: %w", sriovv1.DefaultOperatorConfigName, err)
+	}
+	c := &plan.Cluster{Nodes: nodes, Bridges: config.Spec.FeatureGates[plan.GateBridges]}
 	for i := range policies.Items {
 		if policies.Items[i].DeletionTimestamp == nil {
 			c.Policies = append(c.Policies, policies.Items[i])

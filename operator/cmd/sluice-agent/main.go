@@ -40,6 +40,7 @@ import (
 	"github.com/sluice-network/sluice/deviceplugin/podresources"
 	"github.com/sluice-network/sluice/internal/cloud"
 	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/internal/ovsdb"
 	"github.com/sluice-network/sluice/operator/node"
 )
 
@@ -222,6 +223,7 @@ func run(ctx context.Context, c *settings) error {
 		Node: c.node, StateDir: c.stateDir, UpstreamDir: c.upstreamDir,
 		Kernel: kernel, States: objects, Conditions: conditions(aliasErr, pools), Others: fromFile(pools, ledger, c.prefix),
 		Advertiser: advertiser{plugin, recovered}, Usage: ledger, Attached: cni.Attached, Lifeline: lifeline,
+		Switch: &ovsdb.Client{Socket: ovsdb.DefaultSocket},
 		Reboot: func(ctx context.Context) error { return host.Reboot(ctx, c.systemBus) }, BootID: bootID, ModprobeDir: c.modprobeDir, Networks: networks,
 		Uninstall: func() error {
 			if err := uninstall(c.cniDir, cni.Attachments()); err != nil {
