@@ -200,6 +200,7 @@ type rig struct {
 	bootID          string
 	ended           chan error // how the agent ended by itself
 	line            *lifeline
+	ovs             Switch // none where nobody asks for a bridge
 	state, upstream string
 	others          func([]Candidate) []Pool
 }
@@ -227,7 +228,7 @@ func rigWith(t *testing.T) *rig {
 
 // start makes a new agent, as after a restart.
 func (r *rig) start() {
-	r.agent = New(Config{Node: "vm1", StateDir: r.state, UpstreamDir: r.upstream, Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Attached: r.usage.Attached, Lifeline: r.line, Uninstall: r.uninstall, ModprobeDir: r.modprobe, BootID: r.bootID, Reboot: r.reboot, Networks: r.networks, Log: testr.New(r.t),
+	r.agent = New(Config{Node: "vm1", StateDir: r.state, UpstreamDir: r.upstream, Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Attached: r.usage.Attached, Lifeline: r.line, Switch: r.ovs, Uninstall: r.uninstall, ModprobeDir: r.modprobe, BootID: r.bootID, Reboot: r.reboot, Networks: r.networks, Log: testr.New(r.t),
 		Conditions: func() []metav1.Condition {
 			return []metav1.Condition{{Type: "Alias", Status: metav1.ConditionTrue, Reason: "Installed"}}
 		}, Others: r.others})

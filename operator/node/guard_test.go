@@ -49,6 +49,7 @@ func TestRisk(t *testing.T) {
 		{plan.Operation{Kind: plan.SetPFMTU, VF: -1}, harmless, risky, risky},
 		{plan.Operation{Kind: plan.SetPFUp, VF: -1}, harmless, harmless, harmless},
 		{plan.Operation{Kind: plan.SetEswitchMode, VF: -1}, harmless, cutting, cutting},
+		{plan.Operation{Kind: plan.SetBridge, VF: -1}, harmless, cutting, harmless},
 		{plan.Operation{Kind: plan.BindVFDriver, VF: 0}, harmless, harmless, harmless},
 		{plan.Operation{Kind: plan.BindVFDriver, VF: 1}, harmless, harmless, cutting},
 		{plan.Operation{Kind: plan.SetVFAdminMAC, VF: 1}, harmless, harmless, cutting},

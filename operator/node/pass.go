@@ -465,6 +465,9 @@ func (p *pass) next() time.Duration {
 	if p.soon > 0 {
 		next = min(next, p.soon)
 	}
+	if slices.ContainsFunc(p.reports, func(r *report) bool { return r.bridge.unknown != "" }) {
+		next = min(next, lastRetry) // an event tells when Open vSwitch comes, not when it is merely slow
+	}
 	for _, again := range p.retries {
 		wait := time.Until(again.at)
 		if wait <= 0 {
