@@ -210,9 +210,13 @@ func of(was, is map[string]string) map[string]string {
 	return some
 }
 
-// SetBridge makes the bridge, or makes it what it shall be.
-func (c *Client) SetBridge(ctx context.Context, want Bridge) error {
+// SetBridge makes the bridge, or makes it what it shall be. One of somebody else it
+// refuses, or with adopt takes over, and what is in it stays.
+func (c *Client) SetBridge(ctx context.Context, want Bridge, adopt bool) error {
 	f, err := c.own(ctx, want.Name, want.Uplink.Name)
+	if adopt && errors.Is(err, ErrForeign) {
+		err = nil
+	}
 	if err == nil {
 		err = c.set(ctx, want, f)
 	}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -117,7 +118,7 @@ func (s *server) found() Found {
 
 func (s *server) mustSet(b Bridge) {
 	s.t.Helper()
-	if err := s.SetBridge(s.t.Context(), b); err != nil {
+	if err := s.SetBridge(s.t.Context(), b, false); err != nil {
 		s.t.Fatal(err)
 	}
 	if d := cmp.Diff(b, s.found().Bridge); d != "" {
@@ -217,7 +218,7 @@ func TestForeignBridge(t *testing.T) {
 		t.Errorf("%+v", f)
 	}
 	for what, err := range map[string]error{
-		"set": s.SetBridge(t.Context(), plain()), "detach": s.DetachUplink(t.Context(), "br-0000_3b_00.0"), "remove": s.RemoveBridge(t.Context(), "br-0000_3b_00.0"),
+		"set": s.SetBridge(t.Context(), plain(), false), "detach": s.DetachUplink(t.Context(), "br-0000_3b_00.0"), "remove": s.RemoveBridge(t.Context(), "br-0000_3b_00.0"),
 	} {
 		if !errors.Is(err, ErrForeign) {
 			t.Errorf("%s: %v", what, err)
@@ -225,11 +226,21 @@ func TestForeignBridge(t *testing.T) {
 	}
 	elsewhere := plain()
 	elsewhere.Name = "br-1"
-	if err := s.SetBridge(t.Context(), elsewhere); err == nil || !strings.Contains(err.Error(), "ens1f0 is a port of bridge br-0000_3b_00.0") {
+	if err := s.SetBridge(t.Context(), elsewhere, true); err == nil || !strings.Contains(err.Error(), "ens1f0 is a port of bridge br-0000_3b_00.0") {
 		t.Error(err)
 	}
 	if n := len(s.rows("Bridge")); n != 1 {
 		t.Errorf("%d bridges", n)
+	}
+	before, _ := s.rows("Bridge")[0].atoms("ports")
+	if err := s.SetBridge(t.Context(), full(), true); err != nil {
+		t.Fatal(err)
+	}
+	after, _ := s.rows("Bridge")[0].atoms("ports")
+	slices.Sort(before)
+	slices.Sort(after)
+	if d := cmp.Diff(full(), s.found().Bridge); d != "" || !slices.Equal(before, after) {
+		t.Errorf("taken over with ports %v of %v: %s", after, before, d)
 	}
 }
 
@@ -237,7 +248,7 @@ func TestNotThere(t *testing.T) {
 	t.Parallel()
 	s := newServer(t)
 	s.transact(op{"op": "delete", "table": "Open_vSwitch", "where": []any{}})
-	if err := s.SetBridge(t.Context(), plain()); err == nil || !strings.Contains(err.Error(), "not initialized: start ovs-vswitchd") {
+	if err := s.SetBridge(t.Context(), plain(), false); err == nil || !strings.Contains(err.Error(), "not initialized: start ovs-vswitchd") {
 		t.Error(err)
 	}
 	if n := len(s.rows("Bridge")) + len(s.rows("Interface")); n != 0 {
@@ -250,7 +261,7 @@ func TestNotThere(t *testing.T) {
 	if err := os.Remove(s.Socket); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.SetBridge(t.Context(), plain()); !errors.Is(err, unix.ENOENT) {
+	if err := s.SetBridge(t.Context(), plain(), false); !errors.Is(err, unix.ENOENT) {
 		t.Error(err)
 	}
 }

@@ -43,7 +43,7 @@ func (p *pass) apply(ctx context.Context, r *report, op plan.Operation) error {
 		case plan.SetEswitchMode:
 			return p.Kernel.SetEswitchMode(ctx, pf.PCIAddress, host.EswitchMode(op.Value))
 		case plan.SetBridge:
-			return p.Switch.SetBridge(ctx, toSwitch(r.bridge.want))
+			return p.Switch.SetBridge(ctx, toSwitch(r.bridge.want), r.bridge.adopt)
 		case plan.DetachUplink:
 			return p.Switch.DetachUplink(ctx, op.Value)
 		case plan.RemoveBridge:

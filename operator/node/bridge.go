@@ -18,6 +18,7 @@ type bridge struct {
 	want    *v1.OVSConfigExt // nil when none is asked for
 	is      *v1.OVSConfigExt // ours, as last read; nil when there is none
 	foreign bool             // there is one of somebody else
+	adopt   bool             // there is one that the SR-IOV network operator made
 	opened  bool             // ovs-vswitchd has the PF
 	failure string           // why it cannot open it
 	unknown string           // why it could not be read
@@ -131,7 +132,9 @@ func (p *pass) reread(ctx context.Context, r *report) {
 		now = r.bridge
 		now.unknown, now.read = err.Error(), false
 	} else if found != nil {
-		now.foreign, now.opened, now.failure = found.Foreign, found.Opened, found.Error
+		now.opened, now.failure = found.Opened, found.Error
+		now.adopt = found.Foreign && p.records.bridgeOfUpstream(found.Name)
+		now.foreign = found.Foreign && !now.adopt
 		if !found.Foreign {
 			now.is = fromSwitch(found.Bridge, r.have.PCIAddress)
 		}

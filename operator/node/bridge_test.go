@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -60,8 +62,13 @@ func (o *ovs) ReadBridge(_ context.Context, name string) (found *ovsdb.Found, er
 	return found, err
 }
 
-func (o *ovs) SetBridge(_ context.Context, want ovsdb.Bridge) error {
-	return o.call("SetBridge", func() { o.bridges[want.Name] = &ovsdb.Found{Bridge: want, Opened: !o.slow} })
+func (o *ovs) SetBridge(_ context.Context, want ovsdb.Bridge, adopt bool) error {
+	return o.call("SetBridge", func() {
+		if is := o.bridges[want.Name]; adopt != (is != nil && is.Foreign) {
+			o.t.Errorf("adopt is %t of %+v", adopt, is)
+		}
+		o.bridges[want.Name] = &ovsdb.Found{Bridge: want, Opened: !o.slow}
+	})
 }
 
 func (o *ovs) DetachUplink(_ context.Context, name string) error {
@@ -361,6 +368,14 @@ func TestForeignBridge(t *testing.T) {
 	o.spec(nil, switched())
 	o.ready()
 	o.wantCalls()
+	// The SR-IOV network operator's is taken over, with what is in it.
+	if err := os.WriteFile(filepath.Join(o.upstream, "managed-ovs-bridges.json"), []byte(`{"`+onBridge+`":{"name":"`+onBridge+`"}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o.spec(onNIC0(""), switched())
+	o.ready()
+	o.has(onNIC0(""))
+	o.wantCalls("SetBridge in switchdev")
 }
 
 // An uplink would lose the addresses by which the API server is reached.

@@ -39,7 +39,7 @@ type Kernel interface {
 // Switch is the node's Open vSwitch; ovsdb.Client is the real one.
 type Switch interface {
 	ReadBridge(ctx context.Context, name string) (*ovsdb.Found, error)
-	SetBridge(ctx context.Context, want ovsdb.Bridge) error
+	SetBridge(ctx context.Context, want ovsdb.Bridge, adopt bool) error
 	DetachUplink(ctx context.Context, bridge string) error
 	RemoveBridge(ctx context.Context, name string) error
 	Watch(ctx context.Context) <-chan struct{}

@@ -170,6 +170,14 @@ func (r *records) ofUpstream(address string) bool {
 	return err == nil && madeVFs(b, address)
 }
 
+// bridgeOfUpstream tells whether the SR-IOV network operator made the bridge: it keeps a
+// file of those.
+func (r *records) bridgeOfUpstream(name string) bool {
+	b, err := os.ReadFile(filepath.Join(filepath.Dir(r.upstream), "managed-ovs-bridges.json"))
+	var made map[string]json.RawMessage
+	return err == nil && json.Unmarshal(b, &made) == nil && made[name] != nil
+}
+
 // madeVFs reads the file that the SR-IOV network operator keeps of a PF. One that does
 // not speak of the PF is not believed: its VFs would stay as they are for ever.
 func madeVFs(file []byte, address string) bool {
