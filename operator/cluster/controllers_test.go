@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -12,10 +13,12 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/operator/plan"
 )
 
 func refusedWith(err error, want string) error {
@@ -340,4 +343,64 @@ func TestMacvlanPolicy(t *testing.T) {
 		}
 		return err
 	})
+}
+
+// A bridge comes and goes with its feature gate, and nobody else has a say in it.
+func TestBridges(t *testing.T) {
+	needAPI(t)
+	config := getConfig(t)
+	gate := func(on bool) {
+		change(t, config, func(c *sriovv1.SriovOperatorConfig) {
+			c.Spec.FeatureGates = map[string]bool{plan.GateBridges: on}
+		})
+	}
+	t.Cleanup(func() { change(t, config, func(c *sriovv1.SriovOperatorConfig) { c.Spec.FeatureGates = nil }) })
+	makeNode(t, "br-1", map[string]string{"test": "br"})
+	report := func() {
+		agentReports(t, "br-1", func(s *sriovv1.SriovNetworkNodeState) {
+			s.Status.Interfaces[0].EswitchMode = "switchdev"
+			meta.SetStatusCondition(&s.Status.Conditions, condition(sriovv1.ConditionReady, metav1.ConditionTrue))
+		})
+	}
+	report()
+	policy := makePolicy(t, "br-a", "br", 4, func(p *sriovv1.SriovNetworkNodePolicy) {
+		p.Spec.EswitchMode, p.Spec.Bridge.OVS = sriovv1.EswitchModeSwitchdev, &sriovv1.OVSConfig{Bridge: sriovv1.OVSBridgeConfig{FailMode: "secure"}}
+	})
+	conditions := func() []metav1.Condition { return policy.Status.Conditions }
+	const why = "bridge.ovs needs the feature gate manageSoftwareBridges: set featureGates manageSoftwareBridges to true in SriovOperatorConfig default"
+	wantCondition(t, policy, conditions, sriovv1.ConditionDegraded, metav1.ConditionTrue, "UnsupportedByNode", why)
+	bridges := func(want ...string) {
+		t.Helper()
+		eventually(t, func() error {
+			state, err := getState(t, "br-1")
+			var got []string
+			for _, b := range state.Spec.Bridges.OVS {
+				got = append(got, fmt.Sprintf("%s %s %s", b.Name, b.Bridge.FailMode, b.Uplinks[0].Name))
+			}
+			if err == nil && !slices.Equal(got, want) {
+				err = fmt.Errorf("the bridges are %q, want %q", got, want)
+			}
+			return err
+		})
+	}
+	wantGroups(t, "br-1", "")
+	gate(true)
+	const bridge = "br-0000_01_00.0 secure ens1f0"
+	bridges(bridge)
+	wantGroups(t, "br-1", "ens1f0 4 br-a=0-3")
+	report()
+	wantCondition(t, policy, conditions, sriovv1.ConditionDegraded, metav1.ConditionFalse, "AllNodesReady", "")
+
+	state, err := getState(t, "br-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := api.Patch(t.Context(), state, client.RawPatch(types.MergePatchType, []byte(`{"spec":{"bridges":{"ovs":[{"name":"br-x","uplinks":[{"pciAddress":"0000:01:00.0"}]}]}}}`)), client.FieldOwner("other")); err != nil {
+		t.Fatal(err)
+	}
+	bridges(bridge)
+	gate(false)
+	bridges()
+	wantGroups(t, "br-1", "ens1f0 4 br-a=0-3")
+	wantCondition(t, policy, conditions, sriovv1.ConditionDegraded, metav1.ConditionTrue, "UnsupportedByNode", why)
 }

@@ -388,10 +388,27 @@ func TestManagementNICIsNoUplink(t *testing.T) {
 	o.spec(onNIC0(""), switched())
 	o.degraded(ReasonManagement, "SetBridge "+onBridge, v1.AnnotationForceManagementNIC)
 	o.wantCalls()
+	// By force it is tried, and taken back when it did cut the way; without the bridge the
+	// rest goes on.
+	o.line.when(func() error {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		if b := o.bridges[onBridge]; b != nil && b.Uplink.Name != "" {
+			return errors.New("no way")
+		}
+		return nil
+	})
 	o.server.mu.Lock()
 	o.server.state.Annotations = map[string]string{v1.AnnotationForceManagementNIC: "true"}
 	o.server.send()
 	o.server.mu.Unlock()
+	o.degraded(ReasonLost, "SetBridge "+onBridge, "no way")
+	o.wantCalls("SetBridge in switchdev", "DetachUplink in switchdev")
+	o.spec(nil, switched())
+	o.has(nil)
+	o.ready()
+	o.line.when(nil)
+	o.spec(onNIC0(""), with(switched(), func(i *v1.Interface) { i.Mtu = 1500 }))
 	o.has(onNIC0(""))
 	o.ready()
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strings"
 	"time"
 
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
@@ -110,7 +111,10 @@ func (p *pass) guard(r *report, ops []plan.Operation) []plan.Operation {
 	if len(ops) == 0 {
 		return nil
 	}
-	if was, ok := p.records.get(r.have.PCIAddress); ok && was.Lost != nil && sameWant(*was.Lost, *r.want) {
+	bridges := slices.ContainsFunc(ops, func(op plan.Operation) bool { return op.Kind == plan.SetBridge })
+	// What a bridge did is no reason to leave the PF as it is once it shall have none.
+	if was, ok := p.records.get(r.have.PCIAddress); ok && was.Lost != nil && sameWant(*was.Lost, *r.want) &&
+		(bridges || !strings.HasPrefix(was.LostBy, string(plan.SetBridge))) {
 		r.trouble = trouble{ReasonLost, was.lost()}
 		return nil
 	}
@@ -183,6 +187,9 @@ func (p *pass) lifted(ctx context.Context, r *report, op plan.Operation, do func
 	was := pfRecord{LostBy: op.String()}
 	t := trouble{ReasonLost, fmt.Sprintf("%s: %v", was.lost(), cut)}
 	err := p.records.change(r.have.PCIAddress, func(one *pfRecord) { one.Lost, one.LostBy = r.want.DeepCopy(), was.LostBy })
+	if op.Kind == plan.SetBridge {
+		err = errors.Join(err, p.Switch.DetachUplink(ctx, op.Value))
+	}
 	if err = errors.Join(err, p.takeBack(ctx, r.have)); err != nil {
 		t.message += fmt.Sprintf("; it could not be taken back whole: %v", err)
 	}
