@@ -194,7 +194,7 @@ func (c *Client) follow(ctx context.Context, tell func()) error {
 func (c *Client) await(ctx context.Context) {
 	var created <-chan fsnotify.Event
 	if w, err := fsnotify.NewWatcher(); err == nil {
-		defer w.Close()
+		defer func() { _ = w.Close() }() // nothing was written
 		if w.Add(filepath.Dir(c.Socket)) == nil {
 			created = w.Events
 		}

@@ -310,3 +310,43 @@ func TestWatch(t *testing.T) {
 	stop()
 	s.eventually(func() bool { _, open := <-changed; return !open })
 }
+
+// The switch itself takes up what is set, and says what it cannot. Its devices are dummies.
+func TestSwitch(t *testing.T) {
+	t.Parallel()
+	s := newServer(t)
+	cmd := s.command("lib/openvswitch-switch/ovs-vswitchd", "unix:"+s.Socket, "--unixctl="+filepath.Join(s.dir, "switch"),
+		"--enable-dummy=override", "--disable-system", "--disable-system-route")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	b := plain()
+	b.DatapathType, b.FailMode, b.Uplink.MTURequest = "dummy", "secure", mtu(1400)
+	changed := s.Watch(t.Context())
+	until := func(ok func(Found) bool) {
+		t.Helper()
+		for end := time.After(10 * time.Second); !ok(s.found()); {
+			select {
+			case <-changed:
+			case <-end:
+				t.Fatalf("it is %+v", s.found())
+			}
+		}
+	}
+	s.mustSet(b)
+	until(func(f Found) bool { return f.Opened && f.Error == "" })
+	b.Uplink.Type = "nonsense"
+	s.mustSet(b)
+	until(func(f Found) bool {
+		return !f.Opened && strings.Contains(f.Error, "could not open network device ens1f0")
+	})
+	b.Uplink.Type = ""
+	s.mustSet(b)
+	until(func(f Found) bool { return f.Opened && f.Error == "" })
+	if err := s.DetachUplink(t.Context(), b.Name); err != nil {
+		t.Fatal(err)
+	}
+	s.mustSet(b)
+	until(func(f Found) bool { return f.Opened })
+}

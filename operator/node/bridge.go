@@ -59,7 +59,7 @@ func (b *bridge) trouble(pf string) trouble {
 	if b.want == nil || b.is == nil || b.failure == "" {
 		return trouble{}
 	}
-	return trouble{ReasonNoUplink, fmt.Sprintf("bridge %s: ovs-vswitchd cannot open %s: %s: see bridge.ovs.uplink.interface of its policy, and ovs-vswitchd's log", b.want.Name, pf, b.failure)}
+	return trouble{ReasonNoUplink, fmt.Sprintf("bridge %s: ovs-vswitchd says of %s: %s: see bridge.ovs of its policy, and ovs-vswitchd's log", b.want.Name, pf, b.failure)}
 }
 
 // plan is what is to be done on the PF, seen so.

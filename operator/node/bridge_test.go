@@ -181,7 +181,7 @@ func TestBridge(t *testing.T) {
 		t.Errorf("offered before the bridge is ready: %v", got)
 	}
 	o.change(func() { o.bridges[onBridge].Error = "No such device" })
-	o.degraded(ReasonNoUplink, onBridge, "cannot open ens1f0: No such device")
+	o.degraded(ReasonNoUplink, onBridge, "says of ens1f0: No such device")
 	o.change(func() { o.bridges[onBridge].Error, o.bridges[onBridge].Opened, o.slow = "", true, false })
 	o.ready()
 	o.wantCalls("SetBridge in switchdev")

@@ -65,7 +65,7 @@ var mayImport = map[string][]string{
 	"internal/cloud":     {},
 	"internal/netselect": {},
 	"internal/spelling":  {},
-	"operator":           {"apis", "internal/host", "internal/durable", "internal/netselect"},
+	"operator":           {"apis", "internal/host", "internal/durable", "internal/netselect", "internal/ovsdb"},
 	"deviceplugin":       {"apis", "internal/host", "internal/durable", "internal/spelling"},
 	"cni":                {"apis", "internal/host", "internal/durable", "internal/netselect", "internal/spelling"},
 }
