@@ -71,39 +71,25 @@ func (c *Client) ReadBridge(ctx context.Context, name string) (*Found, error) {
 
 // read reads the bridge, its uplink, and whose port the device is.
 func (c *Client) read(ctx context.Context, name, device string) (*found, error) {
-	all, err := c.transact(ctx, op{"op": "select", "table": "Bridge", "where": []any{}})
+	answer, err := c.transact(ctx, op{"op": "select", "table": "Bridge", "where": whereName(name)})
 	if err != nil {
 		return nil, err
 	}
 	f := &found{Found: Found{Bridge: Bridge{Name: name}}, ports: map[string]string{}, in: map[string]string{}}
-	var bridge row
-	owners := map[string]string{} // of ports
-	for _, r := range all[0].Rows {
-		var of string
-		if err := r.get("name", &of); err != nil {
+	var own []string // ports
+	for _, r := range answer[0].Rows {
+		if err := f.ofBridge(r); err != nil {
 			return nil, err
 		}
-		ports, err := r.atoms("ports")
-		if err != nil {
-			return nil, err
-		}
-		for _, port := range ports {
-			owners[port] = of
-		}
-		if of == name {
-			bridge = r
-		}
-	}
-	if bridge != nil {
-		if err := f.ofBridge(bridge); err != nil {
+		if own, err = r.atoms("ports"); err != nil {
 			return nil, err
 		}
 	}
 	uplink := f.applied.Uplink.Name
 	var ops []op
 	for _, of := range []string{uplink, device} {
-		where := []any{[]any{"name", "==", of}}
-		ops = append(ops, op{"op": "select", "table": "Port", "where": where, "columns": []string{"_uuid"}}, op{"op": "select", "table": "Interface", "where": where})
+		ops = append(ops, op{"op": "select", "table": "Port", "where": whereName(of), "columns": []string{"_uuid"}},
+			op{"op": "select", "table": "Interface", "where": whereName(of)})
 	}
 	answers, err := c.transact(ctx, ops...)
 	if err != nil {
@@ -115,13 +101,31 @@ func (c *Client) read(ctx context.Context, name, device string) (*found, error) 
 			if err != nil || len(ids) != 1 {
 				return nil, errors.Join(fmt.Errorf("read port %s: no UUID", of), err)
 			}
-			f.ports[of], f.in[of] = ids[0], owners[ids[0]]
+			f.ports[of], f.in[of] = ids[0], name
+			if slices.Contains(own, ids[0]) {
+				continue
+			}
+			if f.in[of], err = c.owner(ctx, ids[0]); err != nil {
+				return nil, err
+			}
 		}
 	}
 	if f.in[uplink] == name && len(answers[1].Rows) == 1 {
 		return f, f.ofUplink(answers[1].Rows[0])
 	}
 	return f, nil
+}
+
+// owner is the bridge that has the port.
+func (c *Client) owner(ctx context.Context, port string) (name string, err error) {
+	answer, err := c.transact(ctx, op{"op": "select", "table": "Bridge", "where": []any{[]any{"ports", "includes", uuid(port)}}, "columns": []string{"name"}})
+	if err != nil {
+		return "", err
+	}
+	for _, r := range answer[0].Rows {
+		err = r.get("name", &name)
+	}
+	return name, err
 }
 
 // ofBridge takes over what the row says of what was set.

@@ -61,7 +61,7 @@ func (c *Client) dial(ctx context.Context) (net.Conn, error) {
 	}
 	mend := "start Open vSwitch on the node"
 	if errors.Is(err, unix.EACCES) {
-		mend = "let the agent write to the socket"
+		mend = "the agent needs the capability DAC_OVERRIDE for a socket that is not root's, and SELinux's leave"
 	}
 	return nil, fmt.Errorf("reach Open vSwitch: %w: %s", err, mend)
 }

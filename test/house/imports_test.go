@@ -64,6 +64,7 @@ var mayImport = map[string][]string{
 	"internal/durable":   {},
 	"internal/cloud":     {},
 	"internal/netselect": {},
+	"internal/ovsdb":     {},
 	"internal/spelling":  {},
 	"operator":           {"apis", "internal/host", "internal/durable", "internal/netselect", "internal/ovsdb"},
 	"deviceplugin":       {"apis", "internal/host", "internal/durable", "internal/spelling"},
