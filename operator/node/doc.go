@@ -14,6 +14,9 @@
 // budget of time (look.go). What would cut the way to the API server is refused,
 // and what may is checked and taken back (guard.go).
 //
+// The Open vSwitch bridge of a PF in switchdev mode is made and removed with the rest of
+// the work on the PF, see bridge.go.
+//
 // MacVLAN parents are made and kept the same way, see macvlan.go: that disturbs no
 // pod, so nothing waits there but the removal of what is still in use.
 //
@@ -22,5 +25,5 @@
 // pod keeps a change from happening, its VFs are not given to new pods.
 //
 // The package declares what it needs of the rest of the agent as interfaces:
-// Kernel, States, Advertiser, Usage and Lifeline.
+// Kernel, Switch, States, Advertiser, Usage and Lifeline.
 package node
