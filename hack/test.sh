@@ -82,6 +82,8 @@ guest() {
   pkgs=$(with 'TestLab' | grep -vx "$measured")
   # The emulated NIC's own tests need the emulated NIC.
   [ "$kind" = uml ] || pkgs=$(grep -vx ./test/nic <<<"$pkgs")
+  SLUICE_OVS=$(out/lab ovs)
+  export SLUICE_OVS
   say "tests inside bare guests: $kind"
   # A guest of User-Mode Linux is one CPU: two are no bother to each other here. Alone
   # go those that hold the agent to times.

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -13,73 +11,20 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-network/sluice/internal/ovsdb/ovstest"
 )
 
-// server is a real ovsdb-server with Open vSwitch's schema and no switch.
+// server is a real ovsdb-server with Open vSwitch's schema and, at first, no switch.
 type server struct {
 	*Client
-	t    *testing.T
-	root string
-	dir  string
-	cmd  *exec.Cmd
+	*ovstest.OVS
+	t *testing.T
 }
 
-// newServer starts one of SLUICE_OVS, a folder with Debian's packages unpacked. Where
-// there is none the test is skipped, except in CI, where that is a failure.
 func newServer(t *testing.T) *server {
-	root := os.Getenv("SLUICE_OVS")
-	if root == "" {
-		const why = "SLUICE_OVS is not set: point it at what out/lab ovs prints"
-		if os.Getenv("CI") == "true" {
-			t.Fatal(why)
-		}
-		t.Skip(why)
-	}
-	dir := t.TempDir()
-	s := &server{Client: &Client{Socket: filepath.Join(dir, "db.sock")}, t: t, root: root, dir: dir}
-	s.run("bin/ovsdb-tool", "create", filepath.Join(dir, "conf.db"), filepath.Join(root, "usr/share/openvswitch/vswitch.ovsschema"))
-	s.start()
-	s.transact(op{"op": "insert", "table": "Open_vSwitch", "row": map[string]any{}})
-	return s
-}
-
-func (s *server) command(program string, args ...string) *exec.Cmd {
-	cmd := exec.Command(filepath.Join(s.root, "usr", program), args...)
-	libraries, err := filepath.Glob(filepath.Join(s.root, "usr/lib/*-linux-gnu"))
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	cmd.Env = append(os.Environ(), "LD_LIBRARY_PATH="+strings.Join(libraries, ":"), "OVS_RUNDIR="+s.dir)
-	return cmd
-}
-
-func (s *server) run(program string, args ...string) {
-	s.t.Helper()
-	if out, err := s.command(program, args...).CombinedOutput(); err != nil {
-		s.t.Fatalf("%s: %v: %s", program, err, out)
-	}
-}
-
-func (s *server) start() {
-	s.t.Helper()
-	s.cmd = s.command("sbin/ovsdb-server", "--remote=punix:"+s.Socket, "--no-chdir", "--unixctl="+filepath.Join(s.dir, "ctl"), filepath.Join(s.dir, "conf.db"))
-	if err := s.cmd.Start(); err != nil {
-		s.t.Fatal(err)
-	}
-	cmd := s.cmd
-	s.t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	s.eventually(func() bool {
-		conn, err := s.dial(s.t.Context())
-		if err == nil {
-			_ = conn.Close()
-		}
-		return err == nil
-	})
-}
-
-func (s *server) stop() {
-	_ = s.cmd.Process.Kill()
-	_ = s.cmd.Wait()
+	o := ovstest.New(t)
+	return &server{&Client{Socket: o.Socket}, o, t}
 }
 
 func (s *server) eventually(ok func() bool) {
@@ -254,11 +199,11 @@ func TestNotThere(t *testing.T) {
 	if n := len(s.rows("Bridge")) + len(s.rows("Interface")); n != 0 {
 		t.Errorf("%d rows are left", n)
 	}
-	s.stop()
+	s.StopDatabase()
 	if _, err := s.ReadBridge(t.Context(), "br-1"); !errors.Is(err, unix.ECONNREFUSED) || !strings.Contains(err.Error(), "start Open vSwitch on the node") {
 		t.Error(err)
 	}
-	if err := os.Remove(s.Socket); err != nil {
+	if err := os.Remove(s.Client.Socket); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.SetBridge(t.Context(), plain(), false); !errors.Is(err, unix.ENOENT) {
@@ -301,9 +246,9 @@ func TestWatch(t *testing.T) {
 		t.Error("statistics were told")
 	case <-time.After(100 * time.Millisecond):
 	}
-	s.stop()
+	s.StopDatabase()
 	told("the end of Open vSwitch")
-	s.start()
+	s.StartDatabase()
 	told("its return")
 	s.mustSet(full())
 	told("a change after it")
@@ -315,12 +260,7 @@ func TestWatch(t *testing.T) {
 func TestSwitch(t *testing.T) {
 	t.Parallel()
 	s := newServer(t)
-	cmd := s.command("lib/openvswitch-switch/ovs-vswitchd", "unix:"+s.Socket, "--unixctl="+filepath.Join(s.dir, "switch"),
-		"--enable-dummy=override", "--disable-system", "--disable-system-route")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	s.StartSwitch("--enable-dummy=override", "--disable-system", "--disable-system-route")
 	b := plain()
 	b.DatapathType, b.FailMode, b.Uplink.MTURequest = "dummy", "secure", mtu(1400)
 	changed := s.Watch(t.Context())

@@ -37,6 +37,7 @@ type lab struct {
 	stop   func()
 	state  string
 	kernel Kernel
+	ovs    Switch
 	line   Lifeline
 	// advertiser is the plugin, or what takes its place.
 	advertiser Advertiser
@@ -75,7 +76,7 @@ func newLab(t *testing.T) *lab {
 }
 
 func (l *lab) start() {
-	l.agent = New(Config{Node: "guest", StateDir: l.state, Kernel: l.kernel, States: l.server, Advertiser: l.advertiser, Usage: l.usage, Attached: l.usage.Attached, Lifeline: l.line, Log: testr.New(l.T)})
+	l.agent = New(Config{Node: "guest", StateDir: l.state, Kernel: l.kernel, States: l.server, Advertiser: l.advertiser, Usage: l.usage, Attached: l.usage.Attached, Lifeline: l.line, Switch: l.ovs, Log: testr.New(l.T)})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {

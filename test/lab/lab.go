@@ -632,13 +632,13 @@ func Assets(ctx context.Context, progress io.Writer) (string, error) {
 }
 
 // OVS downloads, if need be, and returns a directory with Open vSwitch as Debian has
-// it, and the libraries that few machines have, for tests that need its database.
+// it, and the libraries that not every machine or guest has.
 func OVS(ctx context.Context, progress io.Writer) (string, error) {
 	store, err := artefact.Open("", progress)
 	if err != nil {
 		return "", err
 	}
-	packages := []string{"openvswitch-common", "openvswitch-switch", "libbpf1", "libcap-ng0", "libevent-2.1-7", "libnuma1", "libunbound8", "libxdp1"}
+	packages := []string{"openvswitch-common", "openvswitch-switch", "libbpf1", "libcap-ng0", "libelf1", "libevent-2.1-7", "libgmp10", "libhogweed6", "libnettle8", "libnuma1", "libssl3", "libunbound8", "libxdp1", "zlib1g"}
 	return store.Make(ctx, &artefact.Step{
 		Name:   "ovs",
 		Inputs: []artefact.Input{artefact.Text("packages", strings.Join(packages, " "))},

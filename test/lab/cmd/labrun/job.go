@@ -99,6 +99,15 @@ func (j job) mounts() []control.Host {
 	return out
 }
 
+// openVSwitch shows the guest the programs in SLUICE_OVS, if that is set.
+func openVSwitch() []control.Host {
+	dir := os.Getenv("SLUICE_OVS")
+	if dir == "" {
+		return nil
+	}
+	return []control.Host{{From: dir, To: dir, ReadOnly: true}}
+}
+
 // send copies the test and the package's directory to a QEMU guest.
 func (j job) send(ctx context.Context, g guest.Guest) error {
 	program, err := os.Open(j.program)

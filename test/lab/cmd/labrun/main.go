@@ -9,8 +9,8 @@
 // files that test flags ask for (-coverprofile, -cpuprofile, ...) come back.
 //
 // A User-Mode Linux guest sees the test's module read-only and the package's
-// directory writable, at their own paths. A QEMU guest gets a copy of the
-// package's directory.
+// directory writable, at their own paths, and Open vSwitch in SLUICE_OVS. A QEMU
+// guest gets a copy of the package's directory.
 package main
 
 import (
@@ -88,7 +88,7 @@ func run(spec guest.Spec, args []string) (int, error) {
 	}
 	defer release()
 	if spec.Kind == guest.UML {
-		spec.Host = job.mounts()
+		spec.Host = append(job.mounts(), openVSwitch()...)
 	}
 	began := time.Now()
 	g, err := guest.Start(ctx, spec)
