@@ -47,7 +47,7 @@ unit() {
 # Every fuzz target there is, with so many inputs beyond its seeds. A count, because
 # Go 1.26 now and then takes the end of a time limit for a failure.
 fuzz() {
-  export FUZZ=${FUZZ:-5000x} FUZZ_OUT=$PWD/out/fuzz FUZZ_CACHE
+  export FUZZ=${FUZZ:-2000x} FUZZ_OUT=$PWD/out/fuzz FUZZ_CACHE
   unset KUBEBUILDER_ASSETS # or each process would start an API server, which no target asks for
   FUZZ_CACHE=$(go env GOCACHE)/fuzz/sluice
   say "fuzz targets, $FUZZ inputs each"
@@ -91,12 +91,13 @@ guest() {
   go test -p 1 -tags lab -timeout 20m -run Lab -exec "$PWD/out/labrun -kind $kind" "$measured"
 }
 
+# e2e KIND [FLAG OF go test]...
 e2e() {
   tools
   say "image"
   go run ./hack/image -o out/sluice.tar
   say "tests on a cluster of guests: $1"
-  LAB=$1 SLUICE_IMAGE=$PWD/out/sluice.tar go test -tags e2e -count 1 -timeout 30m -v ./test/e2e/
+  LAB=$1 SLUICE_IMAGE=$PWD/out/sluice.tar go test -tags e2e -count 1 -timeout 30m -v "${@:2}" ./test/e2e/
 }
 
 bench() {
@@ -114,6 +115,9 @@ bench() {
   return $failed
 }
 
+# Tests of package e2e that have a cluster to themselves.
+attaching='^Test(Addresses|Macvlan|Pools|Services|WhoHas|Without)'
+
 case ${1:-all} in
 all)
   verify
@@ -121,18 +125,20 @@ all)
   fuzz
   lab
   guest uml
-  # A QEMU guest keeps one CPU busy, and a cluster of UML guests waits most of its time.
-  say "begun beside the next: tests inside bare guests: qemu"
-  hack/test.sh guest qemu >out/guest-qemu.log 2>&1 & beside=$!
+  # Clusters of UML guests wait most of their time, and a QEMU guest keeps one CPU
+  # busy: what takes the other CPU goes beside.
+  say "begun beside the next: bare guests of qemu, and then: $attaching"
+  { hack/test.sh guest qemu && SLUICE_LAB_NAME=${SLUICE_LAB_NAME:-sluice-lab}-2 hack/test.sh e2e uml -run "$attaching"; } >out/beside.log 2>&1 & beside=$!
   failed=0
-  hack/test.sh e2e uml || failed=1
+  hack/test.sh e2e uml -skip "$attaching" || failed=1
+  say "waiting for what runs beside"
   wait $beside || failed=1
-  cat out/guest-qemu.log
+  cat out/beside.log
   [ $failed = 0 ]
   e2e qemu
   ;;
 verify | unit | fuzz | lab | bench) "$1" ;;
-guest | e2e) "$1" "${2:-uml}" ;;
+guest | e2e) "$1" "${2:-uml}" "${@:3}" ;;
 *) echo "usage: $0 [verify|unit|fuzz|lab|guest|e2e|bench] [uml|qemu]" >&2; exit 2 ;;
 esac
 say "done"
