@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -61,12 +62,13 @@ func makePolicy(t *testing.T, name, test string, numVfs int, edit ...func(*sriov
 // change edits an object, whoever else writes to it meanwhile.
 func change[T client.Object](t *testing.T, object T, edit func(T)) {
 	t.Helper()
+	ctx := context.WithoutCancel(t.Context()) // which has ended in a cleanup
 	eventually(t, func() error {
-		if err := api.Get(t.Context(), client.ObjectKeyFromObject(object), object); err != nil {
+		if err := api.Get(ctx, client.ObjectKeyFromObject(object), object); err != nil {
 			return err
 		}
 		edit(object)
-		return api.Update(t.Context(), object)
+		return api.Update(ctx, object)
 	})
 }
 
