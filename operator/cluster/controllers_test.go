@@ -1,7 +1,6 @@
 package cluster
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -62,13 +61,12 @@ func makePolicy(t *testing.T, name, test string, numVfs int, edit ...func(*sriov
 // change edits an object, whoever else writes to it meanwhile.
 func change[T client.Object](t *testing.T, object T, edit func(T)) {
 	t.Helper()
-	ctx := context.WithoutCancel(t.Context()) // which has ended in a cleanup
 	eventually(t, func() error {
-		if err := api.Get(ctx, client.ObjectKeyFromObject(object), object); err != nil {
+		if err := api.Get(t.Context(), client.ObjectKeyFromObject(object), object); err != nil {
 			return err
 		}
 		edit(object)
-		return api.Update(ctx, object)
+		return api.Update(t.Context(), object)
 	})
 }
 
@@ -356,7 +354,7 @@ func TestBridges(t *testing.T) {
 			c.Spec.FeatureGates = map[string]bool{plan.GateBridges: on}
 		})
 	}
-	t.Cleanup(func() { change(t, config, func(c *sriovv1.SriovOperatorConfig) { c.Spec.FeatureGates = nil }) })
+	defer change(t, config, func(c *sriovv1.SriovOperatorConfig) { c.Spec.FeatureGates = nil })
 	makeNode(t, "br-1", map[string]string{"test": "br"})
 	report := func() {
 		agentReports(t, "br-1", func(s *sriovv1.SriovNetworkNodeState) {

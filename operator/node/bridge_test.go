@@ -146,7 +146,7 @@ func onNIC0(mode string) *v1.OVSConfigExt {
 // newOVS is a node with Open vSwitch whose first NIC has an eswitch.
 func newOVS(t *testing.T) *ovs {
 	o := &ovs{rig: rigWith(t), bridges: map[string]*ovsdb.Found{}, fail: map[string]error{}}
-	o.rig.ovs = o
+	o.ovs = o
 	o.kernel.Change(func(pfs []host.PF) { pfs[0].Eswitch = host.Legacy })
 	return o
 }
