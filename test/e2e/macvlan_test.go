@@ -79,8 +79,11 @@ func TestMacvlan(t *testing.T) {
 		pod("near", "vm1", "["+on("slot-net", "192.168.110.2/24")+"]", "openshift.io/slots")+
 		pod("far", "vm2", `[{"name": "slot-net", "ips": ["192.168.110.3/24", "fd10::3/64"]},`+on("tagged-net", "192.168.111.3/24")+"]", "openshift.io/slots", "openshift.io/tagged"))
 	waitReady(t, "one", "near", "far")
-	for _, address := range []string{"192.168.110.2", "192.168.110.3", "192.168.111.3", "fd10::3"} {
+	for _, address := range []string{"192.168.110.2", "192.168.110.3", "fd10::3"} {
 		pings(t, "one", address)
+	}
+	if kind == "uml" { // QEMU's 82576 passes no tagged frames of its PF while that has VFs
+		pings(t, "one", "192.168.111.3")
 	}
 	mentions(t, kubectl(t, "", "exec", "one", "--", "ip", "-d", "-o", "link", "show", "type", "macvlan"), "net1", "02:00:00:00:0a:01", "mode bridge", "net2", "mtu 1400", "mode vepa")
 	mentions(t, kubectl(t, "", "exec", "one", "--", "env"), "PCIDEVICE_OPENSHIFT_IO_SLOTS=ens2f0-", "PCIDEVICE_OPENSHIFT_IO_TAGGED=ens2f0.30-")
