@@ -45,6 +45,7 @@ func inHand(t *testing.T, resource, phase, pod string) v1.HeldDevice {
 // The node state tells whose a VF is, and goes on telling the same when the agent and the
 // kubelet were restarted at once.
 func TestWhoHasADevice(t *testing.T) {
+	onlyUML(t, "the record of devices is the same on both")
 	usePools(t)
 	p := pod("holder", "vm1", "["+on("left-net", "192.168.100.9/24")+"]", left)
 	apply(t, p)

@@ -108,6 +108,7 @@ func TestMacvlan(t *testing.T) {
 // Where nodes share no layer 2, a VXLAN device between them is the parent. Sub-interfaces
 // have its MTU, and packets of that size pass.
 func TestMacvlanOverVXLAN(t *testing.T) {
+	onlyUML(t, "a VXLAN device is no NIC's")
 	address := func(node string) string {
 		return strings.TrimSpace(kubectl(t, "", "get", "node", node, "-o", `jsonpath={.status.addresses[?(@.type=="InternalIP")].address}`))
 	}
@@ -138,6 +139,7 @@ cat /sys/class/net/vx7/mtu`, address(n), address(nodes[1-i]))))
 // A pod whose only network is MacVLAN is Ready, which takes kubelet's probe, and reaches
 // its node and the API server's Service, by the host interface.
 func TestMacvlanAlone(t *testing.T) {
+	onlyUML(t, "the interface to the host is no NIC's")
 	apply(t, macvlan("only-net", "master: ens2f0", `ipam: '{"type": "static", "addresses": [{"address": "192.168.130.1/24", "gateway": "192.168.130.254"}], "routes": [{"dst": "0.0.0.0/0"}]}'`,
 		`hostInterface: {routes: [10.96.0.0/16]}`))
 	waitNetwork(t, "only-net")

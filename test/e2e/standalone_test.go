@@ -49,6 +49,7 @@ func withoutMultus(t *testing.T) {
 
 // TestWithoutMultus does the same as with Multus without it.
 func TestWithoutMultus(t *testing.T) {
+	onlyUML(t, "who asks for an attachment does not depend on the NIC")
 	usePools(t)
 	withoutMultus(t)
 	t.Run("policy to traffic", policyToTraffic)
