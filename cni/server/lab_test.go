@@ -112,6 +112,9 @@ func (l *lab) state(t testing.TB, vf string) string {
 		return fmt.Sprintf("%+v, not in the host", s)
 	}
 	dev, err := l.kernel.Link(nil, ref.Name)
+	if errors.Is(err, unix.ENODEV) {
+		return fmt.Sprintf("%+v, no more %s in the host", s, ref.Name) // the agent is at it
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
