@@ -96,6 +96,9 @@ func configurationList(d *nadv1.NetworkAttachmentDefinition) (*libcni.NetworkCon
 	if err := json.Unmarshal([]byte(d.Spec.Config), &keys); err != nil {
 		return nil, fmt.Errorf("spec.config is no JSON object: %w", err)
 	}
+	if keys == nil {
+		return nil, errors.New("spec.config is no JSON object but null")
+	}
 	if keys["name"] == nil {
 		keys["name"] = d.Name
 	}

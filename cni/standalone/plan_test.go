@@ -147,7 +147,7 @@ func TestPlanGivesEachDeviceOnce(t *testing.T) {
 
 // FuzzConfigurationList reads whatever people put into a definition.
 func FuzzConfigurationList(f *testing.F) {
-	for _, s := range []string{`{"type":"x"}`, `{"plugins":[{"type":"x"}],"cniVersions":["1.0.0"]}`, `{"plugins":7}`, `{"name":null,"type":"x","plugins":null}`, `{"type":"x","args":{"cni":7}}`} {
+	for _, s := range []string{`null`, `{"type":"x"}`, `{"plugins":[{"type":"x"}],"cniVersions":["1.0.0"]}`, `{"plugins":7}`, `{"name":null,"type":"x","plugins":null}`, `{"type":"x","args":{"cni":7}}`} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, config string) {
