@@ -1,0 +1,85 @@
+package policy
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// Direction of traffic, as the pod sees it.
+type Direction uint8
+
+const (
+	Ingress Direction = iota
+	Egress
+)
+
+func (d Direction) String() string {
+	return [...]string{"ingress", "egress"}[d]
+}
+
+// PortRange is the ports First to Last, both included.
+type PortRange struct{ First, Last uint16 }
+
+// Ports are the cells (protocol, port) that are allowed with a peer. Ranges are sorted
+// and neither overlap nor touch, so equal sets are equal values.
+type Ports struct {
+	// All is every protocol, those without ports included; the rest is empty then.
+	All            bool
+	TCP, UDP, SCTP []PortRange
+}
+
+// PeerRange is the addresses First to Last, of one family, and what is allowed with
+// each of them.
+type PeerRange struct {
+	First, Last netip.Addr
+	Ports       *Ports // never changed; equal sets of one Verdicts are the same pointer
+}
+
+// Verdicts is what policy says of one interface and direction: its verdict map.
+type Verdicts struct {
+	// Isolated says that some policy isolates the interface in this direction. If
+	// not, everything is allowed and there are no Peers.
+	Isolated bool
+	// Peers are the only ones allowed: sorted, IPv4 before IPv6, not overlapping,
+	// and neighbours with equal ports are one range.
+	Peers []PeerRange
+}
+
+// IP protocol numbers that have ports here, as IANA assigned them.
+const (
+	TCP  = 6
+	UDP  = 17
+	SCTP = 132
+)
+
+// Allows says whether a new connection with the peer may be: of the IP protocol, and
+// to the port of whoever is its destination. The port of another protocol than TCP,
+// UDP and SCTP is not looked at.
+func (v *Verdicts) Allows(peer netip.Addr, protocol uint8, port uint16) bool {
+	if !v.Isolated {
+		return true
+	}
+	i, found := slices.BinarySearchFunc(v.Peers, peer, func(r PeerRange, a netip.Addr) int {
+		switch {
+		case r.Last.Less(a):
+			return -1
+		case a.Less(r.First):
+			return 1
+		}
+		return 0
+	})
+	return found && v.Peers[i].Ports.allow(protocol, port)
+}
+
+func (p *Ports) allow(protocol uint8, port uint16) bool {
+	var ranges []PortRange
+	switch protocol {
+	case TCP:
+		ranges = p.TCP
+	case UDP:
+		ranges = p.UDP
+	case SCTP:
+		ranges = p.SCTP
+	}
+	return p.All || slices.ContainsFunc(ranges, func(r PortRange) bool { return r.First <= port && port <= r.Last })
+}
