@@ -149,7 +149,7 @@ var paths = []struct{ to, address, what string }{
 func (d *demo) ping(ctx context.Context) ([][]string, error) {
 	var rows [][]string
 	for _, p := range paths {
-		out, err := d.kubectl(ctx, "", "exec", "client", "--", "ping", "-c", "5", "-i", "0.2", "-q", p.address)
+		out, err := d.kubectl(ctx, "", "exec", "client", "--", "ping", "-c", "5", "-i", "0.2", "-w", "10", "-q", p.address)
 		if err != nil {
 			return nil, fmt.Errorf("ping %s: %w", p.address, err)
 		}

@@ -45,9 +45,11 @@ func waitNetwork(t *testing.T, name string) {
 	})
 }
 
+// pings wants three answers to three questions. Without a deadline (-w) ping waits for
+// the last one no longer than two round trips.
 func pings(t *testing.T, from, address string, options ...string) {
 	t.Helper()
-	args := append([]string{"exec", from, "--", "ping", "-c", "3", "-i", "0.2", "-W", "2"}, append(options, address)...)
+	args := append([]string{"exec", from, "--", "ping", "-c", "3", "-i", "0.2", "-w", "10"}, append(options, address)...)
 	if out := kubectl(t, "", args...); !strings.Contains(out, " 0% packet loss") {
 		t.Errorf("%s to %s: %s", from, address, out)
 	}

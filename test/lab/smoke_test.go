@@ -92,11 +92,11 @@ func TestClusterRunsPodsWithSecondaryInterfaces(t *testing.T) {
 	if out := kubectl("exec", "one", "--", "sh", "-c", "ip -4 -br addr show net1"); !strings.Contains(out, "192.168.7.1/24") {
 		t.Errorf("net1 of pod one: %s", out)
 	}
-	if out := kubectl("exec", "one", "--", "ping", "-c", "3", "-i", "0.2", "-W", "5", "192.168.7.2"); !strings.Contains(out, " 0% packet loss") {
+	if out := kubectl("exec", "one", "--", "ping", "-c", "3", "-i", "0.2", "-w", "10", "192.168.7.2"); !strings.Contains(out, " 0% packet loss") {
 		t.Errorf("between the cards of two nodes: %s", out)
 	}
 	address := strings.TrimSpace(kubectl("get", "pod", "two", "-o", "jsonpath={.status.podIP}"))
-	if out := kubectl("exec", "one", "--", "ping", "-c", "3", "-i", "0.2", "-W", "5", address); !strings.Contains(out, " 0% packet loss") {
+	if out := kubectl("exec", "one", "--", "ping", "-c", "3", "-i", "0.2", "-w", "10", address); !strings.Contains(out, " 0% packet loss") {
 		t.Errorf("between the pod networks of two nodes: %s", out)
 	}
 	kubectl("exec", "one", "--", "sh", "-c", "nc -w 5 10.96.0.1 443 < /dev/null") // the API server, as pods reach it
