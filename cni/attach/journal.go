@@ -123,6 +123,9 @@ func openJournal(dir string) (*journal, []string, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, nil, fmt.Errorf("open journal: %w", err)
 	}
+	if err := durable.Sweep(dir); err != nil {
+		return nil, nil, fmt.Errorf("open journal: %w", err)
+	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open journal: %w", err)
@@ -131,34 +134,30 @@ func openJournal(dir string) (*journal, []string, error) {
 	var aside []string
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
-		switch filepath.Ext(e.Name()) {
-		case ".tmp": // a write that did not come to its end
-			if err := os.Remove(path); err != nil {
-				return nil, nil, fmt.Errorf("open journal: %w", err)
-			}
-		case ".json":
-			b, err := os.ReadFile(path)
-			if err != nil {
-				return nil, nil, fmt.Errorf("open journal: %w", err)
-			}
-			// The device of a record of an agent that knew VFs only is under "vf".
-			var old struct {
-				VF string `json:"vf"`
-			}
-			r := &Record{}
-			if json.Unmarshal(b, &old) == nil {
-				r.Device = old.VF
-			}
-			if json.Unmarshal(b, r) != nil || r.file() != e.Name() || r.Device == "" && r.Macvlan == nil {
-				if err := os.Rename(path, path+".unreadable"); err != nil {
-					return nil, nil, fmt.Errorf("open journal: %w", err)
-				}
-				aside = append(aside, path+".unreadable")
-				continue
-			}
-			j.records[r.Key] = r
-			j.generation = max(j.generation, r.Generation)
+		if filepath.Ext(e.Name()) != ".json" {
+			continue
 		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return nil, nil, fmt.Errorf("open journal: %w", err)
+		}
+		// The device of a record of an agent that knew VFs only is under "vf".
+		var old struct {
+			VF string `json:"vf"`
+		}
+		r := &Record{}
+		if json.Unmarshal(b, &old) == nil {
+			r.Device = old.VF
+		}
+		if json.Unmarshal(b, r) != nil || r.file() != e.Name() || r.Device == "" && r.Macvlan == nil {
+			if err := os.Rename(path, path+".unreadable"); err != nil {
+				return nil, nil, fmt.Errorf("open journal: %w", err)
+			}
+			aside = append(aside, path+".unreadable")
+			continue
+		}
+		j.records[r.Key] = r
+		j.generation = max(j.generation, r.Generation)
 	}
 	return j, aside, nil
 }

@@ -138,6 +138,9 @@ func (j journal) read() (images map[string]*image, aside []string, err error) {
 	if err := os.MkdirAll(string(j), 0o700); err != nil {
 		return nil, nil, fmt.Errorf("open the journal of addresses: %w", err)
 	}
+	if err := durable.Sweep(string(j)); err != nil {
+		return nil, nil, fmt.Errorf("open the journal of addresses: %w", err)
+	}
 	entries, err := os.ReadDir(string(j))
 	if err != nil {
 		return nil, nil, fmt.Errorf("open the journal of addresses: %w", err)
@@ -146,9 +149,6 @@ func (j journal) read() (images map[string]*image, aside []string, err error) {
 	for _, e := range entries {
 		path := filepath.Join(string(j), e.Name())
 		pool, ok := strings.CutSuffix(e.Name(), ".json")
-		if strings.HasSuffix(e.Name(), ".tmp") { // a write that did not come to its end
-			err = errors.Join(err, os.Remove(path))
-		}
 		if !ok {
 			continue
 		}

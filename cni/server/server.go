@@ -101,7 +101,9 @@ func New(o Options) (*Server, error) {
 	}
 	if p := o.PodNetworks; p.API != nil {
 		p.Plugin, p.Alive, p.Dirs, p.Dir, p.Log = s.plugin, a.Alive, o.IPAMDirs, filepath.Join(o.StateDir, "pod-networks"), o.Log
-		s.networks = standalone.New(p)
+		if s.networks, err = standalone.New(p); err != nil {
+			return nil, err
+		}
 	}
 	return s, nil
 }

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/sluice-network/sluice/internal/durable"
 	"github.com/sluice-network/sluice/internal/host"
@@ -27,13 +28,30 @@ type sandbox struct {
 // records are the sandboxes on disk, one file each.
 type records struct{ dir string }
 
+// open makes the folder ready. Files that are no records, which only a failing disk or a
+// curious hand can leave, are set aside and returned.
+func (r records) open() (aside []string, err error) {
+	if err := errors.Join(os.MkdirAll(r.dir, 0o700), durable.Sweep(r.dir)); err != nil {
+		return nil, fmt.Errorf("open the records of containers: %w", err)
+	}
+	ids, err := r.all()
+	for _, id := range ids {
+		if s, bad := r.get(id); bad == nil && s.ContainerID == id {
+			continue
+		}
+		path := r.file(id) + ".unreadable"
+		if err := os.Rename(r.file(id), path); err != nil {
+			return nil, fmt.Errorf("open the records of containers: %w", err)
+		}
+		aside = append(aside, path)
+	}
+	return aside, err
+}
+
 func (r records) file(containerID string) string { return filepath.Join(r.dir, containerID+".json") }
 
 func (r records) put(s sandbox) error {
 	b, err := json.MarshalIndent(s, "", "  ")
-	if err == nil {
-		err = os.MkdirAll(r.dir, 0o700)
-	}
 	if err == nil {
 		err = durable.WriteFile(r.file(s.ContainerID), b)
 	}
@@ -65,8 +83,7 @@ func (r records) remove(containerID string) error { return durable.Remove(r.file
 func (r records) all() ([]string, error) {
 	files, err := filepath.Glob(filepath.Join(r.dir, "*.json"))
 	for i, f := range files {
-		name := filepath.Base(f)
-		files[i] = name[:len(name)-len(".json")]
+		files[i] = strings.TrimSuffix(filepath.Base(f), ".json")
 	}
 	return files, err
 }

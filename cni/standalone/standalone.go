@@ -46,8 +46,8 @@ type Options struct {
 	API    API
 	Kernel Kernel
 	// Devices returns the devices that the kubelet gave to the pod, by resource, in
-	// the order of its containers.
-	Devices func(ctx context.Context, namespace, name string) (map[string][]string, error)
+	// the order of its containers. uid is what the runtime knows of it.
+	Devices func(ctx context.Context, namespace, name, uid string) (map[string][]string, error)
 	// DeviceInfo returns what the device plugin says of a device, nil for nothing.
 	DeviceInfo func(resource, deviceID string) (*nadv1.DeviceInfo, error)
 	// Plugin does a call of this agent's own plugin.
@@ -69,9 +69,14 @@ type Networks struct {
 // undoTimeout is for undoing a failed ADD, beyond the request's own deadline.
 const undoTimeout = 20 * time.Second
 
-// New makes Networks.
-func New(o Options) *Networks {
-	return &Networks{Options: o, records: records{filepath.Join(o.Dir, "containers")}}
+// New makes Networks. Collect should follow before any call.
+func New(o Options) (*Networks, error) {
+	n := &Networks{Options: o, records: records{filepath.Join(o.Dir, "containers")}}
+	aside, err := n.records.open()
+	for _, path := range aside {
+		o.Log.Error(nil, "What is kept of a container's networks could not be read and was set aside; Sluice's own are ended with its namespace, those of other plugins may be left", "file", path)
+	}
+	return n, err
 }
 
 // Do does a call whose configuration is Wanted.
@@ -212,7 +217,7 @@ func (n *Networks) plan(ctx context.Context, p pod, args [][2]string, selections
 	}
 	var devices map[string][]string
 	if resources {
-		if devices, err = n.Devices(ctx, p.namespace, p.name); err != nil {
+		if devices, err = n.Devices(ctx, p.namespace, p.name, podOf(args).uid); err != nil {
 			return s, fail(types.ErrTryAgainLater, "pod %s/%s: %w", p.namespace, p.name, err)
 		}
 	}
@@ -298,6 +303,13 @@ func (n *Networks) del(ctx context.Context, req attach.Request, ns *host.Netns) 
 // release runs DEL of all networks, the last one first, and goes on after a
 // failure. What could not be ended is kept for the next DEL.
 func (n *Networks) release(ctx context.Context, s sandbox, netns string, ns *host.Netns) error {
+	if s.Complete {
+		// From here on it is half ended, also for the next agent.
+		s.Complete = false
+		if err := n.records.put(s); err != nil {
+			return fail(types.ErrIOFailure, "%w", err)
+		}
+	}
 	cni := n.cni(s, ns)
 	var errs []error
 	var left []attachment
@@ -312,7 +324,7 @@ func (n *Networks) release(ctx context.Context, s sandbox, netns string, ns *hos
 		}
 	}
 	if len(left) > 0 {
-		s.Attachments, s.Complete = left, false
+		s.Attachments = left
 		return errors.Join(append(errs, n.records.put(s))...)
 	}
 	if err := n.records.remove(s.ContainerID); err != nil {

@@ -49,7 +49,9 @@ func TestMain(m *testing.M) {
 // world is everything around Networks.
 type world struct {
 	t           *testing.T
+	options     Options
 	networks    *Networks
+	onStep      func(step string) // called before and after what others do; nil for nobody
 	annotations map[string]string // of the pod, at the API server
 	definitions map[string]*nadv1.NetworkAttachmentDefinition
 	devices     map[string][]string
@@ -62,8 +64,15 @@ type world struct {
 	defaults    []string
 }
 
+func (w *world) step(name string) {
+	if w.onStep != nil {
+		w.onStep(name)
+	}
+}
+
 func (w *world) Pod(_ context.Context, namespace, name, uid string) (map[string]string, error) {
 	w.asked++
+	w.step("read pod")
 	if namespace+"/"+name+"/"+uid != "ns/p/u" {
 		return nil, errors.New("another pod is asked for")
 	}
@@ -72,6 +81,7 @@ func (w *world) Pod(_ context.Context, namespace, name, uid string) (map[string]
 
 func (w *world) Network(_ context.Context, namespace, name string) (*nadv1.NetworkAttachmentDefinition, error) {
 	w.asked++
+	w.step("read network " + namespace + "/" + name)
 	if d, ok := w.definitions[namespace+"/"+name]; ok {
 		return d, nil
 	}
@@ -80,6 +90,7 @@ func (w *world) Network(_ context.Context, namespace, name string) (*nadv1.Netwo
 
 func (w *world) SetStatus(_ context.Context, namespace, name, uid, status string) error {
 	w.asked++
+	w.step("write status")
 	if namespace+"/"+name+"/"+uid != "ns/p/u" {
 		return errors.New("another pod's status")
 	}
@@ -87,6 +98,7 @@ func (w *world) SetStatus(_ context.Context, namespace, name, uid, status string
 		return attach.WithCode(types.ErrTryAgainLater, errors.New("write status: no"))
 	}
 	w.status = status
+	w.step("status is written")
 	return nil
 }
 
@@ -96,13 +108,17 @@ func (w *world) OpenNetns(string) (*host.Netns, error) {
 }
 
 func (w *world) SetDefaultRoutes(_ *host.Netns, link string, gateways []netip.Addr) error {
+	w.step("set default routes")
 	w.defaults = append(w.defaults, fmt.Sprint(link, gateways))
 	return nil
 }
 
 // plugin is our own: it attaches devices, each once.
 func (w *world) plugin(_ context.Context, req attach.Request, _ *host.Netns) ([]byte, error) {
-	if w.fail == string(req.Command)+" "+req.IfName {
+	call := string(req.Command) + " " + req.IfName
+	w.step(call)
+	defer w.step(call + " is done")
+	if w.fail == call {
 		return nil, attach.WithCode(attach.CodeKernel, errors.New("the kernel says no"))
 	}
 	var conf struct{ DeviceID string }
@@ -152,13 +168,32 @@ func newWorld(t *testing.T) *world {
 		"ns/fast":    definition("fast", "x/vf", `{"cniVersion":"1.0.0","name":"blue","type":"sriov"}`),
 		"other/fast": definition("fast", "x/vf", `{"cniVersion":"1.0.0","plugins":[{"type":"sriov"},{"type":"other","log":"`+w.log+`"}]}`),
 	}
-	w.networks = New(Options{
+	w.options = Options{
 		API: w, Kernel: w, Plugin: w.plugin, Dirs: []string{dir}, Dir: filepath.Join(dir, "state"), Log: logr.Discard(),
-		Devices:    func(context.Context, string, string) (map[string][]string, error) { return w.devices, nil },
-		DeviceInfo: func(_, id string) (*nadv1.DeviceInfo, error) { return &nadv1.DeviceInfo{Type: "pci", Version: id}, nil },
-		Alive:      func(string, host.NetnsID) bool { return w.alive },
-	})
+		Devices: func(_ context.Context, namespace, name, uid string) (map[string][]string, error) {
+			w.step("ask kubelet")
+			if namespace+"/"+name+"/"+uid != "ns/p/u" {
+				return nil, errors.New("another pod's devices")
+			}
+			return w.devices, nil
+		},
+		DeviceInfo: func(_, id string) (*nadv1.DeviceInfo, error) {
+			w.step("read device info")
+			return &nadv1.DeviceInfo{Type: "pci", Version: id}, nil
+		},
+		Alive: func(string, host.NetnsID) bool { return w.alive },
+	}
+	w.start()
 	return w
+}
+
+// start starts an agent, in the place of the one before.
+func (w *world) start() {
+	w.t.Helper()
+	var err error
+	if w.networks, err = New(w.options); err != nil {
+		w.t.Fatal(err)
+	}
 }
 
 const (
@@ -289,7 +324,7 @@ func TestDelIsRepeatedForWhatIsLeft(t *testing.T) {
 		},
 		"collection":            func(w *world) error { return w.networks.Collect(w.t.Context()) },
 		"garbage of CNI":        func(w *world) error { _, err := w.call(attach.GC, `,"cni.dev/valid-attachments":[]`); return err },
-		"another agent's start": func(w *world) error { return New(w.networks.Options).Collect(w.t.Context()) },
+		"another agent's start": func(w *world) error { w.start(); return w.networks.Collect(w.t.Context()) },
 	} {
 		w := newWorld(t)
 		if _, err := w.call(attach.Add, `,"prevResult":`+prev); err != nil {

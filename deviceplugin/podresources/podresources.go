@@ -3,7 +3,9 @@ package podresources
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -50,21 +52,29 @@ func New(socket, checkpoint, namespace string, ours func(resource string) bool) 
 // Close ends the connection.
 func (c *Client) Close() error { return c.conn.Close() }
 
+// ask reads the checkpoint and asks the kubelet, in this order: of what is allocated in
+// between the kubelet tells the name.
+func (c *Client) ask(ctx context.Context) (written []allocation, all *api.ListPodResourcesResponse, err error) {
+	if written, err = readCheckpoint(c.checkpoint); err != nil {
+		return nil, nil, err
+	}
+	all, err = api.NewPodResourcesListerClient(c.conn).List(ctx, &api.ListPodResourcesRequest{})
+	if err != nil {
+		return nil, nil, fmt.Errorf("ask the kubelet's pod-resources API: %w", err)
+	}
+	if !slices.ContainsFunc(all.GetPodResources(), func(p *api.PodResources) bool { return p.GetNamespace() == c.namespace }) {
+		return nil, nil, fmt.Errorf("the kubelet has just started: it does not tell of the agent's own pod in namespace %s yet", c.namespace)
+	}
+	return written, all, nil
+}
+
 // Devices returns the pods of all allocated devices, as "namespace/name", or for a
 // device that only the checkpoint tells of as life.UnnamedPod and the UID. Of these some may
 // be of pods that are gone, until the kubelet writes the checkpoint anew.
 func (c *Client) Devices(ctx context.Context) (map[string]string, error) {
-	// First: of what is allocated in between List tells the name.
-	written, err := readCheckpoint(c.checkpoint)
+	written, all, err := c.ask(ctx)
 	if err != nil {
 		return nil, err
-	}
-	all, err := api.NewPodResourcesListerClient(c.conn).List(ctx, &api.ListPodResourcesRequest{})
-	if err != nil {
-		return nil, fmt.Errorf("ask the kubelet's pod-resources API: %w", err)
-	}
-	if !slices.ContainsFunc(all.GetPodResources(), func(p *api.PodResources) bool { return p.GetNamespace() == c.namespace }) {
-		return nil, fmt.Errorf("the kubelet has just started: it does not tell of the agent's own pod in namespace %s yet", c.namespace)
 	}
 	devices, live := holders(all, c.ours)
 	c.mu.Lock()
@@ -74,39 +84,58 @@ func (c *Client) Devices(ctx context.Context) (map[string]string, error) {
 }
 
 // Pod returns the devices of one pod by resource, of whatever prefix: those of its
-// first container first, and those of one container sorted. That is the order in
-// which networks take them.
-func (c *Client) Pod(ctx context.Context, namespace, name string) (map[string][]string, error) {
-	all, err := api.NewPodResourcesListerClient(c.conn).List(ctx, &api.ListPodResourcesRequest{})
+// first container first, and those of one container sorted; then, sorted, those of init
+// containers that end. That is the order in which networks take them. Without the UID
+// these are not known, and those of another pod of the name are not told apart.
+func (c *Client) Pod(ctx context.Context, namespace, name, uid string) (map[string][]string, error) {
+	written, all, err := c.ask(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("ask the kubelet's pod-resources API for the devices of pod %s/%s: %w", namespace, name, err)
+		return nil, fmt.Errorf("learn the devices of pod %s/%s: %w", namespace, name, err)
 	}
-	return devices(all, namespace, name), nil
+	return devices(all, written, namespace, name, uid), nil
 }
 
-func devices(all *api.ListPodResourcesResponse, namespace, name string) map[string][]string {
+func devices(all *api.ListPodResourcesResponse, written []allocation, namespace, name, uid string) map[string][]string {
+	type device struct{ resource, id string }
+	own, others := map[device]bool{}, map[device]bool{} // by the checkpoint
+	for _, a := range written {
+		of := others
+		if a.PodUID == uid {
+			of = own
+		}
+		for _, ids := range a.DeviceIDs {
+			for _, id := range ids {
+				of[device{a.ResourceName, id}] = true
+			}
+		}
+	}
 	byResource := make(map[string][]string)
+	add := func(devices map[device]bool) {
+		for _, d := range slices.SortedFunc(maps.Keys(devices), func(a, b device) int { return strings.Compare(a.id, b.id) }) {
+			// A restartable init container's devices are its successors', too.
+			if !slices.Contains(byResource[d.resource], d.id) {
+				byResource[d.resource] = append(byResource[d.resource], d.id)
+			}
+		}
+	}
 	for _, p := range all.GetPodResources() {
 		if p.GetNamespace() != namespace || p.GetName() != name {
 			continue
 		}
 		for _, container := range p.GetContainers() {
-			// The kubelet tells the devices of a resource once for each NUMA node.
-			own := make(map[string][]string)
+			has := map[device]bool{}
 			for _, d := range container.GetDevices() {
-				own[d.GetResourceName()] = append(own[d.GetResourceName()], d.GetDeviceIds()...)
-			}
-			for resource, ids := range own {
-				slices.Sort(ids)
-				for _, id := range ids {
-					// A restartable init container's devices are its successors', too.
-					if !slices.Contains(byResource[resource], id) {
-						byResource[resource] = append(byResource[resource], id)
+				for _, id := range d.GetDeviceIds() {
+					d := device{d.GetResourceName(), id}
+					if uid == "" || own[d] || !others[d] {
+						has[d] = true
 					}
 				}
 			}
+			add(has)
 		}
 	}
+	add(own)
 	return byResource
 }
 

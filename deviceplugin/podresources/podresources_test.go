@@ -77,8 +77,14 @@ func TestDevices(t *testing.T) {
 	if got, err := c.Devices(t.Context()); err != nil || !maps.Equal(got, want) {
 		t.Errorf("%v, %v; want %v", got, err, want)
 	}
+	if got, err := c.Pod(t.Context(), "ns", "init", "1b4e28ba-2fa1-11d2-883f-0016d3cca427"); err != nil || !slices.Equal(got["example.com/nics"], []string{"0000:05:00.1", "0000:05:00.2"}) {
+		t.Errorf("a pod that only an init container has devices of: %v, %v", got, err)
+	}
 	if err := os.WriteFile(checkpoint, []byte(written[:len(written)/2]), 0o600); err != nil {
 		t.Fatal(err)
+	}
+	if got, err := c.Pod(t.Context(), "ns", "a", "u"); err == nil || got != nil {
+		t.Errorf("with half a checkpoint: %v, %v", got, err)
 	}
 	if _, err := c.Devices(t.Context()); err == nil || !strings.Contains(err.Error(), checkpoint) {
 		t.Errorf("with half a checkpoint: %v", err)
@@ -225,10 +231,29 @@ func TestDevicesOfOnePod(t *testing.T) {
 			{Name: "z", Devices: []*api.ContainerDevices{{ResourceName: "x/nics", DeviceIds: []string{"0000:02:00.1"}}, {ResourceName: "x/nics", DeviceIds: []string{"0000:02:00.0"}}, {ResourceName: "y/nics", DeviceIds: []string{"a"}}}},
 			{Name: "a", Devices: []*api.ContainerDevices{{ResourceName: "x/nics", DeviceIds: []string{"0000:01:00.0", "0000:02:00.0"}}}},
 		}},
+		pod("p", "x/nics", "0000:05:00.0"), // is ending, and its name is another's
+		pod("lone", "x/nics"),
 	}}
-	want := map[string][]string{"x/nics": {"0000:02:00.0", "0000:02:00.1", "0000:01:00.0"}, "y/nics": {"a"}}
-	if got := devices(answer, "ns", "p"); !maps.EqualFunc(got, want, slices.Equal) {
-		t.Errorf("%v", got)
+	entry := func(uid, resource string, ids ...string) allocation {
+		return allocation{PodUID: uid, ResourceName: resource, DeviceIDs: map[int64][]string{0: ids[:1], 1: ids[1:]}}
+	}
+	written := []allocation{
+		entry("u1", "x/nics", "0000:02:00.1", "0000:02:00.0"), entry("u1", "x/nics", "0000:02:00.0", "0000:01:00.0"),
+		entry("u1", "x/nics", "0000:01:00.0", "0000:03:00.1", "0000:00:00.3"), entry("u1", "z/nics", "only-init"), // of init containers
+		entry("u0", "x/nics", "0000:05:00.0"), entry("u2", "z/nics", "b", "a"),
+	}
+	for _, c := range []struct {
+		name, uid string
+		want      map[string][]string
+	}{
+		{"p", "u1", map[string][]string{"x/nics": {"0000:02:00.0", "0000:02:00.1", "0000:01:00.0", "0000:00:00.3", "0000:03:00.1"}, "y/nics": {"a"}, "z/nics": {"only-init"}}},
+		{"p", "", map[string][]string{"x/nics": {"0000:02:00.0", "0000:02:00.1", "0000:01:00.0", "0000:05:00.0"}, "y/nics": {"a"}}},
+		{"lone", "u2", map[string][]string{"z/nics": {"a", "b"}}},
+		{"lone", "u3", map[string][]string{}},
+	} {
+		if got := devices(answer, written, "ns", c.name, c.uid); !maps.EqualFunc(got, c.want, slices.Equal) {
+			t.Errorf("%s with UID %q: %v, want %v", c.name, c.uid, got, c.want)
+		}
 	}
 }
 

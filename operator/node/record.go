@@ -2,6 +2,7 @@ package node
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -48,7 +49,7 @@ type records struct {
 // or a curious hand can leave, is set aside and returned.
 func openRecords(stateDir, upstreamDir string) (*records, []string, error) {
 	r := &records{dir: filepath.Join(stateDir, "nics"), upstream: filepath.Join(upstreamDir, "pci"), byPF: map[string]pfRecord{}}
-	if err := os.MkdirAll(r.dir, 0o700); err != nil {
+	if err := errors.Join(os.MkdirAll(r.dir, 0o700), durable.Sweep(r.dir)); err != nil {
 		return nil, nil, fmt.Errorf("open the records of NICs: %w", err)
 	}
 	entries, err := os.ReadDir(r.dir)

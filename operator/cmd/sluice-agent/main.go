@@ -39,6 +39,7 @@ import (
 	"github.com/sluice-network/sluice/deviceplugin/config"
 	"github.com/sluice-network/sluice/deviceplugin/podresources"
 	"github.com/sluice-network/sluice/internal/cloud"
+	"github.com/sluice-network/sluice/internal/durable"
 	"github.com/sluice-network/sluice/internal/host"
 	"github.com/sluice-network/sluice/internal/ovsdb"
 	"github.com/sluice-network/sluice/operator/node"
@@ -124,6 +125,9 @@ func parse(args []string, env func(string) string) (*settings, error) {
 // run is the agent until ctx ends, or one of its parts fails.
 func run(ctx context.Context, c *settings) error {
 	log := klog.Background()
+	if err := durable.Sweep(c.stateDir); err != nil {
+		return err
+	}
 	kernel, err := host.Open(c.sysfs)
 	if err != nil {
 		return err
