@@ -115,9 +115,6 @@ bench() {
   return $failed
 }
 
-# Tests of package e2e that have a cluster to themselves.
-attaching='^Test(Addresses|Macvlan|Pools|Services|WhoHas|Without)'
-
 case ${1:-all} in
 all)
   verify
@@ -125,17 +122,15 @@ all)
   fuzz
   lab
   guest uml
-  # Clusters of UML guests wait most of their time, and a QEMU guest keeps one CPU
-  # busy: what takes the other CPU goes beside.
-  say "begun beside the next: bare guests of qemu, and then: $attaching"
-  { hack/test.sh guest qemu && SLUICE_LAB_NAME=${SLUICE_LAB_NAME:-sluice-lab}-2 hack/test.sh e2e uml -run "$attaching"; } >out/beside.log 2>&1 & beside=$!
+  # Clusters of UML guests wait most of their time: QEMU's go beside.
+  say "begun beside the next: guests of qemu, bare and then in a cluster"
+  { hack/test.sh guest qemu && SLUICE_LAB_NAME=${SLUICE_LAB_NAME:-sluice-lab}-2 hack/test.sh e2e qemu; } >out/beside.log 2>&1 & beside=$!
   failed=0
-  hack/test.sh e2e uml -skip "$attaching" || failed=1
+  hack/test.sh e2e uml || failed=1
   say "waiting for what runs beside"
   wait $beside || failed=1
   cat out/beside.log
   [ $failed = 0 ]
-  e2e qemu
   ;;
 verify | unit | fuzz | lab | bench) "$1" ;;
 guest | e2e) "$1" "${2:-uml}" "${@:3}" ;;
