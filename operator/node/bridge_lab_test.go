@@ -3,9 +3,13 @@
 package node
 
 import (
+	"errors"
 	"fmt"
+	"io"
+	"net"
 	"slices"
 	"testing"
+	"time"
 
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/internal/host"
@@ -47,13 +51,19 @@ func TestLabBridge(t *testing.T) {
 		run(t, "ip", "netns", "add", pod)
 		t.Cleanup(func() { run(t, "ip", "netns", "del", pod) })
 		run(t, "ip", "link", "set", vf.Name, "netns", pod, "name", "net1")
+		run(t, "ip", "-n", pod, "addr", "add", fmt.Sprintf("192.0.2.%d/24", i+1), "dev", "net1")
+		run(t, "ip", "-n", pod, "link", "set", "net1", "up")
 		l.usage.set(vf.PCIAddress, "default/"+pod)
 	}
 	l.agent.HolderChanged()
+	run(t, "ip", "netns", "exec", "pod0", "ping", "-c", "3", "-i", "0.1", "-W", "5", "192.0.2.2")
+	transfer(t, "pod1", "192.0.2.1", "pod0", 4<<20)
 
 	spec(nil)
 	l.until("pods keep the bridge", func(s v1.SriovNetworkNodeStateStatus) error {
-		if !slices.ContainsFunc(s.Pending, func(c v1.PendingChange) bool { return c.Operation == "RemoveBridge "+onBridge+" on "+nic0 && len(c.Pods) == 2 }) || o.Ctl("list-br") != onBridge {
+		if !slices.ContainsFunc(s.Pending, func(c v1.PendingChange) bool {
+			return c.Operation == "RemoveBridge "+onBridge+" on "+nic0 && len(c.Pods) == 2
+		}) || o.Ctl("list-br") != onBridge {
 			return fmt.Errorf("pending %+v", s.Pending)
 		}
 		return nil
@@ -70,4 +80,34 @@ func TestLabBridge(t *testing.T) {
 	if pf := l.read(nic0); pf.Eswitch != host.Legacy {
 		t.Errorf("not what it was: %+v", pf)
 	}
+}
+
+// transfer sends bytes by TCP from one network namespace to an address in another.
+func transfer(t *testing.T, from, address, to string, bytes int64) {
+	t.Helper()
+	var listener net.Listener
+	within(t, to, func() (err error) {
+		listener, err = net.Listen("tcp", net.JoinHostPort(address, "0"))
+		return err
+	})
+	defer listener.Close()
+	got := make(chan error, 1)
+	go func() {
+		conn, err := listener.Accept()
+		if err == nil {
+			defer conn.Close()
+			_, err = io.CopyN(io.Discard, conn, bytes)
+		}
+		got <- err
+	}()
+	within(t, from, func() error {
+		conn, err := net.DialTimeout("tcp", listener.Addr().String(), 10*time.Second)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
+		_, err = conn.Write(make([]byte, bytes))
+		return errors.Join(err, <-got)
+	})
 }

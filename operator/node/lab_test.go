@@ -4,6 +4,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -399,23 +400,11 @@ func TestLabCutIsTakenBack(t *testing.T) {
 		run(t, "ip", strings.Fields(args)...)
 	}
 	t.Cleanup(func() { run(t, "ip", "addr", "del", "10.99.0.2/24", "dev", "ens1f0") })
-	listening := make(chan net.Listener)
-	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends in that namespace
-		ns, err := netns.GetFromName("api")
-		if err == nil {
-			err = netns.Set(ns)
-		}
-		if err != nil {
-			t.Error(err)
-		}
-		server, err := net.Listen("tcp", "10.99.0.1:6443")
-		if err != nil {
-			t.Error(err)
-		}
-		listening <- server
-	}()
-	server := <-listening
+	var server net.Listener
+	within(t, "api", func() (err error) {
+		server, err = net.Listen("tcp", "10.99.0.1:6443")
+		return err
+	})
 	t.Cleanup(func() { server.Close() })
 	way := dialled{server.Addr().(*net.TCPAddr)}
 	l.line = way
@@ -517,5 +506,25 @@ func run(t *testing.T, name string, args ...string) {
 	t.Helper()
 	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
 		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+}
+
+// within does something in a network namespace.
+func within(t *testing.T, name string, do func() error) {
+	t.Helper()
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends in that namespace
+		ns, err := netns.GetFromName(name)
+		if err == nil {
+			err = errors.Join(netns.Set(ns), ns.Close())
+		}
+		if err == nil {
+			err = do()
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		t.Fatalf("in namespace %s: %v", name, err)
 	}
 }

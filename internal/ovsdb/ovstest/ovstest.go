@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // OVS is an Open vSwitch.
@@ -61,9 +63,16 @@ func (o *OVS) StopDatabase() {
 	_ = o.db.Wait()
 }
 
-// StartSwitch starts ovs-vswitchd.
+// StartSwitch starts ovs-vswitchd. Up to 3.1 at least, that counts the CPUs, once for each
+// ten seconds of the monotonic clock, and has none before: in a kernel that booted just
+// now it would start no thread that handles packets.
 func (o *OVS) StartSwitch(options ...string) {
 	o.t.Helper()
+	var up unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &up); err != nil {
+		o.t.Fatal(err)
+	}
+	time.Sleep(10*time.Second - time.Duration(up.Nano()))
 	o.start("lib/openvswitch-switch/ovs-vswitchd", append([]string{"unix:" + o.Socket, "--unixctl=" + filepath.Join(o.dir, "switch.ctl")}, options...)...)
 }
 
