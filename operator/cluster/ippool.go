@@ -61,13 +61,13 @@ func (r *ipPool) setup(mgr ctrl.Manager) error {
 		return fmt.Errorf("index IPBlocks: %w", err)
 	}
 	comesOrGoes := predicate.Funcs{UpdateFunc: func(event.UpdateEvent) bool { return false }}
-	return ctrl.NewControllerManagedBy(mgr).Named("ippool").
+	b := ctrl.NewControllerManagedBy(mgr).Named("ippool").
 		For(&sluicev1.IPPool{}, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&sluicev1.IPBlock{}, handler.EnqueueRequestsFromMapFunc(func(_ context.Context, o client.Object) []reconcile.Request {
 			return []reconcile.Request{{NamespacedName: client.ObjectKey{Namespace: o.GetNamespace(), Name: o.(*sluicev1.IPBlock).Spec.Pool}}}
 		})).
-		WatchesMetadata(nodeMetadata(), handler.EnqueueRequestsFromMapFunc(r.ofNode), builder.WithPredicates(comesOrGoes)).
-		Complete(r)
+		WatchesMetadata(nodeMetadata(), handler.EnqueueRequestsFromMapFunc(r.ofNode), builder.WithPredicates(comesOrGoes))
+	return watchRanges(mgr, b, everyAfter(everyPool)).Complete(r)
 }
 
 // ofNode are the pools that a node has blocks of.
@@ -89,8 +89,14 @@ func (r *ipPool) ofNode(ctx context.Context, node client.Object) []reconcile.Req
 	return out
 }
 
+// everyPool stands for all pools, when the cluster uses other addresses than before.
+var everyPool reconcile.Request
+
 // Reconcile frees blocks of nodes that are gone and writes the status of one pool.
 func (r *ipPool) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
+	if request == everyPool {
+		return r.reconcileAll(ctx)
+	}
 	list := &sluicev1.IPBlockList{}
 	// They are only read.
 	if err := r.List(ctx, list, client.InNamespace(r.namespace), client.MatchingFields{byPool: request.Name}, client.UnsafeDisableDeepCopy); err != nil {
@@ -128,6 +134,21 @@ func (r *ipPool) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Resu
 		again = next
 	}
 	return ctrl.Result{RequeueAfter: again}, errors.Join(err, bad)
+}
+
+func (r *ipPool) reconcileAll(ctx context.Context) (all ctrl.Result, err error) {
+	pools := &sluicev1.IPPoolList{}
+	if err := r.List(ctx, pools, client.InNamespace(r.namespace), client.UnsafeDisableDeepCopy); err != nil {
+		return ctrl.Result{}, fmt.Errorf("list IPPools: %w", err)
+	}
+	for i := range pools.Items {
+		one, bad := r.Reconcile(ctx, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&pools.Items[i])})
+		err = errors.Join(err, bad)
+		if one.RequeueAfter > 0 && (all.RequeueAfter == 0 || one.RequeueAfter < all.RequeueAfter) {
+			all = one
+		}
+	}
+	return all, err
 }
 
 // free deletes the claims of nodes that are gone, and have been for the rest: whoever

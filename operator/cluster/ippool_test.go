@@ -8,6 +8,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -113,6 +114,41 @@ func TestPoolTellsItsUse(t *testing.T) {
 	})
 	if err := api.Delete(t.Context(), pool); err != nil {
 		t.Errorf("a pool that is not used: %v", err)
+	}
+}
+
+// A pool that was there when the cluster comes to use its addresses tells so, until the cluster
+// gives them up.
+func TestPoolInTheClustersAddresses(t *testing.T) {
+	needAPI(t)
+	pool := makeIPPool(t, "overrun", sluicev1.IPPoolSpec{IPv4: &sluicev1.IPRange{CIDR: "198.18.0.0/24"}})
+	defer func() { _ = api.Delete(t.Context(), pool) }()
+	says := func(want string) {
+		t.Helper()
+		poolSays(t, pool, func(_ sluicev1.IPPoolStatus, ready, _ string) error {
+			if !strings.HasPrefix(ready, want) {
+				return fmt.Errorf("Ready is %s, want %s", ready, want)
+			}
+			return nil
+		})
+	}
+	says("True PoolReady")
+	for use, object := range map[string]client.Object{
+		"the pods of node overrun":       &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "overrun"}, Spec: corev1.NodeSpec{PodCIDR: "198.18.0.64/26", PodCIDRs: []string{"198.18.0.64/26"}}},
+		"Services (ServiceCIDR overrun)": &networkingv1.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: "overrun"}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: []string{"198.18.0.64/26"}}},
+	} {
+		if err := api.Create(t.Context(), object); err != nil {
+			t.Fatal(err)
+		}
+		says(`False PoolInvalid: spec: Invalid value: "198.18.0.0/24": it overlaps 198.18.0.64/26, which the cluster uses for ` + use)
+		if err := api.Delete(t.Context(), object); err != nil {
+			t.Fatal(err)
+		}
+		// Nothing but its owner, which no test runs, takes off a finalizer of the API server's.
+		if err := api.Patch(t.Context(), object, client.RawPatch(types.MergePatchType, []byte(`{"metadata":{"finalizers":null}}`))); client.IgnoreNotFound(err) != nil {
+			t.Fatal(err)
+		}
+		says("True PoolReady")
 	}
 }
 

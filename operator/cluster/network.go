@@ -10,7 +10,6 @@ import (
 	"github.com/go-logr/logr"
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	corev1 "k8s.io/api/core/v1"
-	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -19,14 +18,12 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/tools/events"
-	"k8s.io/client-go/util/workqueue"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
-	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/source"
 
@@ -67,8 +64,6 @@ type networkKey struct {
 // everyNetwork stands for all networks, when the cluster uses other addresses than before:
 // once for what many nodes that come at a time bring along.
 var everyNetwork networkKey
-
-const everyAfter = time.Second
 
 // network keeps the NetworkAttachmentDefinitions of networks of all kinds.
 //
@@ -117,31 +112,8 @@ func (r *network) setup(mgr ctrl.Manager) error {
 			return []networkKey{{kind, client.ObjectKeyFromObject(o)}}
 		}))
 	}
-	every := handler.TypedFuncs[client.Object, networkKey]{
-		CreateFunc: func(_ context.Context, _ event.TypedCreateEvent[client.Object], queue workqueue.TypedRateLimitingInterface[networkKey]) {
-			queue.AddAfter(everyNetwork, everyAfter)
-		},
-		UpdateFunc: func(_ context.Context, e event.TypedUpdateEvent[client.Object], queue workqueue.TypedRateLimitingInterface[networkKey]) {
-			changed := true
-			switch before := e.ObjectOld.(type) {
-			case *corev1.Node:
-				changed = !slices.Equal(before.Spec.PodCIDRs, e.ObjectNew.(*corev1.Node).Spec.PodCIDRs)
-			case *sluicev1.IPPool:
-				changed = before.Generation != e.ObjectNew.GetGeneration()
-			}
-			if changed {
-				queue.AddAfter(everyNetwork, everyAfter)
-			}
-		},
-		DeleteFunc: func(_ context.Context, _ event.TypedDeleteEvent[client.Object], queue workqueue.TypedRateLimitingInterface[networkKey]) {
-			queue.AddAfter(everyNetwork, everyAfter)
-		},
-	}
-	b = b.Watches(&corev1.Node{}, every).Watches(&sluicev1.IPPool{}, every)
-	if _, err := mgr.GetRESTMapper().RESTMapping(admission.ServiceCIDR.GroupKind(), admission.ServiceCIDR.Version); err == nil {
-		b = b.Watches(&networkingv1.ServiceCIDR{}, every)
-	}
-	c, err := b.Build(r)
+	every := everyAfter(everyNetwork)
+	c, err := watchRanges(mgr, b.Watches(&sluicev1.IPPool{}, every), every).Build(r)
 	r.controller = c
 	return err
 }

@@ -3,12 +3,15 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
+	"time"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	registrationv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -17,9 +20,13 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/events"
+	"k8s.io/client-go/util/workqueue"
 	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
 
 	sluicev1 "github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
@@ -186,4 +193,42 @@ func shorten(text string, most int) string {
 		return text
 	}
 	return strings.ToValidUTF8(text[:most-3], "") + "..."
+}
+
+// rangesPause is how long what stands for all objects of a kind waits, so that they are
+// looked at once for what many nodes that come at a time bring along.
+const rangesPause = time.Second
+
+// everyAfter has a controller look at key, which stands for all its objects, rangesPause
+// after what addresses are used may have changed.
+func everyAfter[K comparable](key K) handler.TypedFuncs[client.Object, K] {
+	return handler.TypedFuncs[client.Object, K]{
+		CreateFunc: func(_ context.Context, _ event.TypedCreateEvent[client.Object], queue workqueue.TypedRateLimitingInterface[K]) {
+			queue.AddAfter(key, rangesPause)
+		},
+		UpdateFunc: func(_ context.Context, e event.TypedUpdateEvent[client.Object], queue workqueue.TypedRateLimitingInterface[K]) {
+			changed := true
+			switch before := e.ObjectOld.(type) {
+			case *corev1.Node:
+				changed = !slices.Equal(before.Spec.PodCIDRs, e.ObjectNew.(*corev1.Node).Spec.PodCIDRs)
+			case *sluicev1.IPPool:
+				changed = before.Generation != e.ObjectNew.GetGeneration()
+			}
+			if changed {
+				queue.AddAfter(key, rangesPause)
+			}
+		},
+		DeleteFunc: func(_ context.Context, _ event.TypedDeleteEvent[client.Object], queue workqueue.TypedRateLimitingInterface[K]) {
+			queue.AddAfter(key, rangesPause)
+		},
+	}
+}
+
+// watchRanges watches what admission.UsedRanges reads.
+func watchRanges[K comparable](mgr ctrl.Manager, b *builder.TypedBuilder[K], every handler.TypedFuncs[client.Object, K]) *builder.TypedBuilder[K] {
+	b = b.Watches(&corev1.Node{}, every)
+	if _, err := mgr.GetRESTMapper().RESTMapping(admission.ServiceCIDR.GroupKind(), admission.ServiceCIDR.Version); err == nil {
+		b = b.Watches(&networkingv1.ServiceCIDR{}, every)
+	}
+	return b
 }
