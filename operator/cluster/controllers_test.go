@@ -354,7 +354,7 @@ func TestBridges(t *testing.T) {
 			c.Spec.FeatureGates = map[string]bool{plan.GateBridges: on}
 		})
 	}
-	defer change(t, config, func(c *sriovv1.SriovOperatorConfig) { c.Spec.FeatureGates = nil })
+	defer change(t, config, func(c *sriovv1.SriovOperatorConfig) { c.Spec.FeatureGates, c.Spec.LogLevel = nil, 0 })
 	makeNode(t, "br-1", map[string]string{"test": "br"})
 	report := func() {
 		agentReports(t, "br-1", func(s *sriovv1.SriovNetworkNodeState) {
@@ -384,7 +384,21 @@ func TestBridges(t *testing.T) {
 		})
 	}
 	wantGroups(t, "br-1", "")
+	reaches := func(want bool) {
+		t.Helper()
+		eventually(t, func() error {
+			agent := getAgents(t).Spec.Template.Spec.Containers[0]
+			mounted := slices.ContainsFunc(agent.VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/var/run/openvswitch" })
+			overrides := slices.Contains(agent.SecurityContext.Capabilities.Add, "DAC_OVERRIDE")
+			if mounted != want || overrides != want {
+				return fmt.Errorf("Open vSwitch's directory mounted: %t, DAC_OVERRIDE: %t, want %t", mounted, overrides, want)
+			}
+			return nil
+		})
+	}
+	reaches(false)
 	gate(true)
+	reaches(true)
 	const bridge = "br-0000_01_00.0 secure ens1f0"
 	bridges(bridge)
 	wantGroups(t, "br-1", "ens1f0 4 br-a=0-3")
@@ -403,4 +417,27 @@ func TestBridges(t *testing.T) {
 	bridges()
 	wantGroups(t, "br-1", "ens1f0 4 br-a=0-3")
 	wantCondition(t, policy, conditions, sriovv1.ConditionDegraded, metav1.ConditionTrue, "UnsupportedByNode", why)
+
+	// Agents can reach Open vSwitch until all bridges are gone.
+	states := &sriovv1.SriovNetworkNodeStateList{}
+	if err := api.List(t.Context(), states, client.InNamespace(operatorNamespace)); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range states.Items {
+		agentReports(t, s.Name, func(s *sriovv1.SriovNetworkNodeState) {
+			if s.Name == "br-1" {
+				s.Status.Bridges.OVS = []sriovv1.OVSConfigExt{{Name: "br-0000_01_00.0"}}
+			}
+		})
+	}
+	change(t, config, func(c *sriovv1.SriovOperatorConfig) { c.Spec.LogLevel = 1 })
+	eventually(t, func() error {
+		if args := getAgents(t).Spec.Template.Spec.Containers[0].Args; args[0] != "--v=1" {
+			return fmt.Errorf("the arguments are %v", args)
+		}
+		return nil
+	})
+	reaches(true)
+	agentReports(t, "br-1", func(s *sriovv1.SriovNetworkNodeState) { s.Status.Bridges.OVS = nil })
+	reaches(false)
 }

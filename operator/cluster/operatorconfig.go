@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
@@ -22,6 +23,7 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
@@ -68,10 +70,15 @@ func (r *operatorConfig) setup(mgr ctrl.Manager) error {
 		Named("operatorconfig").
 		For(&sriovv1.SriovOperatorConfig{}).
 		Watches(&appsv1.DaemonSet{}, one).
-		// Only while NICs are being given back do the nodes' reports matter here.
-		Watches(&sriovv1.SriovNetworkNodeState{}, one, builder.WithPredicates(predicate.NewPredicateFuncs(func(o client.Object) bool {
-			return o.GetAnnotations()[sriovv1.AnnotationRemoval] != ""
-		}))).
+		// Of the nodes' reports only those matter here of NICs that are being given back, and
+		// of bridges that came or went.
+		Watches(&sriovv1.SriovNetworkNodeState{}, one, builder.WithPredicates(predicate.Or(
+			predicate.NewPredicateFuncs(func(o client.Object) bool { return o.GetAnnotations()[sriovv1.AnnotationRemoval] != "" }),
+			predicate.Funcs{
+				CreateFunc: func(e event.CreateEvent) bool { return hasBridges(e.Object) },
+				UpdateFunc: func(e event.UpdateEvent) bool { return hasBridges(e.ObjectOld) != hasBridges(e.ObjectNew) },
+				DeleteFunc: func(e event.DeleteEvent) bool { return hasBridges(e.Object) },
+			}))).
 		// The Deployment tells whether the configuration was made once; it is also what
 		// begins everything in a new installation.
 		WatchesMetadata(metadataOf(appsv1.SchemeGroupVersion.WithKind("Deployment")), one, builder.WithPredicates(predicate.AnnotationChangedPredicate{})).
@@ -114,7 +121,7 @@ func (r *operatorConfig) Reconcile(ctx context.Context, request ctrl.Request) (c
 		return ctrl.Result{}, err
 	}
 	selector := agentSelector(config, nodes)
-	ds, err := r.rollOut(ctx, config, selector)
+	ds, again, err := r.rollOut(ctx, config, selector)
 	if err != nil && !apierrors.IsConflict(err) {
 		failed := why{reasonSyncFailed, err.Error()}
 		return ctrl.Result{}, errors.Join(err, r.report(ctx, config, outcome{unready: failed, degraded: failed, matched: count(nodes, selector)}))
@@ -122,7 +129,7 @@ func (r *operatorConfig) Reconcile(ctx context.Context, request ctrl.Request) (c
 	if err != nil {
 		return ctrl.Result{}, err // settled by the next try
 	}
-	return ctrl.Result{}, r.report(ctx, config, judgeRollOut(config, count(nodes, selector), selector, ds))
+	return ctrl.Result{RequeueAfter: again}, r.report(ctx, config, judgeRollOut(config, count(nodes, selector), selector, ds))
 }
 
 func count(nodes []metav1.PartialObjectMetadata, selector map[string]string) int {
@@ -177,40 +184,77 @@ func deleteOfConfig(ctx context.Context, c client.Client, object client.Object) 
 	return nil
 }
 
-// rollOut applies the agents' DaemonSet, if it is not as wanted, and returns it as it is.
-func (r *operatorConfig) rollOut(ctx context.Context, config *sriovv1.SriovOperatorConfig, selector map[string]string) (*appsv1.DaemonSet, error) {
-	want, err := agentDaemonSet(config, selector, r.settings)
+// rollOut applies the agents' DaemonSet, if it is not as wanted, and returns it as it is,
+// and when to look again.
+func (r *operatorConfig) rollOut(ctx context.Context, config *sriovv1.SriovOperatorConfig, selector map[string]string) (*appsv1.DaemonSet, time.Duration, error) {
+	have := &appsv1.DaemonSet{}
+	bad := r.Get(ctx, client.ObjectKey{Namespace: config.Namespace, Name: agentName}, have)
+	if client.IgnoreNotFound(bad) != nil {
+		return nil, 0, fmt.Errorf("read DaemonSet %s: %w", agentName, bad)
+	}
+	bridges, again, err := r.needBridges(ctx, config, have)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
+	}
+	want, err := agentDaemonSet(config, selector, bridges, r.settings)
+	if err != nil {
+		return nil, 0, err
 	}
 	desired, err := runtime.DefaultUnstructuredConverter.ToUnstructured(want)
 	if err != nil {
-		return nil, fmt.Errorf("convert DaemonSet %s: %w", want.Name, err)
+		return nil, 0, fmt.Errorf("convert DaemonSet %s: %w", want.Name, err)
 	}
 	delete(desired, "status")
 	unstructured.RemoveNestedField(desired, "metadata", "creationTimestamp")
-	have := &appsv1.DaemonSet{}
-	if err = r.Get(ctx, client.ObjectKeyFromObject(want), have); client.IgnoreNotFound(err) != nil {
-		return nil, fmt.Errorf("read DaemonSet %s: %w", want.Name, err)
-	}
-	if err == nil {
+	if bad == nil {
 		is, err := runtime.DefaultUnstructuredConverter.ToUnstructured(have)
 		if err != nil {
-			return nil, fmt.Errorf("convert DaemonSet %s: %w", want.Name, err)
+			return nil, 0, fmt.Errorf("convert DaemonSet %s: %w", want.Name, err)
 		}
 		delete(desired, "apiVersion") // a cached object does not say
 		delete(desired, "kind")
 		if covers(is, desired) {
-			return have, nil
+			return have, again, nil
 		}
 	}
 	desired["apiVersion"], desired["kind"] = appsv1.SchemeGroupVersion.String(), "DaemonSet"
 	applied := &unstructured.Unstructured{Object: desired}
 	if err := r.Apply(ctx, client.ApplyConfigurationFromUnstructured(applied), fieldOwner, client.ForceOwnership); err != nil {
-		return nil, fmt.Errorf("apply DaemonSet %s: %w", want.Name, err)
+		return nil, 0, fmt.Errorf("apply DaemonSet %s: %w", want.Name, err)
 	}
 	ctrl.LoggerFrom(ctx).Info("Applied the agents' DaemonSet", "image", r.settings.AgentImage)
-	return have, nil // its change wakes us again
+	return have, again, nil // its change wakes us again
+}
+
+// needBridges tells whether agents make bridges, or still have some to remove, and when to
+// look again. Those that could have made some must have said that they have none.
+func (r *operatorConfig) needBridges(ctx context.Context, config *sriovv1.SriovOperatorConfig, agents *appsv1.DaemonSet) (bool, time.Duration, error) {
+	if config.Spec.FeatureGates[plan.GateBridges] {
+		return true, 0, nil
+	}
+	states := &sriovv1.SriovNetworkNodeStateList{}
+	if err := r.List(ctx, states, client.InNamespace(r.settings.Namespace), client.UnsafeDisableDeepCopy); err != nil {
+		return false, 0, fmt.Errorf("list node states: %w", err)
+	}
+	could := reachesSwitch(&agents.Spec.Template.Spec)
+	for i := range states.Items {
+		s := &states.Items[i]
+		if hasBridges(s) {
+			return true, 0, nil // the last one that goes wakes us
+		}
+		if could && s.Status.ObservedGeneration != s.Generation {
+			return true, bridgesPoll, nil
+		}
+	}
+	return false, 0, nil
+}
+
+// bridgesPoll is how often is looked whether agents have seen that there shall be no bridges.
+const bridgesPoll = 10 * time.Second
+
+func hasBridges(o client.Object) bool {
+	s := o.(*sriovv1.SriovNetworkNodeState)
+	return len(s.Spec.Bridges.OVS)+len(s.Status.Bridges.OVS) > 0
 }
 
 // why is the reason and message of a condition; zero when there is nothing to say.

@@ -36,8 +36,9 @@ var agentManifest []byte
 // ownEnv are the agent's variables that the operator sets.
 var ownEnv = []string{"NODE_NAME", "NODE_IP", "POD_NAMESPACE", "RESOURCE_PREFIX", "CDI_DIR"}
 
-// agentDaemonSet is the DaemonSet of the agents as the configuration wants it.
-func agentDaemonSet(config *sriovv1.SriovOperatorConfig, selector map[string]string, settings Config) (*appsv1.DaemonSet, error) {
+// agentDaemonSet is the DaemonSet of the agents as the configuration wants it, bridges with
+// what it takes to make and remove bridges.
+func agentDaemonSet(config *sriovv1.SriovOperatorConfig, selector map[string]string, bridges bool, settings Config) (*appsv1.DaemonSet, error) {
 	ds := &appsv1.DaemonSet{}
 	if err := yaml.UnmarshalStrict(agentManifest, ds); err != nil {
 		return nil, fmt.Errorf("read the agent's manifest: %w", err)
@@ -55,6 +56,9 @@ func agentDaemonSet(config *sriovv1.SriovOperatorConfig, selector map[string]str
 	}
 	if config.Spec.UseCDI {
 		withCDI(pod)
+	}
+	if bridges {
+		withSwitch(pod)
 	}
 	agent.Image = settings.AgentImage
 	agent.Args = []string{fmt.Sprintf("--v=%d", config.Spec.LogLevel)}
@@ -78,12 +82,36 @@ const cdiDir = "/var/run/cdi"
 
 // withCDI lets the agent describe device nodes for the runtime.
 func withCDI(pod *corev1.PodSpec) {
-	const name = "cdi"
-	create := corev1.HostPathDirectoryOrCreate
-	pod.Volumes = append(pod.Volumes, corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: cdiDir, Type: &create}}})
+	mount(pod, corev1.VolumeMount{Name: "cdi", MountPath: cdiDir})
 	agent := &pod.Containers[0]
-	agent.VolumeMounts = append(agent.VolumeMounts, corev1.VolumeMount{Name: name, MountPath: cdiDir})
 	agent.Env = append(agent.Env, corev1.EnvVar{Name: "CDI_DIR", Value: cdiDir})
+}
+
+// switchDir is where Open vSwitch's database listens, on nodes that have it.
+const switchDir = "/var/run/openvswitch"
+
+// overrideDAC is needed for a socket that is not root's, as on distributions where Open
+// vSwitch has a user of its own. The group of that has another number on each node.
+const overrideDAC corev1.Capability = "DAC_OVERRIDE"
+
+// withSwitch lets the agent reach Open vSwitch.
+func withSwitch(pod *corev1.PodSpec) {
+	mount(pod, corev1.VolumeMount{Name: "openvswitch", MountPath: switchDir, ReadOnly: true})
+	capabilities := pod.Containers[0].SecurityContext.Capabilities
+	capabilities.Add = append(capabilities.Add, overrideDAC)
+}
+
+// reachesSwitch tells whether withSwitch was applied.
+func reachesSwitch(pod *corev1.PodSpec) bool {
+	return len(pod.Containers) > 0 && slices.ContainsFunc(pod.Containers[0].VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == switchDir })
+}
+
+// mount gives the agent a directory of the node, by the same path.
+func mount(pod *corev1.PodSpec, m corev1.VolumeMount) {
+	create := corev1.HostPathDirectoryOrCreate
+	pod.Volumes = append(pod.Volumes, corev1.Volume{Name: m.Name, VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: m.MountPath, Type: &create}}})
+	agent := &pod.Containers[0]
+	agent.VolumeMounts = append(agent.VolumeMounts, m)
 }
 
 // withoutEtc takes the folders below /etc from a pod. The runtime would make those that
@@ -149,6 +177,9 @@ func unsupported(spec *sriovv1.SriovOperatorConfigSpec) []string {
 	var all []string
 	if spec.ConfigurationMode == sriovv1.ConfigurationModeSystemd {
 		all = append(all, "configurationMode systemd: agents configure NICs themselves, and VFs are not there before kubelet starts: set it to daemon")
+	}
+	if spec.EnableOvsOffload {
+		all = append(all, "enableOvsOffload true: it has no effect: turn hardware offload on in the nodes' Open vSwitch, with ovs-vsctl set Open_vSwitch . other_config:hw-offload=true and a restart of it, and set it to false")
 	}
 	for _, name := range slices.Sorted(maps.Keys(spec.FeatureGates)) {
 		gate, known := gates[name]

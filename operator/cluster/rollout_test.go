@@ -53,11 +53,12 @@ func TestAgentSelector(t *testing.T) {
 func TestUnsupported(t *testing.T) {
 	for want, spec := range map[string]sriovv1.SriovOperatorConfigSpec{
 		"": {
-			ConfigurationMode: "daemon", DisablePlugins: []sriovv1.PluginName{"mellanox"}, EnableOvsOffload: true,
+			ConfigurationMode: "daemon", DisablePlugins: []sriovv1.PluginName{"mellanox"},
 			FeatureGates:   map[string]bool{"parallelNicConfig": true, "metricsExporter": true, "blockDevicePluginUntilConfigured": true, "mellanoxFirmwareReset": true, "manageSoftwareBridges": true, "resourceInjectorMatchCondition": true},
 			EnableInjector: true,
 		},
 		"configurationMode systemd: ":        {ConfigurationMode: "systemd"},
+		"enableOvsOffload true: ":            {EnableOvsOffload: true},
 		"featureGates x: there is no such":   {FeatureGates: map[string]bool{"x": false}},
 		"featureGates parallelNicConfig fal": {FeatureGates: map[string]bool{"parallelNicConfig": false}},
 		"configDaemonEnvVars NODE_NAME: ":    {ConfigDaemonEnvVars: map[string]string{"NODE_NAME": "x"}},
@@ -73,7 +74,7 @@ func TestUnsupported(t *testing.T) {
 func TestAgentWithoutEtc(t *testing.T) {
 	config := &sriovv1.SriovOperatorConfig{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "default", UID: "u"}}
 	build := func() (paths, mounts []string) {
-		ds, err := agentDaemonSet(config, nil, Config{})
+		ds, err := agentDaemonSet(config, nil, false, Config{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -106,7 +107,7 @@ func TestAgentWithCDI(t *testing.T) {
 	config := &sriovv1.SriovOperatorConfig{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "default", UID: "u"}}
 	for _, use := range []bool{false, true} {
 		config.Spec.UseCDI = use
-		ds, err := agentDaemonSet(config, nil, Config{})
+		ds, err := agentDaemonSet(config, nil, false, Config{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -124,7 +125,7 @@ func TestAgentDaemonSet(t *testing.T) {
 	config := &sriovv1.SriovOperatorConfig{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "default", UID: "u"}}
 	settings := Config{ResourcePrefix: "example.com", AgentImage: "img", ImagePullSecrets: []corev1.LocalObjectReference{{Name: "s"}}}
 	build := func() *appsv1.DaemonSet {
-		ds, err := agentDaemonSet(config, map[string]string{"a": "b"}, settings)
+		ds, err := agentDaemonSet(config, map[string]string{"a": "b"}, false, settings)
 		if err != nil {
 			t.Fatal(err)
 		}

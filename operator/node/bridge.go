@@ -22,6 +22,7 @@ type bridge struct {
 	opened  bool             // ovs-vswitchd has the PF
 	failure string           // why it cannot open it
 	unknown string           // why it could not be read
+	made    bool             // while it is unknown: one was made
 	read    bool             // nothing has changed since
 }
 
@@ -130,7 +131,7 @@ func (p *pass) reread(ctx context.Context, r *report) {
 	}
 	if err != nil {
 		now = r.bridge
-		now.unknown, now.read = err.Error(), false
+		now.unknown, now.made, now.read = err.Error(), was.Bridge, false
 	} else if found != nil {
 		now.opened, now.failure = found.Opened, found.Error
 		now.adopt = found.Foreign && p.records.bridgeOfUpstream(found.Name)

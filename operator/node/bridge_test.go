@@ -296,12 +296,18 @@ func TestOpenVSwitchAway(t *testing.T) {
 	o.degraded(ReasonUnsupported, "RemoveBridge "+onBridge, "start it")
 	o.restart()
 	o.degraded(ReasonUnsupported, "RemoveBridge "+onBridge, "start it")
+	if is := o.server.status().Bridges.OVS; len(is) != 1 || is[0].Name != onBridge {
+		t.Errorf("a bridge that is still to be removed is not told of: %+v", is)
+	}
 	if pf := o.kernel.PF(nic0); pf.Eswitch != host.Switchdev {
 		t.Errorf("the mode changed with the uplink in the bridge: %+v", pf)
 	}
 	o.change(func() { o.away = nil })
 	o.has(nil)
 	o.ready()
+	if is := o.server.status().Bridges.OVS; len(is) > 0 {
+		t.Errorf("the status has %+v", is)
+	}
 	if pf := o.kernel.PF(nic0); pf.Eswitch != host.Legacy {
 		t.Errorf("not what it was: %+v", pf)
 	}

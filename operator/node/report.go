@@ -168,6 +168,8 @@ func status(reports []*report, slots *parents, unreadable error, generation int6
 		}
 		if r.bridge.is != nil {
 			s.Bridges.OVS = append(s.Bridges.OVS, *r.bridge.is)
+		} else if r.bridge.made {
+			s.Bridges.OVS = append(s.Bridges.OVS, v1.OVSConfigExt{Name: plan.BridgeName(r.have.PCIAddress)})
 		}
 		troubles = append(troubles, r.troubles()...)
 		for _, b := range r.blocked {

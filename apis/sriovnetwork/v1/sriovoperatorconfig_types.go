@@ -44,7 +44,7 @@ type SriovOperatorConfigSpec struct {
 	// disableDrain evicts no pods: a change that needs VFs which pods hold waits for them.
 	// +optional
 	DisableDrain bool `json:"disableDrain,omitempty"`
-	// enableOvsOffload is accepted and has no effect, as in the operator it comes from.
+	// enableOvsOffload has no effect, as in the operator it comes from; a condition says so.
 	// +optional
 	EnableOvsOffload bool `json:"enableOvsOffload,omitempty"`
 	// configurationMode: daemon is how Sluice works; systemd is reported as not supported.
