@@ -79,7 +79,7 @@ type Server struct {
 // start. Run makes it serve.
 func New(o Options) (*Server, error) {
 	m := newMetrics()
-	var plugins attach.IPAM = attach.ExecIPAM{Dirs: o.IPAMDirs}
+	var plugins attach.IPAM = &attach.HostLocal{Others: attach.ExecIPAM{Dirs: o.IPAMDirs}}
 	if o.Addresses != nil {
 		plugins = attach.ByType{Own: o.Addresses, Others: plugins}
 	}
