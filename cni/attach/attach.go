@@ -148,6 +148,12 @@ func (a *Attacher) Holder(deviceID string) (pod string, held bool) {
 	return r.Pod, held
 }
 
+// AttachedArgs returns the CNI_ARGS with which the device was attached, if it is.
+func (a *Attacher) AttachedArgs(deviceID string) (args string, attached bool) {
+	r, held := a.journal.owner(deviceID)
+	return r.Args, held && r.Phase == Attached
+}
+
 // Phases counts the attachments by how far they have come.
 func (a *Attacher) Phases() map[Phase]int {
 	n := map[Phase]int{}

@@ -676,3 +676,18 @@ func parseArgs(s string) (map[string]string, error) {
 	}
 	return args, nil
 }
+
+// PodOf tells which pod CNI_ARGS are of; what they do not tell is empty.
+func PodOf(args string) (namespace, name, uid string) {
+	for pair := range strings.SplitSeq(args, ";") {
+		switch k, v, _ := strings.Cut(pair, "="); k {
+		case "K8S_POD_NAMESPACE":
+			namespace = v
+		case "K8S_POD_NAME":
+			name = v
+		case "K8S_POD_UID":
+			uid = v
+		}
+	}
+	return namespace, name, uid
+}

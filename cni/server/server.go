@@ -20,6 +20,7 @@ import (
 	"github.com/go-logr/logr"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
+	"k8s.io/client-go/tools/record"
 
 	"github.com/sluice-network/sluice/cni/attach"
 	"github.com/sluice-network/sluice/cni/ipam"
@@ -52,6 +53,9 @@ type Options struct {
 	// Requests counts the kernel's work for the metrics. Nil leaves it out.
 	Requests func() host.Requests
 
+	// Events tells pods what becomes of their interfaces. Nil leaves it to the runtime.
+	Events record.EventRecorder
+
 	// PodNetworks is what the mode without a meta plugin stands on, of which the
 	// server adds what it knows itself. Without an API nothing runs in that mode.
 	PodNetworks standalone.Options
@@ -72,6 +76,7 @@ type Server struct {
 	working       sync.Mutex // on the queue
 	metrics       metrics
 	requests      func() host.Requests
+	teller        teller
 	waiting       atomic.Int64 // calls that are not answered
 }
 
@@ -97,7 +102,7 @@ func New(o Options) (*Server, error) {
 	s := &Server{
 		socket: o.Socket, queue: filepath.Join(o.StateDir, "del-queue"),
 		attacher: a, log: o.Log, slots: semaphore.NewWeighted(parallel), changes: o.Changes,
-		metrics: m, requests: o.Requests,
+		metrics: m, requests: o.Requests, teller: teller{events: o.Events, now: time.Now, failing: map[failing]failure{}},
 	}
 	if p := o.PodNetworks; p.API != nil {
 		p.Plugin, p.Alive, p.Dirs, p.Dir, p.Log = s.plugin, a.Alive, o.IPAMDirs, filepath.Join(o.StateDir, "pod-networks"), o.Log
@@ -229,6 +234,7 @@ func (s *Server) serve(ctx context.Context, conn *net.UnixConn) {
 	out, err := s.limited(ctx, req, ns)
 	s.waiting.Add(-1)
 	s.metrics.called(req.Command, begin, err)
+	s.teller.called(req, err)
 	log := s.log.WithValues("command", req.Command, "container", req.ContainerID, "interface", req.IfName, "took", time.Since(begin).String())
 	if err != nil {
 		log.Error(err, "CNI call failed")
@@ -298,15 +304,23 @@ func response(req wire.Request, out []byte, err error) wire.Response {
 	if err == nil {
 		return wire.Response{Stdout: out}
 	}
-	var conf struct {
-		CNIVersion string `json:"cniVersion"`
-	}
-	_ = json.Unmarshal(req.Stdin, &conf)
 	b, _ := json.Marshal(struct {
 		CNIVersion string `json:"cniVersion,omitempty"`
 		*types.Error
-	}{conf.CNIVersion, attach.CNIError(err)})
+	}{headOf(req).CNIVersion, attach.CNIError(err)})
 	return wire.Response{Stdout: b, Failed: true}
+}
+
+// head is what every configuration has.
+type head struct {
+	CNIVersion string `json:"cniVersion"`
+	Name       string `json:"name"`
+}
+
+// headOf reads it, as far as it can be read.
+func headOf(req wire.Request) (h head) {
+	_ = json.Unmarshal(req.Stdin, &h)
+	return h
 }
 
 // fromRoot refuses callers that are not root: who can call can move VFs.

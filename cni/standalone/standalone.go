@@ -126,19 +126,9 @@ func (n *Networks) lock(ctx context.Context, containerID string) (unlock func(),
 // pod is whom the call is for.
 type pod struct{ namespace, name, uid string }
 
-func podOf(args [][2]string) pod {
-	var p pod
-	for _, kv := range args {
-		switch kv[0] {
-		case "K8S_POD_NAMESPACE":
-			p.namespace = kv[1]
-		case "K8S_POD_NAME":
-			p.name = kv[1]
-		case "K8S_POD_UID":
-			p.uid = kv[1]
-		}
-	}
-	return p
+func podOf(args string) pod {
+	namespace, name, uid := attach.PodOf(args)
+	return pod{namespace, name, uid}
 }
 
 func splitArgs(s string) [][2]string {
@@ -158,7 +148,7 @@ func (n *Networks) add(ctx context.Context, c *config, req attach.Request, ns *h
 		return nil, fail(types.ErrTryAgainLater, "undo an earlier attempt: %w", err)
 	}
 	args := splitArgs(req.Args)
-	p := podOf(args)
+	p := podOf(req.Args)
 	if p.namespace == "" || p.name == "" {
 		return nil, fail(types.ErrInvalidEnvironmentVariables, "CNI_ARGS %q does not tell K8S_POD_NAMESPACE and K8S_POD_NAME: podNetworks is for pods", req.Args)
 	}
@@ -217,7 +207,7 @@ func (n *Networks) plan(ctx context.Context, p pod, args [][2]string, selections
 	}
 	var devices map[string][]string
 	if resources {
-		if devices, err = n.Devices(ctx, p.namespace, p.name, podOf(args).uid); err != nil {
+		if devices, err = n.Devices(ctx, p.namespace, p.name, podOf(req.Args).uid); err != nil {
 			return s, fail(types.ErrTryAgainLater, "pod %s/%s: %w", p.namespace, p.name, err)
 		}
 	}

@@ -121,19 +121,41 @@ func TestAgentWritesOnlyItsOwnNodesState(t *testing.T) {
 	if err := agent.List(t.Context(), &sriovv1.SriovNetworkNodeStateList{}, client.InNamespace(operatorNamespace), client.MatchingFields{"metadata.name": "adm-1"}); err != nil {
 		t.Errorf("read its own state: %v", err)
 	}
-	event := func(kind, name string) *corev1.Event {
+	event := func(namespace, kind, name, host string) *corev1.Event {
 		return &corev1.Event{
-			ObjectMeta:     metav1.ObjectMeta{GenerateName: "e", Namespace: operatorNamespace},
-			InvolvedObject: corev1.ObjectReference{Namespace: operatorNamespace, Kind: kind, Name: name},
+			ObjectMeta:     metav1.ObjectMeta{GenerateName: "e", Namespace: namespace},
+			InvolvedObject: corev1.ObjectReference{Namespace: namespace, Kind: kind, Name: name},
+			Source:         corev1.EventSource{Component: "sluice-agent", Host: host},
 		}
 	}
-	if err := agent.Create(t.Context(), event("SriovNetworkNodeState", "adm-1")); err != nil {
-		t.Errorf("make an event about its own state: %v", err)
-	}
-	for kind, name := range map[string]string{"SriovNetworkNodeState": "adm-2", "SriovNetworkNodePolicy": "adm-1"} {
-		if err := refusedWith(agent.Create(t.Context(), event(kind, name)), "an agent makes events about its own node's SriovNetworkNodeState only"); err != nil {
-			t.Errorf("an event about %s %s: %v", kind, name, err)
+	for _, e := range []*corev1.Event{event(operatorNamespace, "SriovNetworkNodeState", "adm-1", ""), event("default", "Pod", "p", "adm-1")} {
+		if err := agent.Create(t.Context(), e); err != nil {
+			t.Errorf("make an event about %s %s: %v", e.InvolvedObject.Kind, e.InvolvedObject.Name, err)
+			continue
 		}
+		again := e.DeepCopy()
+		again.Count = 2
+		if err := agent.Patch(t.Context(), again, client.MergeFrom(e)); err != nil {
+			t.Errorf("count an event about %s %s: %v", e.InvolvedObject.Kind, e.InvolvedObject.Name, err)
+		}
+	}
+	const only = "an agent makes events about its own node's SriovNetworkNodeState, and about pods in its own node's name, and no others"
+	for _, e := range []*corev1.Event{
+		event(operatorNamespace, "SriovNetworkNodeState", "adm-2", "adm-1"), event(operatorNamespace, "SriovNetworkNodePolicy", "adm-1", "adm-1"),
+		event("default", "Pod", "p", "adm-2"), event("default", "Pod", "p", ""), event("default", "Service", "s", "adm-1"),
+	} {
+		if err := refusedWith(agent.Create(t.Context(), e), only); err != nil {
+			t.Errorf("an event about %s %s of %q: %v", e.InvolvedObject.Kind, e.InvolvedObject.Name, e.Source.Host, err)
+		}
+	}
+	others := event("default", "Pod", "p", "adm-2")
+	if err := api.Create(t.Context(), others); err != nil {
+		t.Fatal(err)
+	}
+	taken := others.DeepCopy()
+	taken.Source.Host = "adm-1"
+	if err := refusedWith(agent.Patch(t.Context(), taken, client.MergeFrom(others)), only); err != nil {
+		t.Errorf("another node's event: %v", err)
 	}
 }
 

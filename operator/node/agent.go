@@ -50,6 +50,8 @@ type Config struct {
 	// Attached tells the settings that a VF was given at its PF for the pod it is
 	// attached to; it is not ok while it is attached to none, or not yet.
 	Attached func(pciAddress string) (settings host.VFSettings, ok bool)
+	// Tell tells the pod that a VF is attached to what becomes of that. Nil for nobody.
+	Tell func(pciAddress string, warning bool, reason, message string)
 	// Networks tells the networks of a cloud, as nicSelector.netFilter names them, by the
 	// MAC addresses of the machine's NICs on them. It is nil elsewhere.
 	Networks func(context.Context) (map[string]string, error)

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -142,7 +143,8 @@ type usage struct {
 	mu       sync.Mutex
 	pods     map[string]string
 	attached map[string]host.VFSettings
-	err      error // why Held does not know
+	err      error    // why Held does not know
+	heard    []string // by pods
 }
 
 func (u *usage) Attached(address string) (host.VFSettings, bool) {
@@ -203,6 +205,7 @@ type rig struct {
 	ovs             Switch // none where nobody asks for a bridge
 	state, upstream string
 	others          func([]Candidate) []Pool
+	foreign         atomic.Bool // what Conditions tell
 }
 
 func newRig(t *testing.T) *rig {
@@ -230,8 +233,16 @@ func rigWith(t *testing.T) *rig {
 func (r *rig) start() {
 	r.agent = New(Config{Node: "vm1", StateDir: r.state, UpstreamDir: r.upstream, Kernel: r.kernel, States: r.server, Advertiser: r.plugin, Usage: r.usage, Attached: r.usage.Attached, Lifeline: r.line, Switch: r.ovs, Uninstall: r.uninstall, ModprobeDir: r.modprobe, BootID: r.bootID, Reboot: r.reboot, Networks: r.networks, Log: testr.New(r.t),
 		Conditions: func() []metav1.Condition {
-			return []metav1.Condition{{Type: "Alias", Status: metav1.ConditionTrue, Reason: "Installed"}}
-		}, Others: r.others})
+			c := metav1.Condition{Type: "Alias", Status: metav1.ConditionTrue, Reason: "Installed"}
+			if r.foreign.Load() {
+				c = metav1.Condition{Type: "Alias", Status: metav1.ConditionFalse, Reason: "Foreign", Message: "another has it"}
+			}
+			return []metav1.Condition{c}
+		}, Others: r.others, Tell: func(vf string, warning bool, reason, message string) {
+			r.usage.mu.Lock()
+			defer r.usage.mu.Unlock()
+			r.usage.heard = append(r.usage.heard, fmt.Sprint(vf, " ", warning, " ", reason, " ", message))
+		}})
 	r.agent.regain, r.agent.proof = 200*time.Millisecond, 10*time.Millisecond
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -613,6 +624,48 @@ func TestDriftOfHeldVFsIsTold(t *testing.T) {
 	if calls := r.kernel.Calls(); len(calls) > 0 {
 		t.Errorf("touched: %v", calls)
 	}
+	r.eventually(func() error {
+		r.usage.mu.Lock()
+		defer r.usage.mu.Unlock()
+		vf := "VF 1 of ens1f0 (" + held + ")"
+		want := []string{
+			held + " true ChangedByOthers somebody else changed " + vf + ": trust of the VF is on, not off; set it back, or delete the pod",
+			held + " false AsAttached " + vf + " is as it was attached again",
+			held + " true ChangedByOthers somebody else changed " + vf + ": it was unbound from its driver; set it back, or delete the pod",
+		}
+		if d := cmp.Diff(want, r.usage.heard); d != "" {
+			return fmt.Errorf("its pod hears: %s", d)
+		}
+		return nil
+	})
+}
+
+// What the agent tells of itself besides is an event when it is not as it should be, and
+// when it is again.
+func TestOtherConditionsAreEvents(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+	r.ready()
+	ofAlias := func(want ...string) {
+		t.Helper()
+		r.eventually(func() error {
+			r.server.mu.Lock()
+			defer r.server.mu.Unlock()
+			got := slices.DeleteFunc(slices.Clone(r.server.events), func(e string) bool { return strings.Contains(e, " Configured ") })
+			if !slices.Equal(got, want) {
+				return fmt.Errorf("events %q, want %q", got, want)
+			}
+			return nil
+		})
+	}
+	ofAlias()
+	r.foreign.Store(true)
+	r.agent.HolderChanged()
+	ofAlias("Warning Foreign another has it")
+	r.foreign.Store(false)
+	r.agent.HolderChanged()
+	ofAlias("Warning Foreign another has it", "Normal Installed ")
 }
 
 // A storm of events does not make the agent read the NIC for each.

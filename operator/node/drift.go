@@ -25,13 +25,24 @@ func (p *pass) tampered(ctx context.Context, r *report) error {
 			now = n.drift // it is not their turn to be read
 		}
 	}
+	before := n.drift
 	n.drift = now
 	r.drift = map[int]trouble{}
 	for _, vf := range r.have.VFs {
-		if what := now[vf.PCIAddress]; what != "" {
+		what, was := now[vf.PCIAddress], before[vf.PCIAddress]
+		if what != "" {
 			pod, _ := p.Usage.Holder(vf.PCIAddress)
 			r.drift[vf.Index] = trouble{ReasonDrifted, fmt.Sprintf(
 				"somebody else changed it while pod %s holds it: %s; set it back, or delete the pod: it is put right when the pod gives it back", pod, what)}
+		}
+		if p.Tell == nil || what == was {
+			continue
+		}
+		name := fmt.Sprintf("VF %d of %s (%s)", vf.Index, r.have.Name, vf.PCIAddress)
+		if what != "" {
+			p.Tell(vf.PCIAddress, true, ReasonDrifted, fmt.Sprintf("somebody else changed %s: %s; set it back, or delete the pod", name, what))
+		} else { // it concerns nobody when it is no pod's any more
+			p.Tell(vf.PCIAddress, false, "AsAttached", name+" is as it was attached again")
 		}
 	}
 	return nil

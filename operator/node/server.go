@@ -119,6 +119,9 @@ func (s *Server) ApplyStatus(ctx context.Context, status *v1.SriovNetworkNodeSta
 	return nil
 }
 
+// Recorder makes events about other objects, in the agent's name.
+func (s *Server) Recorder() record.EventRecorder { return s.events }
+
 // Event records an event about the object.
 func (s *Server) Event(state *v1.SriovNetworkNodeState, eventType, reason, message string) {
 	s.events.Event(state, eventType, reason, message)

@@ -85,14 +85,32 @@ func (t *teller) write(ctx context.Context, s *v1.SriovNetworkNodeStateStatus) e
 	return t.states.ApplyStatus(ctx, s)
 }
 
+// events tells of transitions: to Ready, to Degraded, and of what is told besides the
+// agent's own conditions, from what it should be and back.
 func (t *teller) events(before []metav1.Condition, news told) {
-	for _, kind := range []string{v1.ConditionReady, v1.ConditionDegraded} {
-		was, is := meta.FindStatusCondition(before, kind), meta.FindStatusCondition(news.status.Conditions, kind)
-		if is.Status != metav1.ConditionTrue || was != nil && was.Status == is.Status && was.Reason == is.Reason {
+	for _, is := range news.status.Conditions {
+		was := meta.FindStatusCondition(before, is.Type)
+		if was != nil && was.Status == is.Status && was.Reason == is.Reason {
 			continue
 		}
+		good := is.Status == metav1.ConditionTrue
+		warning := false
+		switch is.Type {
+		case v1.ConditionReady, v1.ConditionDegraded:
+			if !good {
+				continue
+			}
+			warning = is.Type == v1.ConditionDegraded
+		case v1.ConditionProgressing, v1.ConditionRebootRequired:
+			continue
+		default:
+			if good && (was == nil || was.Status != metav1.ConditionFalse) {
+				continue
+			}
+			warning = !good
+		}
 		eventType := corev1.EventTypeNormal
-		if kind == v1.ConditionDegraded {
+		if warning {
 			eventType = corev1.EventTypeWarning
 		}
 		t.states.Event(news.object, eventType, is.Reason, is.Message)

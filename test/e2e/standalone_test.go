@@ -66,8 +66,23 @@ func TestWithoutMultus(t *testing.T) {
 			if !strings.Contains(out, `unknown field`) || !strings.Contains(out, "adress") {
 				return fmt.Errorf("its events say: %s", out)
 			}
+			own := kubectl(t, "", "get", "events", "--field-selector=involvedObject.name=wrong,reason=FailedAttach,source=sluice-agent", "-o", "jsonpath={.items[*].message}")
+			if strings.Count(own, "adress") != 1 {
+				return fmt.Errorf("the agent's own events say: %s", own)
+			}
 			return nil
 		})
+	})
+	t.Run("a pod of which only an init container has a VF", func(t *testing.T) {
+		p := strings.Replace(pod("early", "vm1", "["+on("left-net", "192.168.100.8/24")+"]"), "  containers:", `  initContainers:
+    - name: init
+      image: sluice.dev/tools:dev
+      command: [sh, -c, "ip -o addr show dev net1 | grep -w 192.168.100.8"]
+      resources: {limits: {`+left+`: 1}}
+  containers:`, 1)
+		apply(t, p)
+		waitReady(t, "early") // which takes the init container
+		mentions(t, kubectl(t, "", "exec", "early", "--", "ip", "-o", "addr", "show", "dev", "net1"), "192.168.100.8")
 	})
 	t.Run("the node stays ready", func(t *testing.T) {
 		// STATUS goes through the chain, every few seconds, also while an agent restarts.

@@ -199,6 +199,7 @@ func run(ctx context.Context, c *settings) error {
 			return mac, mtu, ok || plugin.Offers(id) // as it was found, when it is not ours
 		}), Allocated: func(ctx context.Context, id string) (string, bool, error) { return ledger.Allocated(ctx, id) },
 		Requests: attacher.Requests, Changes: kernel.Watch, Ready: func() error { return registered(plugin)() },
+		Events: objects.Recorder(),
 		PodNetworks: standalone.Options{API: pods, Kernel: attacher, Devices: kubelet.Pod, DeviceInfo: func(resource, id string) (*nadv1.DeviceInfo, error) {
 			return deviceplugin.ReadDeviceInfo(c.deviceInfo, resource, id)
 		}},
@@ -226,7 +227,7 @@ func run(ctx context.Context, c *settings) error {
 	agent = node.New(node.Config{
 		Node: c.node, StateDir: c.stateDir, UpstreamDir: c.upstreamDir,
 		Kernel: kernel, States: objects, Conditions: conditions(aliasErr, pools), Others: fromFile(pools, ledger, c.prefix),
-		Advertiser: advertiser{plugin, recovered}, Usage: ledger, Attached: cni.Attached, Lifeline: lifeline,
+		Advertiser: advertiser{plugin, recovered}, Usage: ledger, Attached: cni.Attached, Tell: cni.Tell, Lifeline: lifeline,
 		Switch: &ovsdb.Client{Socket: ovsdb.DefaultSocket},
 		Reboot: func(ctx context.Context) error { return host.Reboot(ctx, c.systemBus) }, BootID: bootID, ModprobeDir: c.modprobeDir, Networks: networks,
 		Uninstall: func() error {
