@@ -1,8 +1,8 @@
 package server
 
 import (
+	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -57,7 +57,7 @@ func (s *Server) keep(ctx context.Context) {
 				s.log.Error(err, "Cannot tell the shim that this agent lives")
 			}
 		case e := <-queued:
-			if e.Has(fsnotify.Create) && filepath.Ext(e.Name) == ".json" {
+			if e.Has(fsnotify.Create) && filepath.Ext(e.Name) == wire.QueueSuffix {
 				s.drain(ctx)
 			}
 		case c, ok := <-changes:
@@ -121,7 +121,7 @@ func (s *Server) collect(ctx context.Context) {
 // drain works off the DELs that the shim could not hand over. One that fails
 // stays: its attachment is in the journal as well, or the runtime tries again.
 func (s *Server) drain(ctx context.Context) {
-	files, _ := filepath.Glob(filepath.Join(s.queue, "*.json"))
+	files, _ := filepath.Glob(filepath.Join(s.queue, "*"+wire.QueueSuffix))
 	for _, file := range files {
 		one, cancel := context.WithTimeout(ctx, wire.ServeTimeout)
 		if err := s.workOff(one, file); err != nil {
@@ -145,7 +145,7 @@ func (s *Server) workOff(ctx context.Context, file string) error {
 	}
 	var req wire.Request
 	if err == nil {
-		err = json.Unmarshal(b, &req)
+		err = wire.Decode(bytes.NewReader(b), &req)
 	}
 	if err == nil {
 		_, err = s.do(ctx, req, nil)

@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/sluice-network/sluice/cni/attach"
+	"github.com/sluice-network/sluice/cni/wire"
 	"github.com/sluice-network/sluice/internal/host"
 )
 
@@ -73,7 +74,7 @@ func (s *Server) Collect(out chan<- prometheus.Metric) {
 	queued := 0
 	entries, _ := os.ReadDir(s.queue) // not there before the first DEL
 	for _, e := range entries {
-		if strings.HasSuffix(e.Name(), ".json") {
+		if strings.HasSuffix(e.Name(), wire.QueueSuffix) {
 			queued++
 		}
 	}

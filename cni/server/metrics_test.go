@@ -23,7 +23,7 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	// One that cannot be read stays in the queue.
-	if err := durable.WriteFile(filepath.Join(dir, "del-queue", "x.json"), []byte("{torn")); err != nil {
+	if err := durable.WriteFile(filepath.Join(dir, "del-queue", "x"+wire.QueueSuffix), []byte("torn")); err != nil {
 		t.Fatal(err)
 	}
 	registry := prometheus.NewPedanticRegistry()

@@ -252,8 +252,8 @@ func TestQueuedDelIsWorkedOff(t *testing.T) {
 	}
 	bin := pluginDir(t)
 	req := wire.Request{Command: "DEL", ContainerID: "c", IfName: "net1", Path: bin, Stdin: conf("0000:01:10.0", `,"ipam":{"type":"testipam","dir":"`+leases+`"}`)}
-	b, _ := json.Marshal(req)
-	for name, content := range map[string][]byte{"a.json": b, "b.json": []byte("{torn"), "c.json.1.tmp": b} {
+	b, _ := wire.Encode(req)
+	for name, content := range map[string][]byte{"a.del": b, "b.del": b[:len(b)-1], "c.del.1.tmp": b} {
 		if err := os.WriteFile(filepath.Join(queue, name), content, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -262,7 +262,7 @@ func TestQueuedDelIsWorkedOff(t *testing.T) {
 	if _, err := os.Stat(lease); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("lease: %v", err)
 	}
-	if files, _ := filepath.Glob(filepath.Join(queue, "*.json")); len(files) != 1 || filepath.Base(files[0]) != "b.json" {
+	if files, _ := filepath.Glob(filepath.Join(queue, "*.del")); len(files) != 1 || filepath.Base(files[0]) != "b.del" {
 		t.Errorf("left: %v", files)
 	}
 
@@ -294,7 +294,7 @@ func TestQueuedDelIsDoneWhileServing(t *testing.T) {
 		t.Fatal(err)
 	}
 	req := wire.Request{Command: "DEL", ContainerID: "c", IfName: "net1", Path: pluginDir(t), Stdin: conf("0000:01:10.0", `,"ipam":{"type":"testipam","dir":"`+leases+`"}`)}
-	b, _ := json.Marshal(req)
+	b, _ := wire.Encode(req)
 	file := filepath.Join(dir, "del-queue", wire.QueueName(req))
 	if err := durable.WriteFile(file, b); err != nil {
 		t.Fatal(err)

@@ -11,16 +11,17 @@
 //
 // The environment variables SLUICE_CNI_SOCKET and SLUICE_CNI_DEL_QUEUE replace
 // the built-in paths.
+//
+// A runtime starts this program for each interface of each pod, so its start is most of
+// what it costs: it imports little.
 package main
 
 import (
 	"cmp"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"os"
-	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -28,12 +29,12 @@ import (
 	"github.com/sluice-network/sluice/internal/durable"
 )
 
-// Codes of the CNI specification.
+// Codes of the CNI specification, in digits.
 const (
-	codeEnvironment  = 4
-	codeIO           = 5
-	codeTryAgain     = 11
-	codeNotAvailable = 50
+	codeEnvironment  = "4"
+	codeIO           = "5"
+	codeTryAgain     = "11"
+	codeNotAvailable = "50"
 )
 
 func main() {
@@ -62,23 +63,28 @@ func run(getenv func(string) string, stdin io.Reader) (out []byte, failed bool) 
 	default:
 		return fail(req, codeEnvironment, "CNI_COMMAND "+req.Command+" is unknown")
 	}
-	resp, err := call(cmp.Or(getenv("SLUICE_CNI_SOCKET"), wire.Socket), req)
+	frame, err := wire.Encode(req)
+	if err != nil {
+		return fail(req, codeIO, "hand the call to the Sluice agent: "+err.Error())
+	}
+	path := cmp.Or(getenv("SLUICE_CNI_SOCKET"), wire.Socket)
+	resp, err := call(path, req.Netns, frame)
 	if err == nil {
 		return resp.Stdout, resp.Failed
 	}
 	msg := "reach the Sluice agent: " + err.Error()
 	switch req.Command {
 	case "STATUS":
-		if restarting(cmp.Or(getenv("SLUICE_CNI_SOCKET"), wire.Socket)) {
+		if restarting(path) {
 			return nil, false
 		}
 		return fail(req, codeNotAvailable, msg)
 	case "DEL":
 		dir := cmp.Or(getenv("SLUICE_CNI_DEL_QUEUE"), wire.DelQueue)
-		if err := enqueue(dir, req); err != nil {
+		if err := errors.Join(os.MkdirAll(dir, 0o700), durable.WriteFile(dir+"/"+wire.QueueName(req), frame)); err != nil {
 			return fail(req, codeTryAgain, msg+"; queue the DEL: "+err.Error())
 		}
-		fmt.Fprintln(os.Stderr, msg+"; the DEL is queued for it in", dir) // runtimes log it
+		_, _ = os.Stderr.WriteString(msg + "; the DEL is queued for it in " + dir + "\n") // runtimes log it
 		return nil, false
 	}
 	return fail(req, codeTryAgain, msg)
@@ -91,62 +97,80 @@ func version() []byte {
 }
 
 // fail prints an error as the CNI specification wants it.
-func fail(req wire.Request, code int, msg string) ([]byte, bool) {
-	var conf struct {
-		CNIVersion string `json:"cniVersion"`
-	}
-	_ = json.Unmarshal(req.Stdin, &conf)
-	out, _ := json.Marshal(map[string]any{"cniVersion": cmp.Or(conf.CNIVersion, "1.1.0"), "code": code, "msg": msg})
-	return append(out, '\n'), true
+func fail(req wire.Request, code, msg string) ([]byte, bool) {
+	return []byte(`{"cniVersion":"` + versionOf(string(req.Stdin)) + `","code":` + code + `,"msg":` + quote(msg) + "}\n"), true
 }
 
-// call hands the request to the agent. It uses the socket's own time-outs: the
-// net package would double the size of the program.
-func call(path string, req wire.Request) (wire.Response, error) {
-	var resp wire.Response
-	frame, err := wire.Encode(req)
-	if err != nil {
-		return resp, err
+// versionOf is the cniVersion that a configuration has first, of our newest where that is
+// none.
+func versionOf(config string) string {
+	_, rest, _ := strings.Cut(config, `"cniVersion"`)
+	_, rest, _ = strings.Cut(rest, `"`)
+	version, _, _ := strings.Cut(rest, `"`)
+	if version == "" || strings.Trim(version, "0123456789.") != "" {
+		return "1.1.0"
 	}
+	return version
+}
+
+// quote writes a JSON string (RFC 8259, section 7).
+func quote(s string) string {
+	b := []byte{'"'}
+	for _, c := range strings.ToValidUTF8(s, "?") {
+		switch {
+		case c == '"' || c == '\\':
+			b = append(b, '\\', byte(c))
+		case c < ' ':
+			b = append(b, ' ')
+		default:
+			b = append(b, string(c)...)
+		}
+	}
+	return string(append(b, '"'))
+}
+
+// call hands the request to the agent. The net package would double the size of the program.
+func call(path, netns string, frame []byte) (resp wire.Response, err error) {
 	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return resp, fmt.Errorf("open socket: %w", err)
+		return resp, doing("open socket", err)
 	}
-	s := socket(fd)
-	defer syscall.Close(fd)
-	if err := errors.Join(s.timeout(syscall.SO_SNDTIMEO, wire.AckTimeout), s.timeout(syscall.SO_RCVTIMEO, wire.AckTimeout)); err != nil {
-		return resp, err
+	if err := connect(fd, path, netns, frame); err != nil {
+		return resp, errors.Join(err, syscall.Close(fd))
 	}
-	if err := syscall.Connect(fd, &syscall.SockaddrUnix{Name: path}); err != nil {
-		return resp, fmt.Errorf("connect to %s: %w", path, err)
-	}
-	if err := s.send(frame, req.Netns); err != nil {
-		return resp, fmt.Errorf("send to %s: %w", path, err)
-	}
+	// Waited for by the runtime's poller: a thread that waits in a system call is looked
+	// after by the runtime's monitor, at first fifty times a millisecond.
+	s := os.NewFile(uintptr(fd), path)
+	defer s.Close()
 	var ack [1]byte
-	if _, err := io.ReadFull(s, ack[:]); err != nil {
-		return resp, fmt.Errorf("wait for %s to take the request: %w", path, err)
+	err = s.SetReadDeadline(time.Now().Add(wire.AckTimeout))
+	if err == nil {
+		_, err = io.ReadFull(s, ack[:])
 	}
-	if err := s.timeout(syscall.SO_RCVTIMEO, wire.AnswerTimeout); err != nil {
-		return resp, err
+	if err != nil {
+		return resp, doing("wait for it to take the request", err)
 	}
-	if err := wire.Decode(s, &resp); err != nil {
-		return resp, fmt.Errorf("wait for the answer from %s: %w", path, err)
+	err = s.SetReadDeadline(time.Now().Add(wire.AnswerTimeout))
+	if err == nil {
+		err = wire.Decode(s, &resp)
+	}
+	if err != nil {
+		return resp, doing("wait for its answer", err)
 	}
 	return resp, nil
 }
 
-// socket is a connected stream socket.
-type socket int
-
-func (s socket) timeout(option int, d time.Duration) error {
-	tv := syscall.NsecToTimeval(d.Nanoseconds())
-	return os.NewSyscallError("setsockopt", syscall.SetsockoptTimeval(int(s), syscall.SOL_SOCKET, option, &tv))
-}
-
-// send writes the frame, and with its first byte the network namespace at the
-// path, if there is one. The agent may not see the path: it has mounts of its own.
-func (s socket) send(frame []byte, netns string) error {
+// connect sends the frame to the socket at path, and with its first byte the network
+// namespace at its path, if there is one. The agent may not see that path: it has mounts
+// of its own. The socket does not block afterwards.
+func connect(fd int, path, netns string, frame []byte) error {
+	tv := syscall.NsecToTimeval(wire.AckTimeout.Nanoseconds())
+	if err := syscall.SetsockoptTimeval(fd, syscall.SOL_SOCKET, syscall.SO_SNDTIMEO, &tv); err != nil {
+		return doing("set time-out", err)
+	}
+	if err := syscall.Connect(fd, &syscall.SockaddrUnix{Name: path}); err != nil {
+		return doing("connect to "+path, err)
+	}
 	var rights []byte
 	if netns != "" {
 		if ns, err := syscall.Open(netns, syscall.O_RDONLY|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0); err == nil {
@@ -155,34 +179,23 @@ func (s socket) send(frame []byte, netns string) error {
 		}
 	}
 	for len(frame) > 0 {
-		n, err := syscall.SendmsgN(int(s), frame, rights, nil, syscall.MSG_NOSIGNAL)
+		n, err := syscall.SendmsgN(fd, frame, rights, nil, syscall.MSG_NOSIGNAL)
 		if errors.Is(err, syscall.EINTR) {
 			continue
 		}
 		if err != nil {
-			return err
+			return doing("send to "+path, err)
 		}
 		frame, rights = frame[n:], nil
 	}
-	return nil
+	return doing("set non-blocking", syscall.SetNonblock(fd, true))
 }
 
-// Read implements io.Reader.
-func (s socket) Read(b []byte) (int, error) {
-	for {
-		n, err := syscall.Read(int(s), b)
-		switch {
-		case errors.Is(err, syscall.EINTR):
-			continue
-		case errors.Is(err, syscall.EAGAIN):
-			return 0, os.ErrDeadlineExceeded
-		case err != nil:
-			return 0, err
-		case n == 0 && len(b) > 0:
-			return 0, io.EOF
-		}
-		return n, nil
+func doing(what string, err error) error {
+	if err == nil {
+		return nil
 	}
+	return errors.New(what + ": " + err.Error())
 }
 
 // restarting tells whether an agent was there so lately that it may just be followed
@@ -190,16 +203,4 @@ func (s socket) Read(b []byte) (int, error) {
 func restarting(socket string) bool {
 	var st syscall.Stat_t
 	return syscall.Stat(socket, &st) == nil && time.Since(time.Unix(st.Mtim.Unix())) < wire.RestartTimeout
-}
-
-// enqueue leaves a DEL for the agent.
-func enqueue(dir string, req wire.Request) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	b, err := json.Marshal(req)
-	if err != nil {
-		return err
-	}
-	return durable.WriteFile(filepath.Join(dir, wire.QueueName(req)), b)
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -11,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"pgregory.net/rapid"
 
 	"github.com/sluice-network/sluice/cni/wire"
 )
@@ -61,6 +64,33 @@ func TestVersionNeedsNoAgent(t *testing.T) {
 			t.Errorf("VERSION prints %s", out)
 		}
 	}
+}
+
+// Whatever an error says, and whatever the configuration is, what is printed is JSON.
+func TestErrorsAreJSON(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		msg := string(rapid.SliceOf(rapid.Byte()).Draw(t, "message"))
+		version := rapid.OneOf(rapid.Just("0.4.0"), rapid.StringMatching(`[ -~]*`)).Draw(t, "version")
+		out, failed := fail(wire.Request{Stdin: []byte(`{"name":"blue", "cniVersion" : "` + version + `"}`)}, codeTryAgain, msg)
+		var e struct {
+			CNIVersion, Msg string
+			Code            int
+		}
+		if err := json.Unmarshal(out, &e); err != nil || !failed || e.Code != 11 {
+			t.Fatalf("%s: %v", out, err)
+		}
+		if version == "0.4.0" && e.CNIVersion != version || e.CNIVersion == "" {
+			t.Errorf("cniVersion %q for %q", e.CNIVersion, version)
+		}
+		if printable := strings.Trim(msg, "\"\\"); strings.Map(func(r rune) rune {
+			if r < ' ' || r == '\ufffd' {
+				return -1
+			}
+			return r
+		}, msg) == msg && !strings.Contains(e.Msg, printable) {
+			t.Errorf("%q became %q", msg, e.Msg)
+		}
+	})
 }
 
 // agents are ways in which an agent can be away.
@@ -138,7 +168,7 @@ func TestAgentAway(t *testing.T) {
 				t.Fatal(err)
 			}
 			var req wire.Request
-			if err := json.Unmarshal(b, &req); err != nil || req.Command != "DEL" || req.ContainerID != "c1" || string(req.Stdin) != stdin {
+			if err := wire.Decode(bytes.NewReader(b), &req); err != nil || req.Command != "DEL" || req.ContainerID != "c1" || string(req.Stdin) != stdin {
 				t.Errorf("queued %s, %v", b, err)
 			}
 		})
@@ -221,7 +251,7 @@ func TestSmall(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if st.Size() > 2500<<10 {
+	if st.Size() > 1800<<10 {
 		t.Errorf("the program has %d bytes: what made it grow?", st.Size())
 	}
 }
