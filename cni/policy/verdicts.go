@@ -59,7 +59,13 @@ func (v *Verdicts) Allows(peer netip.Addr, protocol uint8, port uint16) bool {
 	if !v.Isolated {
 		return true
 	}
-	i, found := slices.BinarySearchFunc(v.Peers, peer, func(r PeerRange, a netip.Addr) int {
+	i, found := find(v.Peers, peer)
+	return found && v.Peers[i].Ports.allow(protocol, port)
+}
+
+// find is where the range with the address is, or would be.
+func find(peers []PeerRange, a netip.Addr) (int, bool) {
+	return slices.BinarySearchFunc(peers, a, func(r PeerRange, a netip.Addr) int {
 		switch {
 		case r.Last.Less(a):
 			return -1
@@ -68,18 +74,20 @@ func (v *Verdicts) Allows(peer netip.Addr, protocol uint8, port uint16) bool {
 		}
 		return 0
 	})
-	return found && v.Peers[i].Ports.allow(protocol, port)
+}
+
+// Equal says whether both allow the same.
+func (v *Verdicts) Equal(o *Verdicts) bool {
+	return v == o || v.Isolated == o.Isolated && slices.EqualFunc(v.Peers, o.Peers, func(a, b PeerRange) bool {
+		return a.First == b.First && a.Last == b.Last && a.Ports.equal(b.Ports)
+	})
+}
+
+func (p *Ports) equal(o *Ports) bool {
+	return p == o || p.All == o.All && slices.Equal(p.TCP, o.TCP) && slices.Equal(p.UDP, o.UDP) && slices.Equal(p.SCTP, o.SCTP)
 }
 
 func (p *Ports) allow(protocol uint8, port uint16) bool {
-	var ranges []PortRange
-	switch protocol {
-	case TCP:
-		ranges = p.TCP
-	case UDP:
-		ranges = p.UDP
-	case SCTP:
-		ranges = p.SCTP
-	}
-	return p.All || slices.ContainsFunc(ranges, func(r PortRange) bool { return r.First <= port && port <= r.Last })
+	ranges := p.of(protocol)
+	return p.All || ranges != nil && slices.ContainsFunc(*ranges, func(r PortRange) bool { return r.First <= port && port <= r.Last })
 }

@@ -1,0 +1,108 @@
+package policy
+
+import (
+	"cmp"
+	"encoding/binary"
+	"slices"
+)
+
+// of is the list of a protocol's ports; nil for a protocol without ports.
+func (p *Ports) of(protocol uint8) *[]PortRange {
+	switch protocol {
+	case TCP:
+		return &p.TCP
+	case UDP:
+		return &p.UDP
+	case SCTP:
+		return &p.SCTP
+	}
+	return nil
+}
+
+// add and addAll leave p not in its canonical form.
+func (p *Ports) add(protocol uint8, r PortRange) {
+	list := p.of(protocol)
+	*list = append(*list, r)
+}
+
+func (p *Ports) addAll(o *Ports) {
+	p.All = p.All || o.All
+	p.TCP, p.UDP, p.SCTP = append(p.TCP, o.TCP...), append(p.UDP, o.UDP...), append(p.SCTP, o.SCTP...)
+}
+
+// addNamed adds what the names mean at a pod that has these ports. Several containers may
+// have given one name: each of them serves it.
+func (p *Ports) addNamed(named []namedPort, ports []NamedPort) {
+	for _, n := range named {
+		for _, port := range ports {
+			if port.Name == n.name && port.Protocol == n.protocol {
+				p.add(port.Protocol, PortRange{port.Port, port.Port})
+			}
+		}
+	}
+}
+
+func (p *Ports) canonical() {
+	if p.All {
+		*p = Ports{All: true}
+		return
+	}
+	p.TCP, p.UDP, p.SCTP = merge(p.TCP), merge(p.UDP), merge(p.SCTP)
+}
+
+func merge(ranges []PortRange) []PortRange {
+	slices.SortFunc(ranges, func(a, b PortRange) int { return cmp.Compare(a.First, b.First) })
+	merged := ranges[:0]
+	for _, r := range ranges {
+		if n := len(merged); n > 0 && int(r.First) <= int(merged[n-1].Last)+1 {
+			merged[n-1].Last = max(merged[n-1].Last, r.Last)
+		} else {
+			merged = append(merged, r)
+		}
+	}
+	return merged
+}
+
+func (p *Ports) empty() bool { return !p.All && len(p.TCP)+len(p.UDP)+len(p.SCTP) == 0 }
+
+// interner gives equal sets of ports the same pointer.
+type interner map[string]*Ports
+
+// intern takes a canonical set, which is not changed any more. It is nil for the empty set.
+func (in interner) intern(p *Ports) *Ports {
+	if p.empty() {
+		return nil
+	}
+	key := make([]byte, 0, 64)
+	if p.All {
+		key = append(key, 1)
+	}
+	for _, list := range [][]PortRange{p.TCP, p.UDP, p.SCTP} {
+		key = binary.BigEndian.AppendUint16(key, uint16(len(list))) // at most 32768 ranges do not touch
+		for _, r := range list {
+			key = binary.BigEndian.AppendUint16(key, r.First)
+			key = binary.BigEndian.AppendUint16(key, r.Last)
+		}
+	}
+	if same := in[string(key)]; same != nil {
+		return same
+	}
+	in[string(key)] = p
+	return p
+}
+
+// union takes interned sets.
+func (in interner) union(sets []*Ports) *Ports {
+	switch len(sets) {
+	case 0:
+		return nil
+	case 1:
+		return sets[0]
+	}
+	all := &Ports{}
+	for _, s := range sets {
+		all.addAll(s)
+	}
+	all.canonical()
+	return in.intern(all)
+}
