@@ -79,16 +79,14 @@ func serve(t *testing.T, dir string, kernel attach.Kernel) *Server {
 		}
 	})
 	t.Cleanup(func() { stop(); done.Wait() })
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	eventually(t, "the server starts", func() error {
 		conn, err := net.Dial("unix", filepath.Join(dir, "cni.sock"))
 		if err == nil {
 			conn.Close()
-			return s
 		}
-		if time.Now().After(deadline) {
-			t.Fatal("the server does not start")
-		}
-	}
+		return err
+	})
+	return s
 }
 
 func errorOf(t *testing.T, resp wire.Response, err error) (code int, msg string) {
@@ -208,12 +206,27 @@ func copyFile(to, from string) error {
 func TestCallersThatGoAway(t *testing.T) {
 	block := make(chan struct{})
 	var asked atomic.Int32
-	dir := start(t, noVFs{block: block, asked: &asked})
+	dir := t.TempDir()
+	s := serve(t, dir, noVFs{block: block, asked: &asked})
 	socket := filepath.Join(dir, "cni.sock")
+	waiting := func(n int64) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("%d calls wait", n), func() error {
+			if is := s.waiting.Load(); is != n {
+				return fmt.Errorf("%d do", is)
+			}
+			return nil
+		})
+	}
 	add := wire.Request{Command: "ADD", ContainerID: "c", IfName: "net1", Netns: "/proc/self/ns/net", Stdin: conf("0000:01:10.0", "")}
 	first := make(chan error)
 	go func() { _, err := call(socket, add); first <- err }()
-	time.Sleep(50 * time.Millisecond)
+	eventually(t, "the first is begun", func() error {
+		if asked.Load() != 1 {
+			return errors.New("it is not")
+		}
+		return nil
+	})
 	add.ContainerID = "c2"
 	conn, err := net.Dial("unix", socket)
 	if err != nil {
@@ -223,16 +236,13 @@ func TestCallersThatGoAway(t *testing.T) {
 	if _, err := conn.Write(frame); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := io.ReadFull(conn, make([]byte, 1)); err != nil {
-		t.Fatal(err)
-	}
+	waiting(2)
 	conn.Close()
-	time.Sleep(50 * time.Millisecond)
+	waiting(1)
 	close(block)
 	if err := <-first; err != nil {
 		t.Error(err)
 	}
-	time.Sleep(50 * time.Millisecond)
 	if n := asked.Load(); n != 1 {
 		t.Errorf("%d ADDs were begun, want that of the caller who waited", n)
 	}
@@ -299,16 +309,14 @@ func TestQueuedDelIsDoneWhileServing(t *testing.T) {
 	if err := durable.WriteFile(file, b); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	eventually(t, "it is worked off", func() error {
 		_, queued := os.Stat(file)
 		_, leased := os.Stat(lease)
-		if errors.Is(queued, os.ErrNotExist) && errors.Is(leased, os.ErrNotExist) {
-			break
+		if !errors.Is(queued, os.ErrNotExist) || !errors.Is(leased, os.ErrNotExist) {
+			return fmt.Errorf("queued: %v, leased: %v", queued, leased)
 		}
-		if time.Now().After(end) {
-			t.Fatalf("still there: %v, %v", queued, leased)
-		}
-	}
+		return nil
+	})
 }
 
 func TestReadyIsToldWhenItLasts(t *testing.T) {

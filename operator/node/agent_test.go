@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/go-logr/logr/testr"
@@ -208,6 +209,14 @@ type rig struct {
 	foreign         atomic.Bool // what Conditions tell
 }
 
+// simulated runs f beside other tests, and in a time of its own, which goes on only while
+// all that f began waits: what f sees does not depend on the machine.
+func simulated(t *testing.T, f func(t *testing.T)) {
+	t.Helper()
+	t.Parallel()
+	synctest.Test(t, f)
+}
+
 func newRig(t *testing.T) *rig {
 	r := rigWith(t)
 	r.start()
@@ -267,11 +276,12 @@ func (r *rig) restart() {
 	r.start()
 }
 
-// eventually waits for ok to give nil.
+// eventually waits for ok to give nil. It asks only when nothing is under way.
 func (r *rig) eventually(ok func() error) {
 	r.t.Helper()
 	var err error
 	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		synctest.Wait()
 		if err = ok(); err == nil {
 			return
 		}
@@ -331,185 +341,191 @@ func of(resource, vfRange string, mtu int) v1.VfGroup {
 func vfAddress(nic string, i int) string { return fmt.Sprintf("%s10.%d", nic[:8], i) }
 
 func TestFromNothingToPools(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.ready()
-	if s := r.server.status(); len(s.Interfaces) != 2 || s.Interfaces[0].TotalVfs != 8 || s.SyncStatus != "Succeeded" {
-		t.Errorf("inventory: %+v", s)
-	}
-	jumbo := wants(nic0, 4, of("left", "0-2", 9000), of("spare", "3-3", 0))
-	jumbo.Mtu = 9000
-	r.server.spec(jumbo, wants(nic1, 2, of("right", "0-1", 0)))
-	r.ready()
-
-	s := r.server.status()
-	if s.VFs != "6/6" || s.Interfaces[0].NumVfs != 4 || s.Interfaces[0].Mtu != 9000 || s.LastSyncError != "" {
-		t.Errorf("status %+v", s)
-	}
-	pf := r.kernel.PF(nic0)
-	for _, vf := range pf.VFs {
-		mac, mtu, ok := r.agent.Baseline(vf.PCIAddress)
-		wantMTU := 9000
-		if vf.Index == 3 {
-			wantMTU = 1500
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.ready()
+		if s := r.server.status(); len(s.Interfaces) != 2 || s.Interfaces[0].TotalVfs != 8 || s.SyncStatus != "Succeeded" {
+			t.Errorf("inventory: %+v", s)
 		}
-		if !ok || mtu != wantMTU || vf.MAC.String() != mac.String() || vf.Admin.MAC.String() != mac.String() || vf.MTU != wantMTU {
-			t.Errorf("VF %+v, baseline %s %d %t", vf, mac, mtu, ok)
-		}
-	}
-	if got := r.plugin.healthy("left"); len(got) != 3 {
-		t.Errorf("left offers %v", got)
-	}
-	if got := r.plugin.healthy("right"); len(got) != 2 {
-		t.Errorf("right offers %v", got)
-	}
-	if len(r.server.events) == 0 || !strings.HasPrefix(r.server.events[len(r.server.events)-1], "Normal Configured 2 NICs are configured, all 6 VFs are ready") {
-		t.Errorf("events %v", r.server.events)
-	}
+		jumbo := wants(nic0, 4, of("left", "0-2", 9000), of("spare", "3-3", 0))
+		jumbo.Mtu = 9000
+		r.server.spec(jumbo, wants(nic1, 2, of("right", "0-1", 0)))
+		r.ready()
 
-	// Nothing changes, nothing is written or done; not after a restart either.
-	r.kernel.Calls()
-	n := len(r.server.applied)
-	r.kernel.Tell(host.Changes{All: true})
-	time.Sleep(700 * time.Millisecond)
-	r.restart()
-	r.kernel.Tell(host.Changes{All: true})
-	time.Sleep(700 * time.Millisecond)
-	if calls := r.kernel.Calls(); len(calls) > 0 || len(r.server.applied) != n {
-		t.Errorf("%d writes, calls %v", len(r.server.applied)-n, calls)
-	}
+		s := r.server.status()
+		if s.VFs != "6/6" || s.Interfaces[0].NumVfs != 4 || s.Interfaces[0].Mtu != 9000 || s.LastSyncError != "" {
+			t.Errorf("status %+v", s)
+		}
+		pf := r.kernel.PF(nic0)
+		for _, vf := range pf.VFs {
+			mac, mtu, ok := r.agent.Baseline(vf.PCIAddress)
+			wantMTU := 9000
+			if vf.Index == 3 {
+				wantMTU = 1500
+			}
+			if !ok || mtu != wantMTU || vf.MAC.String() != mac.String() || vf.Admin.MAC.String() != mac.String() || vf.MTU != wantMTU {
+				t.Errorf("VF %+v, baseline %s %d %t", vf, mac, mtu, ok)
+			}
+		}
+		if got := r.plugin.healthy("left"); len(got) != 3 {
+			t.Errorf("left offers %v", got)
+		}
+		if got := r.plugin.healthy("right"); len(got) != 2 {
+			t.Errorf("right offers %v", got)
+		}
+		if len(r.server.events) == 0 || !strings.HasPrefix(r.server.events[len(r.server.events)-1], "Normal Configured 2 NICs are configured, all 6 VFs are ready") {
+			t.Errorf("events %v", r.server.events)
+		}
+
+		// Nothing changes, nothing is written or done; not after a restart either.
+		r.kernel.Calls()
+		n := len(r.server.applied)
+		r.kernel.Tell(host.Changes{All: true})
+		time.Sleep(700 * time.Millisecond)
+		r.restart()
+		r.kernel.Tell(host.Changes{All: true})
+		time.Sleep(700 * time.Millisecond)
+		if calls := r.kernel.Calls(); len(calls) > 0 || len(r.server.applied) != n {
+			t.Errorf("%d writes, calls %v", len(r.server.applied)-n, calls)
+		}
+	})
 }
 
 func TestOnlyTheChangedPFIsTouched(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)), wants(nic1, 2, of("right", "0-1", 0)))
-	r.ready()
-	r.kernel.Calls()
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)), wants(nic1, 3, of("right", "0-2", 0)))
-	r.ready()
-	for _, call := range r.kernel.Calls() {
-		if strings.Contains(call, "0000:01:") {
-			t.Errorf("%s", call)
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)), wants(nic1, 2, of("right", "0-1", 0)))
+		r.ready()
+		r.kernel.Calls()
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)), wants(nic1, 3, of("right", "0-2", 0)))
+		r.ready()
+		for _, call := range r.kernel.Calls() {
+			if strings.Contains(call, "0000:01:") {
+				t.Errorf("%s", call)
+			}
 		}
-	}
-	if !slices.Equal(r.plugin.withdrawn, []string{vfAddress(nic1, 0), vfAddress(nic1, 1)}) {
-		t.Errorf("withdrawn %v", r.plugin.withdrawn)
-	}
-	// Another MTU touches the netdevs and nothing else.
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 1400)), wants(nic1, 3, of("right", "0-2", 0)))
-	r.ready()
-	if calls := r.kernel.Calls(); len(calls) != 2 || !strings.HasPrefix(calls[0], "set MTU 1400 on 0000:01:10") {
-		t.Errorf("calls %v", calls)
-	}
+		if !slices.Equal(r.plugin.withdrawn, []string{vfAddress(nic1, 0), vfAddress(nic1, 1)}) {
+			t.Errorf("withdrawn %v", r.plugin.withdrawn)
+		}
+		// Another MTU touches the netdevs and nothing else.
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 1400)), wants(nic1, 3, of("right", "0-2", 0)))
+		r.ready()
+		if calls := r.kernel.Calls(); len(calls) != 2 || !strings.HasPrefix(calls[0], "set MTU 1400 on 0000:01:10") {
+			t.Errorf("calls %v", calls)
+		}
+	})
 }
 
 func TestNICsThatCannotBeRead(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
-	r.ready()
-	for _, op := range []hostfake.Op{hostfake.Inventory, hostfake.ReadVFSettings} {
-		r.kernel.Fail(op, unix.EIO)
-		r.kernel.Tell(host.Changes{All: true})
-		r.degraded(ReasonUnreadable, "EIO")
-		if got := r.plugin.healthy("left"); len(got) != 2 {
-			t.Errorf("%s: left offers %v while the kernel cannot be read", op, got)
-		}
-		if s := r.server.status(); len(s.Interfaces) != 2 {
-			t.Errorf("%s: the status lost NICs: %+v", op, s)
-		}
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
 		r.ready()
-	}
-	if calls := r.kernel.Calls(); slices.ContainsFunc(calls, func(c string) bool { return strings.HasPrefix(c, "remove") }) {
-		t.Errorf("%v", calls)
-	}
+		for _, op := range []hostfake.Op{hostfake.Inventory, hostfake.ReadVFSettings} {
+			r.kernel.Fail(op, unix.EIO)
+			r.kernel.Tell(host.Changes{All: true})
+			r.degraded(ReasonUnreadable, "EIO")
+			if got := r.plugin.healthy("left"); len(got) != 2 {
+				t.Errorf("%s: left offers %v while the kernel cannot be read", op, got)
+			}
+			if s := r.server.status(); len(s.Interfaces) != 2 {
+				t.Errorf("%s: the status lost NICs: %+v", op, s)
+			}
+			r.ready()
+		}
+		if calls := r.kernel.Calls(); slices.ContainsFunc(calls, func(c string) bool { return strings.HasPrefix(c, "remove") }) {
+			t.Errorf("%v", calls)
+		}
+	})
 }
 
 func TestFailureIsNotRetriedByTheEventsItCauses(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.ready()
-	r.kernel.Fail(hostfake.SetNumVFs, slices.Repeat([]unix.Errno{unix.ENOMEM}, 100)...)
-	r.kernel.Calls()
-	r.server.spec(wants(nic0, 2))
-	for range 16 {
-		r.kernel.Tell(host.Changes{All: true})
-		time.Sleep(100 * time.Millisecond)
-	}
-	if calls := r.kernel.Calls(); len(calls) > 2 { // at once, and after a second
-		t.Errorf("%d tries in 1.6 s: %v", len(calls), calls)
-	}
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.ready()
+		r.kernel.Fail(hostfake.SetNumVFs, slices.Repeat([]unix.Errno{unix.ENOMEM}, 100)...)
+		r.kernel.Calls()
+		r.server.spec(wants(nic0, 2))
+		for range 16 {
+			r.kernel.Tell(host.Changes{All: true})
+			time.Sleep(100 * time.Millisecond)
+		}
+		if calls := r.kernel.Calls(); len(calls) > 2 { // at once, and after a second
+			t.Errorf("%d tries in 1.6 s: %v", len(calls), calls)
+		}
+	})
 }
 
 func TestSuccessThatChangesNothingIsTold(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.kernel.Ignore(hostfake.SetMTU, true)
-	r.server.spec(wants(nic0, 1, of("left", "0-0", 9000)))
-	r.degraded(ReasonRefused, "SetVFMTU 9000 on VF 0", "nothing changed")
-	r.kernel.Ignore(hostfake.SetMTU, false)
-	r.ready()
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.kernel.Ignore(hostfake.SetMTU, true)
+		r.server.spec(wants(nic0, 1, of("left", "0-0", 9000)))
+		r.degraded(ReasonRefused, "SetVFMTU 9000 on VF 0", "nothing changed")
+		r.kernel.Ignore(hostfake.SetMTU, false)
+		r.ready()
+	})
 }
 
 // A change that would destroy VFs of pods waits for them, names them, takes
 // their neighbours off offer, and happens when they let go.
 func TestChangeWaitsForPods(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.server.spec(wants(nic0, 4, of("left", "0-3", 0)))
-	r.ready()
-	held := vfAddress(nic0, 1)
-	r.usage.set(held, "default/client")
-	r.kernel.Change(func(pfs []host.PF) { vf := &pfs[0].VFs[1]; vf.Name, vf.IfIndex, vf.MAC, vf.MTU = "", 0, nil, 0 })
-	r.eventually(func() error {
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.server.spec(wants(nic0, 4, of("left", "0-3", 0)))
+		r.ready()
+		held := vfAddress(nic0, 1)
+		r.usage.set(held, "default/client")
+		r.kernel.Change(func(pfs []host.PF) { vf := &pfs[0].VFs[1]; vf.Name, vf.IfIndex, vf.MAC, vf.MTU = "", 0, nil, 0 })
+		r.eventually(func() error {
+			s := r.server.status()
+			if s.Interfaces[0].VFs[1].Assigned != "default/client" || s.VFs != "4/4" {
+				return fmt.Errorf("not shown as held: %+v", s.Interfaces[0].VFs[1])
+			}
+			return nil
+		})
+		if got := r.plugin.healthy("left"); !slices.Contains(got, held) {
+			t.Errorf("the held VF is off offer: %v", got)
+		}
+		r.kernel.Calls()
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+		r.eventually(func() error {
+			s := r.server.status()
+			if len(s.Pending) == 0 {
+				return fmt.Errorf("nothing is pending")
+			}
+			return nil
+		})
 		s := r.server.status()
-		if s.Interfaces[0].VFs[1].Assigned != "default/client" || s.VFs != "4/4" {
-			return fmt.Errorf("not shown as held: %+v", s.Interfaces[0].VFs[1])
+		want := []v1.PendingChange{{
+			PciAddress: nic0, Operation: "SetNumVFs 2 on " + nic0, Cost: v1.CostEvict, Reason: s.Pending[0].Reason,
+			Pods: []v1.PodReference{{Namespace: "default", Name: "client", Device: held}},
+		}}
+		if d := cmp.Diff(want, s.Pending); d != "" || s.Pending[0].Reason == "" {
+			t.Errorf("pending: %s", d)
 		}
-		return nil
-	})
-	if got := r.plugin.healthy("left"); !slices.Contains(got, held) {
-		t.Errorf("the held VF is off offer: %v", got)
-	}
-	r.kernel.Calls()
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
-	r.eventually(func() error {
-		s := r.server.status()
-		if len(s.Pending) == 0 {
-			return fmt.Errorf("nothing is pending")
+		ready, progressing, degraded := r.condition(v1.ConditionReady), r.condition(v1.ConditionProgressing), r.condition(v1.ConditionDegraded)
+		if ready.Status != metav1.ConditionFalse || ready.Reason != ReasonInUse || !strings.Contains(ready.Message, "default/client (VF 1)") ||
+			progressing.Status != metav1.ConditionTrue || degraded.Status != metav1.ConditionFalse || s.SyncStatus != v1.SyncStatusInProgress ||
+			!strings.Contains(s.Interfaces[0].Message, "default/client") {
+			t.Errorf("%+v", s)
 		}
-		return nil
-	})
-	s := r.server.status()
-	want := []v1.PendingChange{{
-		PciAddress: nic0, Operation: "SetNumVFs 2 on " + nic0, Cost: v1.CostEvict, Reason: s.Pending[0].Reason,
-		Pods: []v1.PodReference{{Namespace: "default", Name: "client", Device: held}},
-	}}
-	if d := cmp.Diff(want, s.Pending); d != "" || s.Pending[0].Reason == "" {
-		t.Errorf("pending: %s", d)
-	}
-	ready, progressing, degraded := r.condition(v1.ConditionReady), r.condition(v1.ConditionProgressing), r.condition(v1.ConditionDegraded)
-	if ready.Status != metav1.ConditionFalse || ready.Reason != ReasonInUse || !strings.Contains(ready.Message, "default/client (VF 1)") ||
-		progressing.Status != metav1.ConditionTrue || degraded.Status != metav1.ConditionFalse || s.SyncStatus != v1.SyncStatusInProgress ||
-		!strings.Contains(s.Interfaces[0].Message, "default/client") {
-		t.Errorf("%+v", s)
-	}
-	if calls := r.kernel.Calls(); len(calls) > 0 {
-		t.Errorf("touched: %v", calls)
-	}
-	r.eventually(func() error {
-		if got := r.plugin.healthy("left"); len(got) > 0 {
-			return fmt.Errorf("new pods would get %v", got)
+		if calls := r.kernel.Calls(); len(calls) > 0 {
+			t.Errorf("touched: %v", calls)
 		}
-		return nil
+		r.eventually(func() error {
+			if got := r.plugin.healthy("left"); len(got) > 0 {
+				return fmt.Errorf("new pods would get %v", got)
+			}
+			return nil
+		})
+		r.usage.set(held, "")
+		r.agent.HolderChanged()
+		r.ready()
+		if pf := r.kernel.PF(nic0); pf.NumVFs != 2 || len(r.server.status().Pending) > 0 {
+			t.Errorf("%d VFs, pending %v", pf.NumVFs, r.server.status().Pending)
+		}
 	})
-	r.usage.set(held, "")
-	r.agent.HolderChanged()
-	r.ready()
-	if pf := r.kernel.PF(nic0); pf.NumVFs != 2 || len(r.server.status().Pending) > 0 {
-		t.Errorf("%d VFs, pending %v", pf.NumVFs, r.server.status().Pending)
-	}
 }
 
 // The operator's condition in the same status is neither taken over, nor a
@@ -529,174 +545,179 @@ func TestPending(t *testing.T) {
 }
 
 func TestConditionsOfOthersAreTheirs(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.ready()
-	n := len(r.server.applied)
-	r.server.mu.Lock()
-	r.server.state.Status.Conditions = append(r.server.state.Status.Conditions, metav1.Condition{Type: "Evicting", Status: metav1.ConditionFalse, Reason: "Idle"})
-	r.server.send()
-	r.server.mu.Unlock()
-	time.Sleep(50 * time.Millisecond)
-	if m := len(r.server.applied); m != n {
-		t.Errorf("%d writes because of another's condition", m-n)
-	}
-	r.server.spec(wants(nic0, 1, of("left", "0-0", 0)))
-	r.ready()
-	for _, s := range r.server.applied {
-		if meta.FindStatusCondition(s.Conditions, "Evicting") != nil || meta.FindStatusCondition(s.Conditions, "Alias") == nil {
-			t.Fatalf("applied %+v", s.Conditions)
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.ready()
+		n := len(r.server.applied)
+		r.server.mu.Lock()
+		r.server.state.Status.Conditions = append(r.server.state.Status.Conditions, metav1.Condition{Type: "Evicting", Status: metav1.ConditionFalse, Reason: "Idle"})
+		r.server.send()
+		r.server.mu.Unlock()
+		time.Sleep(50 * time.Millisecond)
+		if m := len(r.server.applied); m != n {
+			t.Errorf("%d writes because of another's condition", m-n)
 		}
-	}
+		r.server.spec(wants(nic0, 1, of("left", "0-0", 0)))
+		r.ready()
+		for _, s := range r.server.applied {
+			if meta.FindStatusCondition(s.Conditions, "Evicting") != nil || meta.FindStatusCondition(s.Conditions, "Alias") == nil {
+				t.Fatalf("applied %+v", s.Conditions)
+			}
+		}
+	})
 }
 
 func TestDriftIsPutRightUnlessHeld(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.server.spec(wants(nic0, 3, of("left", "0-2", 1400)))
-	r.ready()
-	right := r.kernel.PF(nic0)
-	r.usage.set(vfAddress(nic0, 2), "default/p")
-	r.kernel.Change(func(pfs []host.PF) {
-		vfs := pfs[0].VFs
-		vfs[0].MTU = 1300
-		vfs[1].Admin.MAC = []byte{2, 0, 0, 0, 0xaa, 1}
-		vfs[2].Admin.MAC = []byte{2, 0, 0, 0, 0xaa, 2}
-	})
-	r.eventually(func() error {
-		got := r.kernel.PF(nic0)
-		if got.VFs[0].MTU != 1400 || got.VFs[1].Admin.MAC.String() != right.VFs[1].Admin.MAC.String() {
-			return fmt.Errorf("not put right: %+v", got.VFs)
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.server.spec(wants(nic0, 3, of("left", "0-2", 1400)))
+		r.ready()
+		right := r.kernel.PF(nic0)
+		r.usage.set(vfAddress(nic0, 2), "default/p")
+		r.kernel.Change(func(pfs []host.PF) {
+			vfs := pfs[0].VFs
+			vfs[0].MTU = 1300
+			vfs[1].Admin.MAC = []byte{2, 0, 0, 0, 0xaa, 1}
+			vfs[2].Admin.MAC = []byte{2, 0, 0, 0, 0xaa, 2}
+		})
+		r.eventually(func() error {
+			got := r.kernel.PF(nic0)
+			if got.VFs[0].MTU != 1400 || got.VFs[1].Admin.MAC.String() != right.VFs[1].Admin.MAC.String() {
+				return fmt.Errorf("not put right: %+v", got.VFs)
+			}
+			return nil
+		})
+		if got := r.kernel.PF(nic0).VFs[2].Admin.MAC.String(); got != "02:00:00:00:aa:02" {
+			t.Errorf("the VF of a pod was changed: %s", got)
 		}
-		return nil
-	})
-	if got := r.kernel.PF(nic0).VFs[2].Admin.MAC.String(); got != "02:00:00:00:aa:02" {
-		t.Errorf("the VF of a pod was changed: %s", got)
-	}
-	r.usage.set(vfAddress(nic0, 2), "")
-	r.kernel.Change(func(pfs []host.PF) { pfs[0].NumVFs, pfs[0].VFs = 0, nil })
-	r.eventually(func() error {
-		if d := cmp.Diff(vfFacts(right), vfFacts(r.kernel.PF(nic0))); d != "" {
-			return fmt.Errorf("not as before: %s", d)
-		}
-		return nil
+		r.usage.set(vfAddress(nic0, 2), "")
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].NumVFs, pfs[0].VFs = 0, nil })
+		r.eventually(func() error {
+			if d := cmp.Diff(vfFacts(right), vfFacts(r.kernel.PF(nic0))); d != "" {
+				return fmt.Errorf("not as before: %s", d)
+			}
+			return nil
+		})
 	})
 }
 
 // What somebody changes of a VF in a pod is told, not changed once more; a pod
 // that was just attached is no such change.
 func TestDriftOfHeldVFsIsTold(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
-	r.ready()
-	held := vfAddress(nic0, 1)
-	given := r.kernel.PF(nic0).VFs[1].Admin
-	given.VLAN, given.VLANProto = 100, host.Dot1Q
-	r.usage.set(held, "default/p")
-	r.usage.attach(held, given)
-	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Admin = given })
-	r.eventually(func() error {
-		if got := r.server.status().Interfaces[0].VFs[1]; got.Assigned != "default/p" || got.Vlan != 100 {
-			return fmt.Errorf("%+v", got)
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+		r.ready()
+		held := vfAddress(nic0, 1)
+		given := r.kernel.PF(nic0).VFs[1].Admin
+		given.VLAN, given.VLANProto = 100, host.Dot1Q
+		r.usage.set(held, "default/p")
+		r.usage.attach(held, given)
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Admin = given })
+		r.eventually(func() error {
+			if got := r.server.status().Interfaces[0].VFs[1]; got.Assigned != "default/p" || got.Vlan != 100 {
+				return fmt.Errorf("%+v", got)
+			}
+			return nil
+		})
+		for _, s := range r.server.applied {
+			if c := meta.FindStatusCondition(s.Conditions, v1.ConditionDegraded); c.Reason == ReasonDrifted {
+				t.Fatalf("an attachment was taken for a change: %s", c.Message)
+			}
 		}
-		return nil
-	})
-	for _, s := range r.server.applied {
-		if c := meta.FindStatusCondition(s.Conditions, v1.ConditionDegraded); c.Reason == ReasonDrifted {
-			t.Fatalf("an attachment was taken for a change: %s", c.Message)
+		r.kernel.Calls()
+		start := time.Now()
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Admin.Trust = true })
+		r.degraded(ReasonDrifted, "VF 1 of ens1f0", "default/p", "trust of the VF is on, not off")
+		if d := time.Since(start); d > 200*time.Millisecond {
+			t.Errorf("told after %s", d)
 		}
-	}
-	r.kernel.Calls()
-	start := time.Now()
-	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Admin.Trust = true })
-	r.degraded(ReasonDrifted, "VF 1 of ens1f0", "default/p", "trust of the VF is on, not off")
-	if d := time.Since(start); d > 200*time.Millisecond {
-		t.Errorf("told after %s", d)
-	}
-	if got := r.plugin.healthy("left"); len(got) != 2 {
-		t.Errorf("left offers %v", got)
-	}
-	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Admin.Trust = false })
-	r.ready()
-	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Driver = "" })
-	r.degraded(ReasonDrifted, "unbound from its driver")
-	if calls := r.kernel.Calls(); len(calls) > 0 {
-		t.Errorf("touched: %v", calls)
-	}
-	r.eventually(func() error {
-		r.usage.mu.Lock()
-		defer r.usage.mu.Unlock()
-		vf := "VF 1 of ens1f0 (" + held + ")"
-		want := []string{
-			held + " true ChangedByOthers somebody else changed " + vf + ": trust of the VF is on, not off; set it back, or delete the pod",
-			held + " false AsAttached " + vf + " is as it was attached again",
-			held + " true ChangedByOthers somebody else changed " + vf + ": it was unbound from its driver; set it back, or delete the pod",
+		if got := r.plugin.healthy("left"); len(got) != 2 {
+			t.Errorf("left offers %v", got)
 		}
-		if d := cmp.Diff(want, r.usage.heard); d != "" {
-			return fmt.Errorf("its pod hears: %s", d)
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Admin.Trust = false })
+		r.ready()
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Driver = "" })
+		r.degraded(ReasonDrifted, "unbound from its driver")
+		if calls := r.kernel.Calls(); len(calls) > 0 {
+			t.Errorf("touched: %v", calls)
 		}
-		return nil
+		r.eventually(func() error {
+			r.usage.mu.Lock()
+			defer r.usage.mu.Unlock()
+			vf := "VF 1 of ens1f0 (" + held + ")"
+			want := []string{
+				held + " true ChangedByOthers somebody else changed " + vf + ": trust of the VF is on, not off; set it back, or delete the pod",
+				held + " false AsAttached " + vf + " is as it was attached again",
+				held + " true ChangedByOthers somebody else changed " + vf + ": it was unbound from its driver; set it back, or delete the pod",
+			}
+			if d := cmp.Diff(want, r.usage.heard); d != "" {
+				return fmt.Errorf("its pod hears: %s", d)
+			}
+			return nil
+		})
 	})
 }
 
 // What the agent tells of itself besides is an event when it is not as it should be, and
 // when it is again.
 func TestOtherConditionsAreEvents(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
-	r.ready()
-	ofAlias := func(want ...string) {
-		t.Helper()
-		r.eventually(func() error {
-			r.server.mu.Lock()
-			defer r.server.mu.Unlock()
-			got := slices.DeleteFunc(slices.Clone(r.server.events), func(e string) bool { return strings.Contains(e, " Configured ") })
-			if !slices.Equal(got, want) {
-				return fmt.Errorf("events %q, want %q", got, want)
-			}
-			return nil
-		})
-	}
-	ofAlias()
-	r.foreign.Store(true)
-	r.agent.HolderChanged()
-	ofAlias("Warning Foreign another has it")
-	r.foreign.Store(false)
-	r.agent.HolderChanged()
-	ofAlias("Warning Foreign another has it", "Normal Installed ")
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+		r.ready()
+		ofAlias := func(want ...string) {
+			t.Helper()
+			r.eventually(func() error {
+				r.server.mu.Lock()
+				defer r.server.mu.Unlock()
+				got := slices.DeleteFunc(slices.Clone(r.server.events), func(e string) bool { return strings.Contains(e, " Configured ") })
+				if !slices.Equal(got, want) {
+					return fmt.Errorf("events %q, want %q", got, want)
+				}
+				return nil
+			})
+		}
+		ofAlias()
+		r.foreign.Store(true)
+		r.agent.HolderChanged()
+		ofAlias("Warning Foreign another has it")
+		r.foreign.Store(false)
+		r.agent.HolderChanged()
+		ofAlias("Warning Foreign another has it", "Normal Installed ")
+	})
 }
 
 // A storm of events does not make the agent read the NIC for each.
 func TestStormOfEventsIsBounded(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
-	r.ready()
-	time.Sleep(100 * time.Millisecond)
-	r.kernel.Reads()
-	start := time.Now()
-	for time.Since(start) < time.Second {
-		r.kernel.Tell(host.Changes{Devices: []string{nic0}})
-		time.Sleep(time.Millisecond)
-	}
-	reads := r.kernel.Reads()
-	if n := reads[hostfake.ReadVFSettings]; n == 0 || n > 80 || reads[hostfake.Inventory] > 0 {
-		t.Errorf("read %v in a second of events", reads)
-	}
-	// The other NIC is seen at once.
-	start = time.Now()
-	r.kernel.Change(func(pfs []host.PF) { pfs[1].MTU = 1400 })
-	r.eventually(func() error {
-		if got := r.server.status().Interfaces[1].Mtu; got != 1400 {
-			return fmt.Errorf("MTU %d", got)
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+		r.ready()
+		time.Sleep(100 * time.Millisecond)
+		r.kernel.Reads()
+		start := time.Now()
+		for time.Since(start) < time.Second {
+			r.kernel.Tell(host.Changes{Devices: []string{nic0}})
+			time.Sleep(time.Millisecond)
 		}
-		return nil
+		reads := r.kernel.Reads()
+		if n := reads[hostfake.ReadVFSettings]; n == 0 || n > 80 || reads[hostfake.Inventory] > 0 {
+			t.Errorf("read %v in a second of events", reads)
+		}
+		// The other NIC is seen at once.
+		start = time.Now()
+		r.kernel.Change(func(pfs []host.PF) { pfs[1].MTU = 1400 })
+		r.eventually(func() error {
+			if got := r.server.status().Interfaces[1].Mtu; got != 1400 {
+				return fmt.Errorf("MTU %d", got)
+			}
+			return nil
+		})
+		if d := time.Since(start); d > 200*time.Millisecond {
+			t.Errorf("told after %s", d)
+		}
 	})
-	if d := time.Since(start); d > 200*time.Millisecond {
-		t.Errorf("told after %s", d)
-	}
 }
 
 func TestBudget(t *testing.T) {
@@ -734,187 +755,195 @@ func vfFacts(pf *host.PF) []string {
 // The kernel brings a VF back when a pod's namespace ends, under the pod's
 // name; udev renames too, and that stays.
 func TestNames(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
-	r.ready()
-	name := func(i int, want string) {
-		t.Helper()
-		r.eventually(func() error {
-			s := r.server.status()
-			if got := r.kernel.PF(nic0).VFs[i].Name; got != want || s.Interfaces[0].VFs[i].Name != want {
-				return fmt.Errorf("VF %d is %q, in status %q, want %q", i, got, s.Interfaces[0].VFs[i].Name, want)
-			}
-			return nil
-		})
-	}
-	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[0].Name = "byudev0" })
-	name(0, "byudev0")
-	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Name, pfs[0].VFs[1].IfIndex = "", 0 })
-	name(1, "")
-	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Name, pfs[0].VFs[1].IfIndex = "net1", 77 })
-	name(1, "ens1f0v1")
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+		r.ready()
+		name := func(i int, want string) {
+			t.Helper()
+			r.eventually(func() error {
+				s := r.server.status()
+				if got := r.kernel.PF(nic0).VFs[i].Name; got != want || s.Interfaces[0].VFs[i].Name != want {
+					return fmt.Errorf("VF %d is %q, in status %q, want %q", i, got, s.Interfaces[0].VFs[i].Name, want)
+				}
+				return nil
+			})
+		}
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[0].Name = "byudev0" })
+		name(0, "byudev0")
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Name, pfs[0].VFs[1].IfIndex = "", 0 })
+		name(1, "")
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Name, pfs[0].VFs[1].IfIndex = "net1", 77 })
+		name(1, "ens1f0v1")
 
-	// A restart knows the names from the status.
-	r.stop()
-	r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[0].Name = "net1" })
-	r.restart()
-	name(0, "byudev0")
+		// A restart knows the names from the status.
+		r.stop()
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[0].Name = "net1" })
+		r.restart()
+		name(0, "byudev0")
+	})
 }
 
 func TestPolicyGoneVFsGo(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.kernel.Change(func(pfs []host.PF) { // someone else's VFs, on the other NIC
-		pfs[1].NumVFs, pfs[1].VFs = 1, []host.VF{{PCIAddress: vfAddress(nic1, 0), Driver: "fakenicvf", Name: "x", IfIndex: 9}}
-	})
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
-	r.ready()
-	if _, _, ok := r.agent.Baseline(vfAddress(nic1, 0)); ok {
-		t.Error("a foreign VF has a baseline")
-	}
-	r.server.spec()
-	r.eventually(func() error {
-		if pf := r.kernel.PF(nic0); pf.NumVFs != 0 {
-			return fmt.Errorf("%d VFs left", pf.NumVFs)
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.kernel.Change(func(pfs []host.PF) { // someone else's VFs, on the other NIC
+			pfs[1].NumVFs, pfs[1].VFs = 1, []host.VF{{PCIAddress: vfAddress(nic1, 0), Driver: "fakenicvf", Name: "x", IfIndex: 9}}
+		})
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+		r.ready()
+		if _, _, ok := r.agent.Baseline(vfAddress(nic1, 0)); ok {
+			t.Error("a foreign VF has a baseline")
 		}
-		return nil
+		r.server.spec()
+		r.eventually(func() error {
+			if pf := r.kernel.PF(nic0); pf.NumVFs != 0 {
+				return fmt.Errorf("%d VFs left", pf.NumVFs)
+			}
+			return nil
+		})
+		if pf := r.kernel.PF(nic1); pf.NumVFs != 1 {
+			t.Error("VFs that are not ours were removed")
+		}
 	})
-	if pf := r.kernel.PF(nic1); pf.NumVFs != 1 {
-		t.Error("VFs that are not ours were removed")
-	}
 }
 
 // A new object asks for nothing until the operator has rendered it: VFs stay.
 func TestNewObjectRemovesNothing(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
-	r.ready()
-	r.server.mu.Lock()
-	r.server.state = &v1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Name: "vm1", Generation: 1, UID: "2"}}
-	r.server.send()
-	r.server.mu.Unlock()
-	r.eventually(func() error {
-		if len(r.server.status().Interfaces) != 2 {
-			return fmt.Errorf("no inventory yet")
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+		r.ready()
+		r.server.mu.Lock()
+		r.server.state = &v1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Name: "vm1", Generation: 1, UID: "2"}}
+		r.server.send()
+		r.server.mu.Unlock()
+		r.eventually(func() error {
+			if len(r.server.status().Interfaces) != 2 {
+				return fmt.Errorf("no inventory yet")
+			}
+			return nil
+		})
+		if pf := r.kernel.PF(nic0); pf.NumVFs != 2 {
+			t.Errorf("%d VFs left", pf.NumVFs)
 		}
-		return nil
+		if _, _, ok := r.agent.Baseline(vfAddress(nic0, 0)); !ok {
+			t.Error("the baseline of a VF of ours is not known without a spec")
+		}
 	})
-	if pf := r.kernel.PF(nic0); pf.NumVFs != 2 {
-		t.Errorf("%d VFs left", pf.NumVFs)
-	}
-	if _, _, ok := r.agent.Baseline(vfAddress(nic0, 0)); !ok {
-		t.Error("the baseline of a VF of ours is not known without a spec")
-	}
 }
 
 func TestBadSpecIsToldAndChangesNothing(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.ready()
-	for name, c := range map[string]struct {
-		want   v1.Interface
-		reason string
-		text   string
-	}{
-		"too many":  {wants(nic0, 9), ReasonInvalidSpec, "numVfs: 9 is more than the 8 VFs"},
-		"bad range": {wants(nic0, 4, of("left", "5-2", 0)), ReasonInvalidSpec, `VF range "5-2" runs backwards: write 2-5`},
-		"no NIC":    {wants("0000:09:00.0", 2), ReasonNotFound, "interface 0000:09:00.0"},
-	} {
-		r.server.spec(c.want)
-		r.degraded(c.reason, c.text)
-		if calls := r.kernel.Calls(); len(calls) > 0 {
-			t.Errorf("%s: %v", name, calls)
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.ready()
+		for name, c := range map[string]struct {
+			want   v1.Interface
+			reason string
+			text   string
+		}{
+			"too many":  {wants(nic0, 9), ReasonInvalidSpec, "numVfs: 9 is more than the 8 VFs"},
+			"bad range": {wants(nic0, 4, of("left", "5-2", 0)), ReasonInvalidSpec, `VF range "5-2" runs backwards: write 2-5`},
+			"no NIC":    {wants("0000:09:00.0", 2), ReasonNotFound, "interface 0000:09:00.0"},
+		} {
+			r.server.spec(c.want)
+			r.degraded(c.reason, c.text)
+			if calls := r.kernel.Calls(); len(calls) > 0 {
+				t.Errorf("%s: %v", name, calls)
+			}
 		}
-	}
+	})
 }
 
 func TestStatusIsWrittenWhenTheServerIsBack(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.ready()
-	r.server.mu.Lock()
-	r.server.fail = 2
-	r.server.mu.Unlock()
-	r.server.spec(wants(nic0, 1, of("left", "0-0", 0)))
-	r.ready()
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.ready()
+		r.server.mu.Lock()
+		r.server.fail = 2
+		r.server.mu.Unlock()
+		r.server.spec(wants(nic0, 1, of("left", "0-0", 0)))
+		r.ready()
+	})
 }
 
 func TestNothingIsTouchedBeforeItIsWithdrawn(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
-	r.ready()
-	r.kernel.Calls()
-	r.plugin.mu.Lock()
-	r.plugin.fail = 1
-	r.plugin.mu.Unlock()
-	r.server.spec(wants(nic0, 3, of("left", "0-2", 0)))
-	r.degraded(ReasonUnreadable, "withdraw 2 VFs", "kubelet is away")
-	if calls := r.kernel.Calls(); len(calls) > 0 {
-		t.Errorf("%v", calls)
-	}
-	r.ready()
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+		r.ready()
+		r.kernel.Calls()
+		r.plugin.mu.Lock()
+		r.plugin.fail = 1
+		r.plugin.mu.Unlock()
+		r.server.spec(wants(nic0, 3, of("left", "0-2", 0)))
+		r.degraded(ReasonUnreadable, "withdraw 2 VFs", "kubelet is away")
+		if calls := r.kernel.Calls(); len(calls) > 0 {
+			t.Errorf("%v", calls)
+		}
+		r.ready()
+	})
 }
 
 // The agent is stopped at any moment of the work; the next one completes it.
 func TestRestartAtAnyMoment(t *testing.T) {
-	t.Parallel()
-	for _, op := range []hostfake.Op{hostfake.SetNumVFs, hostfake.BindDriver, hostfake.SetVFMAC, hostfake.SetMAC, hostfake.SetMTU} {
-		r := newRig(t)
-		r.ready()
-		r.kernel.Change(func(pfs []host.PF) { pfs[0].AdminUp = false })
-		r.kernel.Fail(op, unix.EINTR)
-		r.server.spec(wants(nic0, 3, of("left", "0-2", 1400)))
-		r.eventually(func() error {
-			if len(r.kernel.Calls()) == 0 {
-				return fmt.Errorf("nothing was tried")
+	simulated(t, func(t *testing.T) {
+		for _, op := range []hostfake.Op{hostfake.SetNumVFs, hostfake.BindDriver, hostfake.SetVFMAC, hostfake.SetMAC, hostfake.SetMTU} {
+			r := newRig(t)
+			r.ready()
+			r.kernel.Change(func(pfs []host.PF) { pfs[0].AdminUp = false })
+			r.kernel.Fail(op, unix.EINTR)
+			r.server.spec(wants(nic0, 3, of("left", "0-2", 1400)))
+			r.eventually(func() error {
+				if len(r.kernel.Calls()) == 0 {
+					return fmt.Errorf("nothing was tried")
+				}
+				return nil
+			})
+			r.restart()
+			r.ready()
+			if got := r.plugin.healthy("left"); len(got) != 3 {
+				t.Errorf("%s: left offers %v", op, got)
 			}
-			return nil
-		})
-		r.restart()
-		r.ready()
-		if got := r.plugin.healthy("left"); len(got) != 3 {
-			t.Errorf("%s: left offers %v", op, got)
+			r.stop()
 		}
-		r.stop()
-	}
+	})
 }
 
 // Pools that no policy makes get the VFs that no policy has, are withdrawn like others,
 // and are told of what the policies have.
 func TestPoolsOfOthers(t *testing.T) {
-	t.Parallel()
-	r := rigWith(t)
-	r.others = func(candidates []Candidate) []Pool {
-		p := Pool{Prefix: "example.com", Resource: "rest"}
-		for _, c := range candidates {
-			if c.Resource == "" {
-				p.Devices = append(p.Devices, c.Device)
+	simulated(t, func(t *testing.T) {
+		r := rigWith(t)
+		r.others = func(candidates []Candidate) []Pool {
+			p := Pool{Prefix: "example.com", Resource: "rest"}
+			for _, c := range candidates {
+				if c.Resource == "" {
+					p.Devices = append(p.Devices, c.Device)
+				}
 			}
+			return []Pool{p}
 		}
-		return []Pool{p}
-	}
-	r.start()
-	r.server.spec(wants(nic0, 4, of("left", "0-1", 0)))
-	r.ready()
-	r.eventually(func() error {
-		if got := r.plugin.healthy("rest"); !slices.Equal(got, []string{vfAddress(nic0, 2), vfAddress(nic0, 3)}) {
-			return fmt.Errorf("offered: %v", got)
+		r.start()
+		r.server.spec(wants(nic0, 4, of("left", "0-1", 0)))
+		r.ready()
+		r.eventually(func() error {
+			if got := r.plugin.healthy("rest"); !slices.Equal(got, []string{vfAddress(nic0, 2), vfAddress(nic0, 3)}) {
+				return fmt.Errorf("offered: %v", got)
+			}
+			return nil
+		})
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+		r.ready()
+		if got := r.plugin.healthy("rest"); len(got) > 0 {
+			t.Errorf("offered: %v", got)
 		}
-		return nil
+		r.plugin.mu.Lock()
+		defer r.plugin.mu.Unlock()
+		if !slices.Contains(r.plugin.withdrawn, vfAddress(nic0, 3)) {
+			t.Errorf("withdrawn: %v", r.plugin.withdrawn)
+		}
 	})
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
-	r.ready()
-	if got := r.plugin.healthy("rest"); len(got) > 0 {
-		t.Errorf("offered: %v", got)
-	}
-	r.plugin.mu.Lock()
-	defer r.plugin.mu.Unlock()
-	if !slices.Contains(r.plugin.withdrawn, vfAddress(nic0, 3)) {
-		t.Errorf("withdrawn: %v", r.plugin.withdrawn)
-	}
 }
 
 func TestCandidates(t *testing.T) {
@@ -944,41 +973,42 @@ func TestCandidates(t *testing.T) {
 // A PF that loses its carrier takes VFs off offer where that is asked for, by an event and
 // at once, and the status has the pools as they are offered.
 func TestRequireCarrier(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	strict := of("strict", "0-0", 0)
-	strict.RequireCarrier, strict.Allocation = true, v1.AllocationSpread
-	r.server.spec(wants(nic0, 2, strict, of("left", "1-1", 0)))
-	r.ready()
-	carrier := func(on bool) {
-		r.kernel.Change(func(pfs []host.PF) { pfs[0].Carrier = on })
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		strict := of("strict", "0-0", 0)
+		strict.RequireCarrier, strict.Allocation = true, v1.AllocationSpread
+		r.server.spec(wants(nic0, 2, strict, of("left", "1-1", 0)))
+		r.ready()
+		carrier := func(on bool) {
+			r.kernel.Change(func(pfs []host.PF) { pfs[0].Carrier = on })
+			r.eventually(func() error {
+				if got := r.plugin.healthy("strict"); len(got) == 1 != on {
+					return fmt.Errorf("carrier %v: offered %v", on, got)
+				}
+				return nil
+			})
+			if got := r.plugin.healthy("left"); len(got) != 1 {
+				t.Errorf("carrier %v: who does not ask for it is offered %v", on, got)
+			}
+		}
+		carrier(true)
+		carrier(false)
+		if c := r.condition(v1.ConditionReady); c.Status != metav1.ConditionTrue {
+			t.Errorf("without carrier: %+v", c)
+		}
+		carrier(true)
 		r.eventually(func() error {
-			if got := r.plugin.healthy("strict"); len(got) == 1 != on {
-				return fmt.Errorf("carrier %v: offered %v", on, got)
+			if got := r.server.status().Pools; len(got) != 2 || got[0].ResourceName != "strict" || got[0].Devices != 1 {
+				return fmt.Errorf("pools in the status: %+v", got)
 			}
 			return nil
 		})
-		if got := r.plugin.healthy("left"); len(got) != 1 {
-			t.Errorf("carrier %v: who does not ask for it is offered %v", on, got)
+		r.plugin.mu.Lock()
+		defer r.plugin.mu.Unlock()
+		if !r.plugin.pools[0].Spread || r.plugin.pools[1].Spread {
+			t.Errorf("%+v", r.plugin.pools)
 		}
-	}
-	carrier(true)
-	carrier(false)
-	if c := r.condition(v1.ConditionReady); c.Status != metav1.ConditionTrue {
-		t.Errorf("without carrier: %+v", c)
-	}
-	carrier(true)
-	r.eventually(func() error {
-		if got := r.server.status().Pools; len(got) != 2 || got[0].ResourceName != "strict" || got[0].Devices != 1 {
-			return fmt.Errorf("pools in the status: %+v", got)
-		}
-		return nil
 	})
-	r.plugin.mu.Lock()
-	defer r.plugin.mu.Unlock()
-	if !r.plugin.pools[0].Spread || r.plugin.pools[1].Spread {
-		t.Errorf("%+v", r.plugin.pools)
-	}
 }
 
 func TestPools(t *testing.T) {

@@ -101,32 +101,34 @@ func TestEachOperationFailsOnce(t *testing.T) {
 			continue
 		}
 		t.Run(string(op), func(t *testing.T) {
-			t.Parallel()
-			// The same without a failure tells what shall be in the end.
-			right, _ := f.run(t, op, false)
-			got, r := f.run(t, op, true)
-			if d := cmp.Diff(right, got); d != "" {
-				t.Errorf("not as without the failure: %s", d)
-			}
-			if c := r.condition(v1.ConditionDegraded); c.Status != "False" || r.server.status().LastSyncError != "" {
-				t.Errorf("still told: %+v", c)
-			}
+			simulated(t, func(t *testing.T) {
+				// The same without a failure tells what shall be in the end.
+				right, _ := f.run(t, op, false)
+				got, r := f.run(t, op, true)
+				if d := cmp.Diff(right, got); d != "" {
+					t.Errorf("not as without the failure: %s", d)
+				}
+				if c := r.condition(v1.ConditionDegraded); c.Status != "False" || r.server.status().LastSyncError != "" {
+					t.Errorf("still told: %+v", c)
+				}
+			})
 		})
 	}
 }
 
 // Without events the agent would be blind: it ends, and says why. The next one works.
 func TestEventsThatCannotBeFollowed(t *testing.T) {
-	t.Parallel()
-	r := rigWith(t)
-	r.kernel.Fail(hostfake.Watch, unix.EMFILE)
-	r.start()
-	if err := <-r.ended; !errors.Is(err, unix.EMFILE) || !strings.Contains(err.Error(), "the mend of Watch") {
-		t.Errorf("ended by %v", err)
-	}
-	r.restart()
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
-	r.ready()
+	simulated(t, func(t *testing.T) {
+		r := rigWith(t)
+		r.kernel.Fail(hostfake.Watch, unix.EMFILE)
+		r.start()
+		if err := <-r.ended; !errors.Is(err, unix.EMFILE) || !strings.Contains(err.Error(), "the mend of Watch") {
+			t.Errorf("ended by %v", err)
+		}
+		r.restart()
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+		r.ready()
+	})
 }
 
 func with[T any](v T, change func(*T)) T {

@@ -88,157 +88,160 @@ func newMacvlanRig(t *testing.T) *rig {
 }
 
 func TestMacvlanFromNothingToSlots(t *testing.T) {
-	t.Parallel()
-	r := newMacvlanRig(t)
-	r.ready()
-	r.eventually(func() error {
-		if n := len(r.server.status().Links); n != 6 {
-			return fmt.Errorf("%d links", n)
+	simulated(t, func(t *testing.T) {
+		r := newMacvlanRig(t)
+		r.ready()
+		r.eventually(func() error {
+			if n := len(r.server.status().Links); n != 6 {
+				return fmt.Errorf("%d links", n)
+			}
+			return nil
+		})
+		if diff := cmp.Diff(v1.Link{Name: "bond0", Kind: "bond", Mtu: 1500, LinkAdminState: "down", AltNames: []string{"uplink"}}, r.server.status().Links[0]); diff != "" {
+			t.Error(diff)
 		}
-		return nil
-	})
-	if diff := cmp.Diff(v1.Link{Name: "bond0", Kind: "bond", Mtu: 1500, LinkAdminState: "down", AltNames: []string{"uplink"}}, r.server.status().Links[0]); diff != "" {
-		t.Error(diff)
-	}
-	before := *r.link("br0")
-	r.server.macvlans(parent("plain", "ens1f0", 0, 0, 2), parent("jumbo", "bond0", 100, 9000, 2), parent("jumbo", "storage", 0, 1450, 1))
-	r.ready()
-	r.offers("plain", "ens1f0-0 ens1f0-1")
-	r.offers("jumbo", "bond0.100-0 bond0.100-1 storage-0")
-	if l := r.link("bond0.100"); l == nil || !l.Managed || l.MTU != 9000 || !l.AdminUp {
-		t.Errorf("%+v", l)
-	}
-	if l := r.link("bond0"); l.MTU != 9000 || !l.AdminUp {
-		t.Errorf("%+v", l)
-	}
-	if l := r.link("storage"); l.MTU != 1450 || l.Managed || !cmp.Equal(before, *r.link("br0")) {
-		t.Errorf("storage is %+v, the link below %+v", l, r.link("br0"))
-	}
-	for _, pool := range r.plugin.pools {
-		if d := pool.Devices[0]; d.Slot == "bond0.100-0" && d.NUMANode != 1 {
-			t.Errorf("%+v", d)
+		before := *r.link("br0")
+		r.server.macvlans(parent("plain", "ens1f0", 0, 0, 2), parent("jumbo", "bond0", 100, 9000, 2), parent("jumbo", "storage", 0, 1450, 1))
+		r.ready()
+		r.offers("plain", "ens1f0-0 ens1f0-1")
+		r.offers("jumbo", "bond0.100-0 bond0.100-1 storage-0")
+		if l := r.link("bond0.100"); l == nil || !l.Managed || l.MTU != 9000 || !l.AdminUp {
+			t.Errorf("%+v", l)
 		}
-	}
-	s := r.server.status()
-	want := []v1.MacvlanParentStatus{
-		{PolicyName: "p-plain", ResourceName: "plain", Link: "ens1f0", Parent: "ens1f0", Ready: true, Slots: 2},
-		{PolicyName: "p-jumbo", ResourceName: "jumbo", Link: "bond0", Parent: "bond0.100", Ready: true, Slots: 2},
-		{PolicyName: "p-jumbo", ResourceName: "jumbo", Link: "storage", Parent: "storage", Ready: true, Slots: 1},
-	}
-	if diff := cmp.Diff(want, s.Macvlans); diff != "" {
-		t.Error(diff)
-	}
-	if c := r.condition(v1.ConditionReady); !strings.Contains(c.Message, "the slots of 3 MacVLAN parents are offered") {
-		t.Errorf("%+v", c)
-	}
+		if l := r.link("bond0"); l.MTU != 9000 || !l.AdminUp {
+			t.Errorf("%+v", l)
+		}
+		if l := r.link("storage"); l.MTU != 1450 || l.Managed || !cmp.Equal(before, *r.link("br0")) {
+			t.Errorf("storage is %+v, the link below %+v", l, r.link("br0"))
+		}
+		for _, pool := range r.plugin.pools {
+			if d := pool.Devices[0]; d.Slot == "bond0.100-0" && d.NUMANode != 1 {
+				t.Errorf("%+v", d)
+			}
+		}
+		s := r.server.status()
+		want := []v1.MacvlanParentStatus{
+			{PolicyName: "p-plain", ResourceName: "plain", Link: "ens1f0", Parent: "ens1f0", Ready: true, Slots: 2},
+			{PolicyName: "p-jumbo", ResourceName: "jumbo", Link: "bond0", Parent: "bond0.100", Ready: true, Slots: 2},
+			{PolicyName: "p-jumbo", ResourceName: "jumbo", Link: "storage", Parent: "storage", Ready: true, Slots: 1},
+		}
+		if diff := cmp.Diff(want, s.Macvlans); diff != "" {
+			t.Error(diff)
+		}
+		if c := r.condition(v1.ConditionReady); !strings.Contains(c.Message, "the slots of 3 MacVLAN parents are offered") {
+			t.Errorf("%+v", c)
+		}
 
-	// Nothing changes, nothing is written or done; not after a restart either.
-	r.kernel.Calls()
-	n := len(r.server.applied)
-	r.kernel.Tell(host.Changes{All: true})
-	time.Sleep(700 * time.Millisecond)
-	r.restart()
-	time.Sleep(700 * time.Millisecond)
-	if calls := r.kernel.Calls(); len(calls) > 0 || len(r.server.applied) != n {
-		t.Errorf("%d writes, calls %v", len(r.server.applied)-n, calls)
-	}
+		// Nothing changes, nothing is written or done; not after a restart either.
+		r.kernel.Calls()
+		n := len(r.server.applied)
+		r.kernel.Tell(host.Changes{All: true})
+		time.Sleep(700 * time.Millisecond)
+		r.restart()
+		time.Sleep(700 * time.Millisecond)
+		if calls := r.kernel.Calls(); len(calls) > 0 || len(r.server.applied) != n {
+			t.Errorf("%d writes, calls %v", len(r.server.applied)-n, calls)
+		}
+	})
 }
 
 // What is made goes with its policy: not what others made, not what is in use, and not
 // before the spec can be known.
 func TestMacvlanParentsGo(t *testing.T) {
-	t.Parallel()
-	r := newMacvlanRig(t)
-	r.server.macvlans(parent("a", "ens1f0", 100, 0, 2), parent("b", "br0", 7, 0, 2), parent("c", "ens1f0", 200, 0, 2))
-	r.ready()
-	r.usage.set("ens1f0.100-1", "default/pod")
-	r.kernel.SetUser("ens1f0.200", "an address")
-	r.agent.HolderChanged()
-	r.eventually(func() error {
-		if used := r.server.status().Macvlans[0].Used; used != 1 {
-			return fmt.Errorf("%d used", used)
+	simulated(t, func(t *testing.T) {
+		r := newMacvlanRig(t)
+		r.server.macvlans(parent("a", "ens1f0", 100, 0, 2), parent("b", "br0", 7, 0, 2), parent("c", "ens1f0", 200, 0, 2))
+		r.ready()
+		r.usage.set("ens1f0.100-1", "default/pod")
+		r.kernel.SetUser("ens1f0.200", "an address")
+		r.agent.HolderChanged()
+		r.eventually(func() error {
+			if used := r.server.status().Macvlans[0].Used; used != 1 {
+				return fmt.Errorf("%d used", used)
+			}
+			return nil
+		})
+		r.server.macvlans()
+		r.ready()
+		r.offers("a", "")
+		time.Sleep(100 * time.Millisecond)
+		for _, name := range []string{"ens1f0.100", "ens1f0.200", "storage"} {
+			if r.link(name) == nil {
+				t.Errorf("%s is gone", name)
+			}
 		}
-		return nil
-	})
-	r.server.macvlans()
-	r.ready()
-	r.offers("a", "")
-	time.Sleep(100 * time.Millisecond)
-	for _, name := range []string{"ens1f0.100", "ens1f0.200", "storage"} {
-		if r.link(name) == nil {
-			t.Errorf("%s is gone", name)
+		r.usage.mu.Lock()
+		r.usage.err = errors.New("the kubelet is away")
+		r.usage.mu.Unlock()
+		r.usage.set("ens1f0.100-1", "")
+		r.agent.HolderChanged()
+		time.Sleep(200 * time.Millisecond)
+		if r.link("ens1f0.100") == nil {
+			t.Error("it went while nobody knew who holds what")
 		}
-	}
-	r.usage.mu.Lock()
-	r.usage.err = errors.New("the kubelet is away")
-	r.usage.mu.Unlock()
-	r.usage.set("ens1f0.100-1", "")
-	r.agent.HolderChanged()
-	time.Sleep(200 * time.Millisecond)
-	if r.link("ens1f0.100") == nil {
-		t.Error("it went while nobody knew who holds what")
-	}
-	r.usage.mu.Lock()
-	r.usage.err = nil
-	r.usage.mu.Unlock()
-	r.kernel.SetUser("ens1f0.200", "")
-	r.agent.HolderChanged()
-	r.eventually(func() error {
-		if r.link("ens1f0.100") != nil || r.link("ens1f0.200") != nil {
-			return errors.New("what was made is still there")
+		r.usage.mu.Lock()
+		r.usage.err = nil
+		r.usage.mu.Unlock()
+		r.kernel.SetUser("ens1f0.200", "")
+		r.agent.HolderChanged()
+		r.eventually(func() error {
+			if r.link("ens1f0.100") != nil || r.link("ens1f0.200") != nil {
+				return errors.New("what was made is still there")
+			}
+			return nil
+		})
+		if r.link("storage") == nil {
+			t.Error("somebody else's device is gone")
 		}
-		return nil
-	})
-	if r.link("storage") == nil {
-		t.Error("somebody else's device is gone")
-	}
 
-	// A new agent knows its own, and an object that was not rendered yet asks for nothing.
-	r.server.macvlans(parent("a", "ens1f0", 100, 0, 2))
-	r.ready()
-	r.stop()
-	r.server.mu.Lock()
-	r.server.state = &v1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Name: "vm1", Namespace: "sluice", Generation: 1, UID: "2"}}
-	r.server.mu.Unlock()
-	r.restart()
-	r.eventually(func() error {
-		if len(r.server.status().Links) == 0 {
-			return errors.New("no inventory")
+		// A new agent knows its own, and an object that was not rendered yet asks for nothing.
+		r.server.macvlans(parent("a", "ens1f0", 100, 0, 2))
+		r.ready()
+		r.stop()
+		r.server.mu.Lock()
+		r.server.state = &v1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Name: "vm1", Namespace: "sluice", Generation: 1, UID: "2"}}
+		r.server.mu.Unlock()
+		r.restart()
+		r.eventually(func() error {
+			if len(r.server.status().Links) == 0 {
+				return errors.New("no inventory")
+			}
+			return nil
+		})
+		time.Sleep(100 * time.Millisecond)
+		if r.link("ens1f0.100") == nil {
+			t.Error("it went before the spec was rendered")
 		}
-		return nil
-	})
-	time.Sleep(100 * time.Millisecond)
-	if r.link("ens1f0.100") == nil {
-		t.Error("it went before the spec was rendered")
-	}
-	r.server.macvlans()
-	r.eventually(func() error {
-		if r.link("ens1f0.100") != nil {
-			return errors.New("what was made is still there")
-		}
-		return nil
+		r.server.macvlans()
+		r.eventually(func() error {
+			if r.link("ens1f0.100") != nil {
+				return errors.New("what was made is still there")
+			}
+			return nil
+		})
 	})
 }
 
 func TestFewerSlots(t *testing.T) {
-	t.Parallel()
-	r := newMacvlanRig(t)
-	r.server.macvlans(parent("a", "br0", 0, 0, 3))
-	r.ready()
-	r.usage.set("br0-0", "default/x")
-	r.usage.set("br0-2", "default/y")
-	r.server.macvlans(parent("a", "br0", 0, 0, 1))
-	r.offers("a", "br0-0 br0-2!")
-	r.ready()
-	if got := r.server.status().Macvlans[0]; got.Used != 2 || got.Slots != 1 {
-		t.Errorf("%+v", got)
-	}
-	r.usage.set("br0-2", "")
-	r.agent.HolderChanged()
-	r.offers("a", "br0-0")
-	if calls := r.kernel.Calls(); len(calls) > 0 {
-		t.Errorf("slots are nothing to the kernel: %v", calls)
-	}
+	simulated(t, func(t *testing.T) {
+		r := newMacvlanRig(t)
+		r.server.macvlans(parent("a", "br0", 0, 0, 3))
+		r.ready()
+		r.usage.set("br0-0", "default/x")
+		r.usage.set("br0-2", "default/y")
+		r.server.macvlans(parent("a", "br0", 0, 0, 1))
+		r.offers("a", "br0-0 br0-2!")
+		r.ready()
+		if got := r.server.status().Macvlans[0]; got.Used != 2 || got.Slots != 1 {
+			t.Errorf("%+v", got)
+		}
+		r.usage.set("br0-2", "")
+		r.agent.HolderChanged()
+		r.offers("a", "br0-0")
+		if calls := r.kernel.Calls(); len(calls) > 0 {
+			t.Errorf("slots are nothing to the kernel: %v", calls)
+		}
+	})
 }
 
 // Each operation fails once: the status tells, other parents are not held up, and it
@@ -254,168 +257,176 @@ func TestMacvlanTellsErrno(t *testing.T) {
 		{hostfake.AddVLAN, "make VLAN device bond0.100 on bond0"},
 	} {
 		t.Run(string(c.op), func(t *testing.T) {
-			t.Parallel()
-			r := newMacvlanRig(t)
-			r.ready()
-			r.kernel.Fail(c.op, unix.EBUSY)
-			r.server.macvlans(parent("bad", "bond0", 100, 9000, 1), parent("good", "br0", 0, 0, 1))
-			r.degraded(ReasonRefused, "MacVLAN parent bond0.100 (policy p-bad): "+c.want, "(EBUSY)")
-			r.offers("good", "br0-0")
-			if got := r.plugin.slots("bad"); got != "bond0.100-0!" {
-				t.Errorf("offered: %s", got)
-			}
-			m := r.server.status().Macvlans
-			if m[0].Ready || !strings.Contains(m[0].Message, "(EBUSY)") || !m[1].Ready {
-				t.Errorf("%+v", m)
-			}
-			r.ready()
-			r.offers("bad", "bond0.100-0")
-			if l := r.link("bond0.100"); l == nil || l.MTU != 9000 {
-				t.Errorf("%+v", l)
-			}
+			simulated(t, func(t *testing.T) {
+				r := newMacvlanRig(t)
+				r.ready()
+				r.kernel.Fail(c.op, unix.EBUSY)
+				r.server.macvlans(parent("bad", "bond0", 100, 9000, 1), parent("good", "br0", 0, 0, 1))
+				r.degraded(ReasonRefused, "MacVLAN parent bond0.100 (policy p-bad): "+c.want, "(EBUSY)")
+				r.offers("good", "br0-0")
+				if got := r.plugin.slots("bad"); got != "bond0.100-0!" {
+					t.Errorf("offered: %s", got)
+				}
+				m := r.server.status().Macvlans
+				if m[0].Ready || !strings.Contains(m[0].Message, "(EBUSY)") || !m[1].Ready {
+					t.Errorf("%+v", m)
+				}
+				r.ready()
+				r.offers("bad", "bond0.100-0")
+				if l := r.link("bond0.100"); l == nil || l.MTU != 9000 {
+					t.Errorf("%+v", l)
+				}
+			})
 		})
 	}
 	t.Run("put right by somebody else", func(t *testing.T) {
-		t.Parallel()
-		r := newMacvlanRig(t)
-		r.ready()
-		r.kernel.Fail(hostfake.SetMTU, unix.EBUSY, unix.EBUSY, unix.EBUSY, unix.EBUSY, unix.EBUSY)
-		r.server.macvlans(parent("a", "br0", 0, 9000, 1))
-		r.degraded(ReasonRefused, "(EBUSY)")
-		r.kernel.SetLinks(func(links []host.ParentLink) []host.ParentLink {
-			links[1].MTU = 9000
-			return links
+		simulated(t, func(t *testing.T) {
+			r := newMacvlanRig(t)
+			r.ready()
+			r.kernel.Fail(hostfake.SetMTU, unix.EBUSY, unix.EBUSY, unix.EBUSY, unix.EBUSY, unix.EBUSY)
+			r.server.macvlans(parent("a", "br0", 0, 9000, 1))
+			r.degraded(ReasonRefused, "(EBUSY)")
+			r.kernel.SetLinks(func(links []host.ParentLink) []host.ParentLink {
+				links[1].MTU = 9000
+				return links
+			})
+			start := time.Now()
+			r.ready()
+			if waited := time.Since(start); waited > firstRetry/2 {
+				t.Errorf("noticed after %s", waited)
+			}
 		})
-		start := time.Now()
-		r.ready()
-		if waited := time.Since(start); waited > firstRetry/2 {
-			t.Errorf("noticed after %s", waited)
-		}
 	})
 	t.Run("RemoveVLAN", func(t *testing.T) {
-		t.Parallel()
-		r := newMacvlanRig(t)
-		r.server.macvlans(parent("a", "br0", 100, 0, 1))
-		r.ready()
-		r.kernel.Fail(hostfake.RemoveVLAN, unix.EPERM)
-		r.server.macvlans()
-		r.degraded(ReasonRefused, "VLAN device br0.100, which no policy asks for any more", "(EPERM)")
-		r.ready()
-		if r.link("br0.100") != nil {
-			t.Error("it is still there")
-		}
+		simulated(t, func(t *testing.T) {
+			r := newMacvlanRig(t)
+			r.server.macvlans(parent("a", "br0", 100, 0, 1))
+			r.ready()
+			r.kernel.Fail(hostfake.RemoveVLAN, unix.EPERM)
+			r.server.macvlans()
+			r.degraded(ReasonRefused, "VLAN device br0.100, which no policy asks for any more", "(EPERM)")
+			r.ready()
+			if r.link("br0.100") != nil {
+				t.Error("it is still there")
+			}
+		})
 	})
 	t.Run("Links", func(t *testing.T) {
-		t.Parallel()
-		r := newMacvlanRig(t)
-		r.server.macvlans(parent("a", "br0", 100, 0, 1))
-		r.ready()
-		time.Sleep(200 * time.Millisecond) // its own events are over
-		r.kernel.Fail(hostfake.Links, unix.ENOBUFS)
-		r.kernel.Tell(host.Changes{Parents: true})
-		r.degraded(ReasonUnreadable, "list on links: no buffer space available (ENOBUFS)")
-		r.offers("a", "br0.100-0")
-		r.ready()
+		simulated(t, func(t *testing.T) {
+			r := newMacvlanRig(t)
+			r.server.macvlans(parent("a", "br0", 100, 0, 1))
+			r.ready()
+			time.Sleep(200 * time.Millisecond) // its own events are over
+			r.kernel.Fail(hostfake.Links, unix.ENOBUFS)
+			r.kernel.Tell(host.Changes{Parents: true})
+			r.degraded(ReasonUnreadable, "list on links: no buffer space available (ENOBUFS)")
+			r.offers("a", "br0.100-0")
+			r.ready()
+		})
 	})
 	t.Run("nothing happens", func(t *testing.T) {
-		t.Parallel()
-		r := newMacvlanRig(t)
-		r.kernel.Ignore(hostfake.SetMTU, true)
-		r.server.macvlans(parent("a", "br0", 0, 9000, 1))
-		r.degraded(ReasonRefused, "RaiseLinkMTU 9000 on br0: the kernel reported success and nothing changed")
+		simulated(t, func(t *testing.T) {
+			r := newMacvlanRig(t)
+			r.kernel.Ignore(hostfake.SetMTU, true)
+			r.server.macvlans(parent("a", "br0", 0, 9000, 1))
+			r.degraded(ReasonRefused, "RaiseLinkMTU 9000 on br0: the kernel reported success and nothing changed")
+		})
 	})
 }
 
 func TestMacvlanDrift(t *testing.T) {
-	t.Parallel()
-	r := newMacvlanRig(t)
-	r.server.macvlans(parent("a", "br0", 100, 1500, 1), parent("b", "ens1f0", 0, 0, 1))
-	r.ready()
-	drop := func(links []host.ParentLink) []host.ParentLink {
-		return slices.DeleteFunc(links, func(l host.ParentLink) bool { return l.Name == "br0.100" })
-	}
-	was := r.link("br0.100").IfIndex
-	r.kernel.SetLinks(drop)
-	r.eventually(func() error {
-		if l := r.link("br0.100"); l == nil || l.IfIndex == was {
-			return fmt.Errorf("not made again: %+v", l)
+	simulated(t, func(t *testing.T) {
+		r := newMacvlanRig(t)
+		r.server.macvlans(parent("a", "br0", 100, 1500, 1), parent("b", "ens1f0", 0, 0, 1))
+		r.ready()
+		drop := func(links []host.ParentLink) []host.ParentLink {
+			return slices.DeleteFunc(links, func(l host.ParentLink) bool { return l.Name == "br0.100" })
 		}
-		return nil
-	})
-	r.kernel.SetLinks(func(links []host.ParentLink) []host.ParentLink {
-		for i := range links {
-			if links[i].Name == "br0.100" {
-				links[i].MTU, links[i].AdminUp = 1300, false
+		was := r.link("br0.100").IfIndex
+		r.kernel.SetLinks(drop)
+		r.eventually(func() error {
+			if l := r.link("br0.100"); l == nil || l.IfIndex == was {
+				return fmt.Errorf("not made again: %+v", l)
 			}
-		}
-		return links
-	})
-	r.kernel.Change(func(pfs []host.PF) { pfs[0].AdminUp = false })
-	r.eventually(func() error {
-		if l := r.link("br0.100"); l.MTU != 1500 || !l.AdminUp || !r.link("ens1f0").AdminUp {
-			return fmt.Errorf("%+v, %+v", l, r.link("ens1f0"))
-		}
-		return nil
-	})
+			return nil
+		})
+		r.kernel.SetLinks(func(links []host.ParentLink) []host.ParentLink {
+			for i := range links {
+				if links[i].Name == "br0.100" {
+					links[i].MTU, links[i].AdminUp = 1300, false
+				}
+			}
+			return links
+		})
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].AdminUp = false })
+		r.eventually(func() error {
+			if l := r.link("br0.100"); l.MTU != 1500 || !l.AdminUp || !r.link("ens1f0").AdminUp {
+				return fmt.Errorf("%+v, %+v", l, r.link("ens1f0"))
+			}
+			return nil
+		})
 
-	// What is gone, or has become a port, is not offered, until it is back.
-	r.kernel.SetLinks(func([]host.ParentLink) []host.ParentLink { return nil })
-	r.degraded(ReasonNoParent, "MacVLAN parent br0.100 (policy p-a): link br0: the node has no such link now")
-	r.offers("a", "br0.100-0!")
-	r.kernel.SetLinks(func([]host.ParentLink) []host.ParentLink {
-		links := virtualLinks()
-		links[1].Master = "ovs-system"
-		return links
+		// What is gone, or has become a port, is not offered, until it is back.
+		r.kernel.SetLinks(func([]host.ParentLink) []host.ParentLink { return nil })
+		r.degraded(ReasonNoParent, "MacVLAN parent br0.100 (policy p-a): link br0: the node has no such link now")
+		r.offers("a", "br0.100-0!")
+		r.kernel.SetLinks(func([]host.ParentLink) []host.ParentLink {
+			links := virtualLinks()
+			links[1].Master = "ovs-system"
+			return links
+		})
+		r.degraded(ReasonNoParent, "link br0 is a port of ovs-system", "EBUSY")
+		r.kernel.SetLinks(func([]host.ParentLink) []host.ParentLink { return virtualLinks() })
+		r.ready()
+		r.offers("a", "br0.100-0")
+		r.offers("b", "ens1f0-0")
 	})
-	r.degraded(ReasonNoParent, "link br0 is a port of ovs-system", "EBUSY")
-	r.kernel.SetLinks(func([]host.ParentLink) []host.ParentLink { return virtualLinks() })
-	r.ready()
-	r.offers("a", "br0.100-0")
-	r.offers("b", "ens1f0-0")
 }
 
 // VFs in a pool are no parents; others are.
 func TestPooledVFsAreNoLinks(t *testing.T) {
-	t.Parallel()
-	r := newMacvlanRig(t)
-	r.server.spec(wants(nic0, 3, of("left", "0-1", 0)))
-	r.ready()
-	var names []string
-	r.eventually(func() error {
-		names = nil
-		for _, l := range r.server.status().Links {
-			if l.PciAddress != "" {
-				names = append(names, l.Name)
+	simulated(t, func(t *testing.T) {
+		r := newMacvlanRig(t)
+		r.server.spec(wants(nic0, 3, of("left", "0-1", 0)))
+		r.ready()
+		var names []string
+		r.eventually(func() error {
+			names = nil
+			for _, l := range r.server.status().Links {
+				if l.PciAddress != "" {
+					names = append(names, l.Name)
+				}
 			}
-		}
-		if strings.Join(names, " ") != "ens1f0 ens1f0v2 ens2f0" {
-			return fmt.Errorf("links %v", names)
-		}
-		return nil
+			if strings.Join(names, " ") != "ens1f0 ens1f0v2 ens2f0" {
+				return fmt.Errorf("links %v", names)
+			}
+			return nil
+		})
 	})
 }
 
 // The MTU of a PF is not taken back while a parent needs it: pods would lose theirs.
 func TestParentsKeepTheirMTU(t *testing.T) {
-	t.Parallel()
-	r := newMacvlanRig(t)
-	jumbo := wants(nic0, 1, of("left", "0-0", 9000))
-	jumbo.Mtu = 9000
-	r.server.macvlans(parent("a", "ens1f0", 100, 8000, 1))
-	r.server.spec(jumbo)
-	r.ready()
-	r.server.spec()
-	r.eventually(func() error {
-		if l := r.link("ens1f0"); l.MTU != 8000 {
-			return fmt.Errorf("MTU %d", l.MTU)
+	simulated(t, func(t *testing.T) {
+		r := newMacvlanRig(t)
+		jumbo := wants(nic0, 1, of("left", "0-0", 9000))
+		jumbo.Mtu = 9000
+		r.server.macvlans(parent("a", "ens1f0", 100, 8000, 1))
+		r.server.spec(jumbo)
+		r.ready()
+		r.server.spec()
+		r.eventually(func() error {
+			if l := r.link("ens1f0"); l.MTU != 8000 {
+				return fmt.Errorf("MTU %d", l.MTU)
+			}
+			return nil
+		})
+		for _, call := range r.kernel.Calls() {
+			if strings.HasPrefix(call, "set MTU 1500 on "+nic0) {
+				t.Error(call)
+			}
 		}
-		return nil
 	})
-	for _, call := range r.kernel.Calls() {
-		if strings.HasPrefix(call, "set MTU 1500 on "+nic0) {
-			t.Error(call)
-		}
-	}
 }
 
 func TestParentMTU(t *testing.T) {

@@ -51,78 +51,79 @@ func TestJudgeBoot(t *testing.T) {
 // A node is rebooted when that was allowed, with the kernel's next start prepared,
 // and never again for the same.
 func TestReboot(t *testing.T) {
-	t.Parallel()
-	r := rigWith(t)
-	var reboots atomic.Int32
-	var failing atomic.Bool
-	failing.Store(true)
-	r.reboot = func(context.Context) error {
-		if failing.Load() {
-			return errors.New("connect to systemd: no such file")
+	simulated(t, func(t *testing.T) {
+		r := rigWith(t)
+		var reboots atomic.Int32
+		var failing atomic.Bool
+		failing.Store(true)
+		r.reboot = func(context.Context) error {
+			if failing.Load() {
+				return errors.New("connect to systemd: no such file")
+			}
+			reboots.Add(1)
+			return nil
 		}
-		reboots.Add(1)
-		return nil
-	}
-	r.kernel.Fail(hostfake.SetRDMAMode, slices.Repeat([]unix.Errno{unix.EBUSY}, 3)...) // one for each agent
-	r.start()
-	r.server.mu.Lock()
-	r.server.state.Spec.System.RdmaMode = "exclusive"
-	r.server.state.Generation++
-	r.server.send()
-	r.server.mu.Unlock()
-	r.eventually(func() error {
-		c, s := r.condition(v1.ConditionRebootRequired), r.server.status()
-		if c.Status != metav1.ConditionTrue || !strings.Contains(c.Message, "SetRDMAMode exclusive") || len(s.Pending) != 1 || s.Pending[0].Cost != v1.CostReboot {
-			return fmt.Errorf("%+v, pending %+v", c, s.Pending)
-		}
-		return nil
-	})
-	time.Sleep(50 * time.Millisecond)
-	if _, err := os.Stat(filepath.Join(r.modprobe, modprobeFile)); err == nil || reboots.Load() != 0 {
-		t.Fatal("prepared, or rebooted, without consent")
-	}
-
-	r.server.mu.Lock()
-	r.server.state.Annotations = map[string]string{v1.AnnotationRebootAllowed: strconv.FormatInt(r.server.state.Generation, 10)}
-	r.server.send()
-	r.server.mu.Unlock()
-	r.degraded(ReasonNotBooted, "no such file")
-	failing.Store(false)
-	r.eventually(func() error {
-		if n := reboots.Load(); n != 1 {
-			return fmt.Errorf("%d reboots", n)
-		}
-		return nil
-	})
-	b, err := os.ReadFile(filepath.Join(r.modprobe, modprobeFile))
-	if err != nil || !strings.Contains(string(b), "\noptions ib_core netns_mode=0\n") {
-		t.Errorf("%q, %v", b, err)
-	}
-
-	for _, bootID := range []string{"boot-2", "boot-3"} {
-		r.stop()
-		r.kernel.Calls()
-		r.bootID = bootID
-		r.restart()
+		r.kernel.Fail(hostfake.SetRDMAMode, slices.Repeat([]unix.Errno{unix.EBUSY}, 3)...) // one for each agent
+		r.start()
+		r.server.mu.Lock()
+		r.server.state.Spec.System.RdmaMode = "exclusive"
+		r.server.state.Generation++
+		r.server.send()
+		r.server.mu.Unlock()
 		r.eventually(func() error {
-			if len(r.kernel.Calls()) == 0 {
-				return errors.New("the new agent has not tried")
+			c, s := r.condition(v1.ConditionRebootRequired), r.server.status()
+			if c.Status != metav1.ConditionTrue || !strings.Contains(c.Message, "SetRDMAMode exclusive") || len(s.Pending) != 1 || s.Pending[0].Cost != v1.CostReboot {
+				return fmt.Errorf("%+v, pending %+v", c, s.Pending)
 			}
 			return nil
 		})
-		r.degraded(ReasonNoHelp, "SetRDMAMode exclusive", "not rebooted for it again")
-	}
-	if n := reboots.Load(); n != 1 {
-		t.Errorf("%d reboots", n)
-	}
-
-	r.bootID = "boot-4" // somebody has mended the kernel's start
-	r.restart()
-	r.ready()
-	r.eventually(func() error {
-		if _, err := os.Stat(filepath.Join(r.state, bootFile)); err == nil {
-			return errors.New("the reboot is not forgotten")
+		time.Sleep(50 * time.Millisecond)
+		if _, err := os.Stat(filepath.Join(r.modprobe, modprobeFile)); err == nil || reboots.Load() != 0 {
+			t.Fatal("prepared, or rebooted, without consent")
 		}
-		return nil
+
+		r.server.mu.Lock()
+		r.server.state.Annotations = map[string]string{v1.AnnotationRebootAllowed: strconv.FormatInt(r.server.state.Generation, 10)}
+		r.server.send()
+		r.server.mu.Unlock()
+		r.degraded(ReasonNotBooted, "no such file")
+		failing.Store(false)
+		r.eventually(func() error {
+			if n := reboots.Load(); n != 1 {
+				return fmt.Errorf("%d reboots", n)
+			}
+			return nil
+		})
+		b, err := os.ReadFile(filepath.Join(r.modprobe, modprobeFile))
+		if err != nil || !strings.Contains(string(b), "\noptions ib_core netns_mode=0\n") {
+			t.Errorf("%q, %v", b, err)
+		}
+
+		for _, bootID := range []string{"boot-2", "boot-3"} {
+			r.stop()
+			r.kernel.Calls()
+			r.bootID = bootID
+			r.restart()
+			r.eventually(func() error {
+				if len(r.kernel.Calls()) == 0 {
+					return errors.New("the new agent has not tried")
+				}
+				return nil
+			})
+			r.degraded(ReasonNoHelp, "SetRDMAMode exclusive", "not rebooted for it again")
+		}
+		if n := reboots.Load(); n != 1 {
+			t.Errorf("%d reboots", n)
+		}
+
+		r.bootID = "boot-4" // somebody has mended the kernel's start
+		r.restart()
+		r.ready()
+		r.eventually(func() error {
+			if _, err := os.Stat(filepath.Join(r.state, bootFile)); err == nil {
+				return errors.New("the reboot is not forgotten")
+			}
+			return nil
+		})
 	})
 }

@@ -28,47 +28,48 @@ func TestPFGoesBackToWhatItWas(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			r := rigWith(t)
-			r.kernel.Change(func(pfs []host.PF) { pfs[0].MTU = 2000; before(&pfs[0]) })
-			was := r.kernel.PF(nic0)
-			r.start()
-			want := wants(nic0, 3, of("left", "0-2", 0))
-			want.Mtu = 9000
-			r.server.spec(want)
-			r.ready()
-			if pf := r.kernel.PF(nic0); pf.MTU != 9000 || pf.NumVFs != 3 {
-				t.Fatalf("%+v", pf)
-			}
-			r.restart()
-			if was.NumVFs > 0 {
-				r.kernel.Fail(hostfake.RestoreVFs, unix.ENOMEM)
-			}
-			r.server.spec()
-			if was.NumVFs > 0 {
-				r.degraded(ReasonRefused, "ENOMEM", "restore 1 VFs")
-			}
-			r.eventually(func() error {
-				is := r.kernel.PF(nic0)
-				if is.MTU != was.MTU || is.NumVFs != was.NumVFs || is.AutoprobeOff != was.AutoprobeOff {
-					return fmt.Errorf("%+v, was %+v", is, was)
+			simulated(t, func(t *testing.T) {
+				r := rigWith(t)
+				r.kernel.Change(func(pfs []host.PF) { pfs[0].MTU = 2000; before(&pfs[0]) })
+				was := r.kernel.PF(nic0)
+				r.start()
+				want := wants(nic0, 3, of("left", "0-2", 0))
+				want.Mtu = 9000
+				r.server.spec(want)
+				r.ready()
+				if pf := r.kernel.PF(nic0); pf.MTU != 9000 || pf.NumVFs != 3 {
+					t.Fatalf("%+v", pf)
 				}
-				return nil
-			})
-			r.ready()
-			r.eventually(func() error {
-				if left, err := filepath.Glob(filepath.Join(r.state, "nics", "*")); err != nil || len(left) > 0 {
-					return fmt.Errorf("left over: %v, %w", left, err)
+				r.restart()
+				if was.NumVFs > 0 {
+					r.kernel.Fail(hostfake.RestoreVFs, unix.ENOMEM)
 				}
-				return nil
+				r.server.spec()
+				if was.NumVFs > 0 {
+					r.degraded(ReasonRefused, "ENOMEM", "restore 1 VFs")
+				}
+				r.eventually(func() error {
+					is := r.kernel.PF(nic0)
+					if is.MTU != was.MTU || is.NumVFs != was.NumVFs || is.AutoprobeOff != was.AutoprobeOff {
+						return fmt.Errorf("%+v, was %+v", is, was)
+					}
+					return nil
+				})
+				r.ready()
+				r.eventually(func() error {
+					if left, err := filepath.Glob(filepath.Join(r.state, "nics", "*")); err != nil || len(left) > 0 {
+						return fmt.Errorf("left over: %v, %w", left, err)
+					}
+					return nil
+				})
+				r.kernel.Calls()
+				r.restart()
+				r.kernel.Tell(host.Changes{All: true})
+				time.Sleep(100 * time.Millisecond)
+				if calls := r.kernel.Calls(); len(calls) > 0 {
+					t.Errorf("a PF that is given up is touched: %v", calls)
+				}
 			})
-			r.kernel.Calls()
-			r.restart()
-			r.kernel.Tell(host.Changes{All: true})
-			time.Sleep(100 * time.Millisecond)
-			if calls := r.kernel.Calls(); len(calls) > 0 {
-				t.Errorf("a PF that is given up is touched: %v", calls)
-			}
 		})
 	}
 }
@@ -94,76 +95,78 @@ func upstreamVFs(pf *host.PF, n int) {
 }
 
 func TestTakesOverWithoutTouching(t *testing.T) {
-	t.Parallel()
-	r := rigWith(t)
-	r.kernel.Change(func(pfs []host.PF) { upstreamVFs(&pfs[0], 4) })
-	r.usage.set(vfAddress(nic0, 1), "default/running")
-	applied, err := json.Marshal(v1.Interface{PciAddress: nic0, NumVfs: 4, Mtu: 9000, Name: "ens1f0"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Mkdir(filepath.Join(r.upstream, "pci"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(r.upstream, "pci", nic0), applied, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	vfio := of("dpdk", "3-3", 9000)
-	vfio.DeviceType = v1.DeviceTypeVfioPci
-	want := wants(nic0, 4, of("left", "0-2", 9000), vfio)
-	want.Mtu = 9000
-	r.start()
-	for range 2 {
-		r.server.spec(want)
-		r.ready()
-		if got := r.plugin.healthy("left"); len(got) != 3 {
-			t.Errorf("left offers %v", got)
+	simulated(t, func(t *testing.T) {
+		r := rigWith(t)
+		r.kernel.Change(func(pfs []host.PF) { upstreamVFs(&pfs[0], 4) })
+		r.usage.set(vfAddress(nic0, 1), "default/running")
+		applied, err := json.Marshal(v1.Interface{PciAddress: nic0, NumVfs: 4, Mtu: 9000, Name: "ens1f0"})
+		if err != nil {
+			t.Fatal(err)
 		}
-		if mac, _, ok := r.agent.Baseline(vfAddress(nic0, 0)); !ok || mac.String() != "5a:31:00:09:08:00" {
-			t.Errorf("baseline %s, %t", mac, ok)
+		if err := os.Mkdir(filepath.Join(r.upstream, "pci"), 0o755); err != nil {
+			t.Fatal(err)
 		}
-		r.restart()
-	}
-	if calls := r.kernel.Calls(); len(calls) > 0 {
-		t.Errorf("touched: %v", calls)
-	}
+		if err := os.WriteFile(filepath.Join(r.upstream, "pci", nic0), applied, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		vfio := of("dpdk", "3-3", 9000)
+		vfio.DeviceType = v1.DeviceTypeVfioPci
+		want := wants(nic0, 4, of("left", "0-2", 9000), vfio)
+		want.Mtu = 9000
+		r.start()
+		for range 2 {
+			r.server.spec(want)
+			r.ready()
+			if got := r.plugin.healthy("left"); len(got) != 3 {
+				t.Errorf("left offers %v", got)
+			}
+			if mac, _, ok := r.agent.Baseline(vfAddress(nic0, 0)); !ok || mac.String() != "5a:31:00:09:08:00" {
+				t.Errorf("baseline %s, %t", mac, ok)
+			}
+			r.restart()
+		}
+		if calls := r.kernel.Calls(); len(calls) > 0 {
+			t.Errorf("touched: %v", calls)
+		}
 
-	// They are ours to remove now, once: the file stays.
-	r.usage.set(vfAddress(nic0, 1), "")
-	r.server.spec()
-	r.eventually(func() error {
-		if pf := r.kernel.PF(nic0); pf.NumVFs != 0 {
-			return fmt.Errorf("%d VFs left", pf.NumVFs)
+		// They are ours to remove now, once: the file stays.
+		r.usage.set(vfAddress(nic0, 1), "")
+		r.server.spec()
+		r.eventually(func() error {
+			if pf := r.kernel.PF(nic0); pf.NumVFs != 0 {
+				return fmt.Errorf("%d VFs left", pf.NumVFs)
+			}
+			return nil
+		})
+		r.ready()
+		r.kernel.Change(func(pfs []host.PF) { upstreamVFs(&pfs[0], 4) })
+		r.restart()
+		r.kernel.Calls()
+		time.Sleep(100 * time.Millisecond)
+		if calls := r.kernel.Calls(); len(calls) > 0 {
+			t.Errorf("VFs that somebody else made later are touched: %v", calls)
 		}
-		return nil
 	})
-	r.ready()
-	r.kernel.Change(func(pfs []host.PF) { upstreamVFs(&pfs[0], 4) })
-	r.restart()
-	r.kernel.Calls()
-	time.Sleep(100 * time.Millisecond)
-	if calls := r.kernel.Calls(); len(calls) > 0 {
-		t.Errorf("VFs that somebody else made later are touched: %v", calls)
-	}
 }
 
 // What cannot be restored is not changed.
 func TestNothingChangesThatCouldNotBeRecorded(t *testing.T) {
-	t.Parallel()
-	r := newRig(t)
-	r.ready()
-	if err := os.Remove(filepath.Join(r.state, "nics")); err != nil {
-		t.Fatal(err)
-	}
-	r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
-	r.degraded(ReasonNoState, "record the settings of NIC "+nic0)
-	if calls := r.kernel.Calls(); len(calls) > 0 {
-		t.Errorf("%v", calls)
-	}
-	if err := os.Mkdir(filepath.Join(r.state, "nics"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	r.ready()
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.ready()
+		if err := os.Remove(filepath.Join(r.state, "nics")); err != nil {
+			t.Fatal(err)
+		}
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+		r.degraded(ReasonNoState, "record the settings of NIC "+nic0)
+		if calls := r.kernel.Calls(); len(calls) > 0 {
+			t.Errorf("%v", calls)
+		}
+		if err := os.Mkdir(filepath.Join(r.state, "nics"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		r.ready()
+	})
 }
 
 func TestUnreadableRecordsAreSetAside(t *testing.T) {
