@@ -180,7 +180,9 @@ func (r *ipPool) free(ctx context.Context, blocks []sluicev1.IPBlock, rest time.
 			r.gone[b.UID] = since
 		}
 		if left := rest - r.now().Sub(since); left > 0 {
-			again = max(left, time.Second)
+			if left = max(left, time.Second); again == 0 || left < again {
+				again = left
+			}
 			continue
 		}
 		// The cache may not have a node yet that has just come.
@@ -205,6 +207,7 @@ func usage(pool *sluicev1.IPPool, parsed *sluicev1.Pool, blocks []sluicev1.IPBlo
 	nodes, quotas := map[string]*sluicev1.IPNodeUsage{}, map[string]*sluicev1.IPQuotaUsage{}
 	families := map[bool]*sluicev1.IPUsage{}
 	made := map[bool]uint64{} // blocks of addresses
+	spent := map[bool]int64{} // of total: in use or resting, and not reserved
 	if parsed != nil {
 		for i := range parsed.Ranges {
 			total := parsed.Ranges[i].Count()
@@ -252,8 +255,17 @@ func usage(pool *sluicev1.IPPool, parsed *sluicev1.Pool, blocks []sluicev1.IPBlo
 		u.Allocated += int64(used.Allocated)
 		u.Resting += int64(used.Resting)
 		if b.Kind == sluicev1.BlockAddresses {
+			r := parsed.Family(first.Is4())
 			made[first.Is4()]++
-			u.Claimed = clamp(uint64(u.Claimed) + parsed.Family(first.Is4()).CountIn(first, b.Size) - uint64(len(b.Excluded)))
+			spent[first.Is4()] += int64(used.Allocated) + int64(used.Resting)
+			in := r.CountIn(first, b.Size)
+			for _, text := range b.Excluded {
+				// What is reserved may be none of them anyway: exclude and start leave it out.
+				if a, err := netip.ParseAddr(text); err == nil && r.Usable(a) && in > 0 {
+					in--
+				}
+			}
+			u.Claimed = clamp(uint64(u.Claimed) + in)
 		}
 	}
 	for _, n := range slices.SortedFunc(maps.Values(nodes), func(a, b *sluicev1.IPNodeUsage) int {
@@ -272,7 +284,7 @@ func usage(pool *sluicev1.IPPool, parsed *sluicev1.Pool, blocks []sluicev1.IPBlo
 			continue
 		}
 		switch name := map[bool]string{true: "IPv4", false: "IPv6"}[v4]; {
-		case u.Allocated+u.Resting >= u.Total:
+		case u.Total > 0 && spent[v4] >= u.Total: // a pool may have reservations alone
 			unready = why{"PoolExhausted", fmt.Sprintf("all %d %s addresses are in use or rest: delete pods, or make another pool for some networks", u.Total, name)}
 			degraded = unready
 		case made[v4] >= parsed.Family(v4).Blocks() && degraded == why{}:

@@ -117,6 +117,40 @@ func TestPoolTellsItsUse(t *testing.T) {
 	}
 }
 
+// Reserved addresses, which may lie where none is given out otherwise, are no part of those that
+// are claimed or spent.
+func TestReservedAddressesAreNotAmongTheOthers(t *testing.T) {
+	pool := &sluicev1.IPPool{Spec: sluicev1.IPPoolSpec{IPv4: &sluicev1.IPRange{CIDR: "10.1.0.0/28", Exclude: []string{"10.1.0.0/29"}, BlockSize: 8}}}
+	for _, a := range []string{"10.1.0.1", "10.1.0.2", "10.1.0.9"} {
+		pool.Spec.Reservations = append(pool.Spec.Reservations, sluicev1.IPReservation{Address: a, Namespace: "a", Pod: "p" + a})
+	}
+	block := func(kind sluicev1.IPBlockKind, first string, size, allocated int, excluded ...string) sluicev1.IPBlock {
+		b := sluicev1.NewBlock("p", "n", kind, netip.MustParseAddr(first), size)
+		b.Spec.Excluded, b.Status.Allocated = excluded, allocated
+		return *b
+	}
+	low, high := block(sluicev1.BlockAddresses, "10.1.0.0", 8, 0, "10.1.0.1", "10.1.0.2"), block(sluicev1.BlockAddresses, "10.1.0.8", 8, 5, "10.1.0.9")
+	reserved := block(sluicev1.BlockReserved, "10.1.0.1", 1, 1)
+	for name, c := range map[string]struct {
+		blocks []sluicev1.IPBlock
+		want   sluicev1.IPUsage
+		ready  bool
+	}{
+		"a block of excluded ones alone": {[]sluicev1.IPBlock{low}, sluicev1.IPUsage{Total: 6, Reserved: 3}, true},
+		"one address is left":            {[]sluicev1.IPBlock{low, high, reserved}, sluicev1.IPUsage{Total: 6, Claimed: 6, Allocated: 6, Reserved: 3}, true},
+		"none is left":                   {[]sluicev1.IPBlock{block(sluicev1.BlockAddresses, "10.1.0.8", 8, 6, "10.1.0.9")}, sluicev1.IPUsage{Total: 6, Claimed: 6, Allocated: 6, Reserved: 3}, false},
+	} {
+		parsed, errs := pool.Spec.Parse()
+		if len(errs) > 0 {
+			t.Fatal(errs)
+		}
+		s, unready, _, _ := usage(pool, parsed, c.blocks, nil)
+		if *s.IPv4 != c.want || (unready == why{}) != c.ready {
+			t.Errorf("%s: %+v, not %+v, and %q", name, *s.IPv4, c.want, unready)
+		}
+	}
+}
+
 // A pool that was there when the cluster comes to use its addresses tells so, until the cluster
 // gives them up.
 func TestPoolInTheClustersAddresses(t *testing.T) {
@@ -236,6 +270,14 @@ func TestBlocksOfNodesThatAreGoneAreFreed(t *testing.T) {
 			}
 		}
 	}
+	looks := func(want time.Duration) {
+		t.Helper()
+		later := *gone.DeepCopy()
+		later.UID, later.Spec.Node = "later", "ipam-later"
+		if _, again, err := r.free(t.Context(), []sluicev1.IPBlock{*gone, later}, time.Hour); again != want || err != nil {
+			t.Errorf("looks again after %s, not %s, %v", again, want, err)
+		}
+	}
 	exists := func(b *sluicev1.IPBlock, want bool) {
 		t.Helper()
 		if err := api.Get(t.Context(), client.ObjectKeyFromObject(b), &sluicev1.IPBlock{}); apierrors.IsNotFound(err) == want {
@@ -246,6 +288,7 @@ func TestBlocksOfNodesThatAreGoneAreFreed(t *testing.T) {
 	now = now.Add(59 * time.Minute)
 	free()
 	exists(gone, true)
+	looks(time.Minute) // when the first is due
 	// A node that comes back keeps what it has, and another rest begins when it goes again.
 	back := makeNode(t, "ipam-gone", nil)
 	free()
