@@ -58,8 +58,11 @@ lint: ## Run the linters
 	$(TOOL) golangci-lint run --build-tags lab,e2e ./internal/... ./operator/... ./cni/... ./test/...
 bench: ## Benchmarks, as ratios against a floor measured in the same run
 	hack/test.sh bench
-soak: ## 200 MacVLAN sub-interfaces made and deleted at once, again and again (SOAK=10m)
+soak: ## 200 MacVLAN sub-interfaces, then 64 VFs of a guest, attached and deleted at once, again and again (SOAK=10m each)
 	SLUICE_SOAK=$(SOAK) CI=true $(GO) test -count 1 -timeout 60m -v -run 'TestNetnsSoak$$' ./cni/server
+	@mkdir -p $(OUT)
+	$(GO) build -o $(OUT)/ ./test/lab/cmd/labrun
+	SLUICE_SOAK=$(SOAK) CI=true $(GO) test -count 1 -timeout 60m -v -tags lab -run 'TestLabAllVFsAtOnce$$' -exec "$(CURDIR)/$(OUT)/labrun -totalvfs 32" ./cni/server
 
 ##@ Lab: a real cluster on this machine, its nodes guests with SR-IOV NICs
 .PHONY: lab-up lab-down lab-status lab-console lab-exec lab-kubectl lab-load

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -38,7 +39,10 @@ type lab struct {
 
 const vfsPerPF = 4
 
-func newLab(t testing.TB) *lab {
+func newLab(t testing.TB) *lab { return newLabWith(t, vfsPerPF) }
+
+// newLabWith has so many VFs of each PF, or as many as that can have.
+func newLabWith(t testing.TB, most int) *lab {
 	t.Helper()
 	kernel, err := host.OpenAttacher(host.DefaultSysfs)
 	if err != nil {
@@ -60,7 +64,7 @@ func newLab(t testing.TB) *lab {
 			t.Fatal(err)
 		}
 		numVFs := filepath.Join(host.DefaultSysfs, "bus/pci/devices", pf.PCIAddress, "sriov_numvfs")
-		for _, n := range []string{"0", fmt.Sprint(vfsPerPF)} {
+		for _, n := range []string{"0", fmt.Sprint(min(most, pf.TotalVFs))} {
 			if err = os.WriteFile(numVFs, []byte(n), 0); err != nil {
 				t.Fatal(err)
 			}
@@ -73,7 +77,7 @@ func newLab(t testing.TB) *lab {
 			return err
 		}
 		for _, pf := range now {
-			if len(pf.VFs) != vfsPerPF || slices.ContainsFunc(pf.VFs, func(v host.VF) bool { return v.Name == "" }) {
+			if len(pf.VFs) != min(most, pf.TotalVFs) || slices.ContainsFunc(pf.VFs, func(v host.VF) bool { return v.Name == "" }) {
 				return fmt.Errorf("%s has %+v", pf.Name, pf.VFs)
 			}
 		}
@@ -153,16 +157,28 @@ func (l *lab) request(command string, i int, container, pod, leases string) wire
 	}
 }
 
+// TestLabAllVFsAtOnce attaches and deletes all VFs there are at once, again and again.
+// Nothing is left behind, no address is given twice, and the agent does not grow.
 func TestLabAllVFsAtOnce(t *testing.T) {
-	l, dir, leases, pods := newLab(t), t.TempDir(), t.TempDir(), t.TempDir()
+	l, dir, leases, pods := newLabWith(t, math.MaxInt), t.TempDir(), t.TempDir(), t.TempDir()
 	a := startAgent(t, dir, -1)
+	for i := range l.vfs {
+		newPod(t, pods, fmt.Sprintf("pod%d", i))
+	}
+	end := time.Now().Add(soak(t))
+	var first, last usage
 	var took []time.Duration
-	var mu sync.Mutex
-	for round := range 2 {
+	rounds := 0
+	for ; rounds < 2 || time.Now().Before(end); rounds++ {
+		var mu sync.Mutex
 		var all sync.WaitGroup
+		owner := map[string]string{} // of addresses
+		took = took[:0]
 		for i := range l.vfs {
-			pod := newPod(t, pods, fmt.Sprintf("pod%d-%d", round, i))
-			req := l.request("ADD", i, fmt.Sprintf("c%d-%d", round, i), pod, leases)
+			pod := filepath.Join(pods, fmt.Sprintf("pod%d", i))
+			req := l.request("ADD", i, fmt.Sprintf("c%d-%d", rounds, i), pod, leases)
+			req.Stdin = conf(l.vfs[i], fmt.Sprintf(`,"vlan":100,"vlanQoS":3,"spoofchk":"off","mac":"02:00:00:00:0a:%02x",
+				"ipam":{"type":"host-local","dataDir":%q,"ranges":[[{"subnet":"10.20.0.0/16"}]]}`, i, leases))
 			all.Go(func() {
 				begin := time.Now()
 				out, err := a.call(req)
@@ -170,15 +186,23 @@ func TestLabAllVFsAtOnce(t *testing.T) {
 					t.Errorf("ADD %d: %v", i, err)
 					return
 				}
-				mu.Lock()
-				took = append(took, time.Since(begin))
-				mu.Unlock()
+				done := time.Since(begin)
 				r, err := types100.NewResult(out)
 				if err != nil {
 					t.Error(err)
 					return
 				}
-				want := r.(*types100.Result).Interfaces[0]
+				result := r.(*types100.Result)
+				mu.Lock()
+				took = append(took, done)
+				for _, ip := range result.IPs {
+					if other := owner[ip.Address.String()]; other != "" {
+						t.Errorf("%s and %s have %s", other, l.vfs[i], ip.Address.String())
+					}
+					owner[ip.Address.String()] = l.vfs[i]
+				}
+				mu.Unlock()
+				want := result.Interfaces[0]
 				dev, err := l.inPod(t, pod, "net1")
 				if err != nil || dev.MAC.String() != fmt.Sprintf("02:00:00:00:0a:%02x", i) || dev.MAC.String() != want.Mac || !dev.Up || dev.PCIAddress != l.vfs[i] || dev.MTU != want.Mtu {
 					t.Errorf("VF %s in the pod is %+v, result %s, %v", l.vfs[i], dev, out, err)
@@ -201,15 +225,22 @@ func TestLabAllVFsAtOnce(t *testing.T) {
 			})
 		}
 		all.Wait()
-		l.atHome(t, fmt.Sprintf("round %d", round))
+		l.atHome(t, fmt.Sprintf("round %d", rounds))
+		if t.Failed() {
+			return
+		}
+		last = usageOf(t, a.cmd.Process.Pid)
+		if rounds == 0 {
+			first = last
+		}
 	}
-	if files, _ := filepath.Glob(filepath.Join(leases, "*")); len(files) > 0 {
+	if files, _ := filepath.Glob(filepath.Join(leases, "*", "[0-9]*")); len(files) > 0 {
 		t.Errorf("leases left: %v", files)
 	}
 	slices.Sort(took)
-	if len(took) > 0 {
-		t.Logf("%d ADDs, %d at a time: median %v, longest %v", len(took), len(l.vfs), took[len(took)/2], took[len(took)-1])
-	}
+	t.Logf("%d rounds of %d VFs at once; ADDs of the last: median %v, longest %v; %+v after the first round, %+v after the last",
+		rounds, len(l.vfs), took[len(took)/2], took[len(took)-1], first, last)
+	notGrown(t, first, last)
 }
 
 func TestLabRefusals(t *testing.T) {

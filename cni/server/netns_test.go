@@ -653,15 +653,6 @@ func TestNetnsAgentKilledAtEachStep(t *testing.T) {
 	}
 }
 
-// soak is how long TestNetnsSoak goes on, at least one round.
-func soak(t *testing.T) time.Duration {
-	d, err := time.ParseDuration(os.Getenv("SLUICE_SOAK"))
-	if err != nil && os.Getenv("SLUICE_SOAK") != "" {
-		t.Fatal(err)
-	}
-	return d
-}
-
 // TestNetnsSoak attaches and deletes 200 sub-interfaces at once, again and again.
 // Nothing is left behind, and the agent does not grow.
 func TestNetnsSoak(t *testing.T) {
@@ -716,33 +707,5 @@ func TestNetnsSoak(t *testing.T) {
 		}
 	}
 	t.Logf("%d rounds of %d: %+v after the first, %+v after the last", rounds, pods, first, last)
-	if last.files > first.files+16 || last.threads > first.threads+32 || last.memory > 2*first.memory+16<<20 {
-		t.Errorf("the agent grew from %+v to %+v", first, last)
-	}
-}
-
-// usage is what a process has of the system.
-type usage struct {
-	files, threads int
-	memory         int // bytes, resident
-}
-
-func usageOf(t *testing.T, pid int) usage {
-	t.Helper()
-	count := func(dir string) int {
-		entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/%s", pid, dir))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(entries)
-	}
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	pages, err := strconv.Atoi(strings.Fields(string(b))[1])
-	if err != nil {
-		t.Fatal(err)
-	}
-	return usage{count("fd"), count("task"), pages * os.Getpagesize()}
+	notGrown(t, first, last)
 }

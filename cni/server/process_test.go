@@ -9,6 +9,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -145,4 +147,47 @@ func inside(pod string, f func(*netlink.Handle) error) error {
 		defer h.Close()
 		return f(h)
 	})
+}
+
+// soak is how long tests that go round go on, at least two rounds.
+func soak(t *testing.T) time.Duration {
+	d, err := time.ParseDuration(os.Getenv("SLUICE_SOAK"))
+	if err != nil && os.Getenv("SLUICE_SOAK") != "" {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// usage is what a process has of the system.
+type usage struct {
+	files, threads int
+	memory         int // bytes, resident
+}
+
+func usageOf(t *testing.T, pid int) usage {
+	t.Helper()
+	count := func(dir string) int {
+		entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/%s", pid, dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages, err := strconv.Atoi(strings.Fields(string(b))[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return usage{count("fd"), count("task"), pages * os.Getpagesize()}
+}
+
+// notGrown fails when an agent has more than it had after its first round.
+func notGrown(t *testing.T, first, last usage) {
+	t.Helper()
+	if last.files > first.files+16 || last.threads > first.threads+32 || last.memory > 2*first.memory+16<<20 {
+		t.Errorf("the agent grew from %+v to %+v", first, last)
+	}
 }

@@ -528,3 +528,31 @@ func within(t *testing.T, name string, do func() error) {
 		t.Fatalf("in namespace %s: %v", name, err)
 	}
 }
+
+// The cable of a PF is pulled and put back: where that is asked for its VFs are off offer
+// meanwhile, and nobody looks at anything but the kernel's message.
+func TestLabRequireCarrier(t *testing.T) {
+	const wire = "/sys/class/net/wire0" // the other end of the emulated NIC's cable
+	if _, err := os.Stat(wire); err != nil {
+		t.Skipf("the NIC's cable cannot be pulled: %v", err)
+	}
+	l := newLab(t)
+	run(t, "ip", "link", "set", "wire0", "up")
+	t.Cleanup(func() { run(t, "ip", "link", "set", "wire0", "up") })
+	strict := of("strict", "0-0", 0)
+	strict.RequireCarrier = true
+	l.server.spec(wants(nic0, 2, strict, of("left", "1-1", 0)))
+	l.succeeded("2 VFs", "2/2")
+	for _, cable := range []string{"up", "down", "up", "down", "up"} {
+		run(t, "ip", "link", "set", "wire0", cable)
+		l.until("cable "+cable, func(v1.SriovNetworkNodeStateStatus) error {
+			if got := l.plugin.healthy("strict"); len(got) == 1 != (cable == "up") {
+				return fmt.Errorf("offered %v", got)
+			}
+			return nil
+		})
+		if got := l.plugin.healthy("left"); len(got) != 1 {
+			t.Errorf("cable %s: who does not ask for a carrier is offered %v", cable, got)
+		}
+	}
+}
