@@ -480,8 +480,11 @@ func (r *network) report(ctx context.Context, object client.Object, refused *ref
 	if refused != nil {
 		unready = why{refused.reason, refused.message}
 	}
-	all, own := merge(net.Status.Conditions, conditions(net.GetGeneration(), unready, why{}, unready,
-		why{sriovv1.ReasonNetworkReady, fmt.Sprintf("NetworkAttachmentDefinition %s/%s is as this network wants it", net.Target, net.GetName())}))
+	fine := why{sriovv1.ReasonNetworkReady, fmt.Sprintf("NetworkAttachmentDefinition %s/%s is as this network wants it", net.Target, net.GetName())}
+	if idle := net.Idle(); idle != "" {
+		fine.message += "; " + idle
+	}
+	all, own := merge(net.Status.Conditions, conditions(net.GetGeneration(), unready, why{}, unready, fine))
 	status := &sriovv1.NetworkStatus{Conditions: own, ObservedGeneration: net.GetGeneration()}
 	if equality.Semantic.DeepEqual(all, net.Status.Conditions) && status.ObservedGeneration == net.Status.ObservedGeneration {
 		return nil

@@ -169,6 +169,8 @@ func TestNetwork(t *testing.T) {
 		made.Annotations[sriovv1.AnnotationResourceName] != "openshift.io/r" || !metav1.IsControlledBy(made, own) {
 		t.Errorf("it is %+v", made)
 	}
+	change(t, own, func(o client.Object) { o.(*sriovv1.SriovNetwork).Spec.LogLevel = "debug" })
+	wantNetwork(t, own, sriovv1.ReasonNetworkReady, "logLevel debug without effect: the agent logs each CNI call itself")
 	for _, k := range kindsOfNetwork {
 		t.Run(k.name, func(t *testing.T) { testNetwork(t, k) })
 	}

@@ -231,7 +231,7 @@ func testVerdicts(t *testing.T) {
 
 		{"SriovNetwork", "", "resourceName: wh-a\nipam: '{\"type\": \"static\", \"addresses\": [{\"address\": \"10.0.0.200/30\"}]}'",
 			causes{"spec.ipam": `Invalid value: "10.0.0.200/30": it overlaps 10.0.0.0/24, which the cluster uses for Services (ServiceCIDR kubernetes)`}, nil},
-		{"SriovNetwork", "", "resourceName: wh-a\nlogFile: /var/log/x\nnetworkNamespace: hook-tenant", nil, nil},
+		{"SriovNetwork", "", "resourceName: wh-a\nlogLevel: debug\nlogFile: /var/log/x\nnetworkNamespace: hook-tenant", nil, []string{"spec: logLevel debug and logFile /var/log/x without effect: "}},
 		{"SriovNetwork", "hook-tenant", "resourceName: wh-a\nlogFile: /var/log/x\nnetworkNamespace: default", causes{
 			"spec.networkNamespace": "it is default, and only networks in namespace sriov-network-operator may name another namespace: remove networkNamespace",
 			"spec.logFile":          "it is /var/log/x, a path on the node that root writes to"}, nil},

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"strings"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -16,6 +17,9 @@ import (
 
 // cniVersion is the version of the CNI specification the configurations are written to.
 const cniVersion = "1.0.0"
+
+// defaultLogLevel is what the schema gives a SriovNetwork that says nothing.
+const defaultLogLevel = "info"
 
 // Network is a network of any kind: what the kinds have in common, taken out of it.
 type Network struct {
@@ -72,6 +76,25 @@ func (n *Network) Pool() string {
 		return ""
 	}
 	return ipam.Pool
+}
+
+// Idle says which fields of the network have no effect, and why; it is empty when all have.
+func (n *Network) Idle() string {
+	s, ok := n.Object.(*sriovv1.SriovNetwork)
+	if !ok {
+		return ""
+	}
+	var fields []string
+	if level := s.Spec.LogLevel; level != "" && level != defaultLogLevel {
+		fields = append(fields, "logLevel "+level)
+	}
+	if s.Spec.LogFile != "" {
+		fields = append(fields, "logFile "+s.Spec.LogFile)
+	}
+	if len(fields) == 0 {
+		return ""
+	}
+	return strings.Join(fields, " and ") + " without effect: the agent logs each CNI call itself, all of it with logLevel 1 in SriovOperatorConfig"
 }
 
 // String names the network for people.

@@ -63,13 +63,15 @@ type SriovNetworkSpec struct {
 	// between them.
 	// +optional
 	MetaPluginsConfig string `json:"metaPlugins,omitempty"`
-	// logLevel of the CNI plugin.
+	// logLevel of the CNI plugin. Sluice's agent logs each call as SriovOperatorConfig's
+	// logLevel says; that this one has no effect is in the condition Ready.
 	// +optional
 	// +kubebuilder:default=info
 	// +kubebuilder:validation:Enum={"panic","error","warning","info","debug",""}
 	LogLevel string `json:"logLevel,omitempty"`
 	// logFile of the CNI plugin, a path on the node. Only networks in the operator's
-	// namespace may name one.
+	// namespace may name one. Sluice's agent logs to its own log; that this one has no effect
+	// is in the condition Ready.
 	// +optional
 	LogFile string `json:"logFile,omitempty"`
 }

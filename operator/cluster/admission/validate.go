@@ -257,6 +257,9 @@ func (v *Validator) network(ctx context.Context, f *findings, object client.Obje
 	if f.errors, err = NetworkOverlaps(ctx, v, v.Namespace, net); err != nil || len(f.errors) > 0 {
 		return err
 	}
+	if idle := net.Idle(); idle != "" {
+		f.warn("spec: %s", idle)
+	}
 	namespace := &metav1.PartialObjectMetadata{}
 	namespace.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Namespace"))
 	if err := v.Get(ctx, client.ObjectKey{Name: net.Target}, namespace); apierrors.IsNotFound(err) {
