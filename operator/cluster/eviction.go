@@ -226,6 +226,9 @@ func (r *eviction) recall(ctx context.Context) error {
 	if err := r.live.List(ctx, list, client.InNamespace(r.namespace)); err != nil {
 		return fmt.Errorf("list node states: %w", err)
 	}
+	if err := r.uncordonForUpstream(ctx); err != nil {
+		return err
+	}
 	r.disturbed = map[string]*disturbance{}
 	for i := range list.Items {
 		if isDisturbed(&list.Items[i]) {

@@ -438,6 +438,34 @@ func TestReboot(t *testing.T) {
 }
 
 // A node that was rebooted in vain is not kept empty for another reboot that never comes.
+// A node that the SR-IOV network operator was draining when it was removed is schedulable
+// again; one that people cordoned is not.
+func TestCordonOfUpstream(t *testing.T) {
+	needAPI(t)
+	for name, state := range map[string]string{"up-1": "Drain_Required", "up-2": reasonIdle} {
+		node := makeNode(t, name, nil)
+		change(t, node, func(n *corev1.Node) {
+			n.Spec.Unschedulable, n.Annotations = true, map[string]string{sriovv1.AnnotationNodeState: state}
+		})
+	}
+	eventually(t, func() error {
+		r := &eviction{Client: operator.GetClient(), live: operator.GetAPIReader(), namespace: operatorNamespace} // as in a new leader
+		if err := r.recall(t.Context()); err != nil {
+			return err
+		}
+		for name, unschedulable := range map[string]bool{"up-1": false, "up-2": true} {
+			node := &corev1.Node{}
+			if err := api.Get(t.Context(), client.ObjectKey{Name: name}, node); err != nil {
+				return err
+			}
+			if node.Spec.Unschedulable != unschedulable || node.Annotations[sriovv1.AnnotationNodeState] != reasonIdle {
+				return fmt.Errorf("node %s is unschedulable %t, annotated %v", name, node.Spec.Unschedulable, node.Annotations)
+			}
+		}
+		return nil
+	})
+}
+
 func TestRebootInVain(t *testing.T) {
 	needAPI(t)
 	makePool(t, "rv", "rv", func(s *sriovv1.SriovNetworkPoolConfigSpec) { s.RebootPolicy = sriovv1.RebootWhenRequired })

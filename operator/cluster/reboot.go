@@ -6,7 +6,9 @@ import (
 	"strconv"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
+	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	sriovv1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
@@ -54,6 +56,33 @@ func (r *eviction) uncordon(ctx context.Context, n *evictee) error {
 		return nil
 	}
 	return r.setUnschedulable(ctx, node, false)
+}
+
+// uncordonForUpstream makes nodes schedulable again that the SR-IOV network operator was
+// draining when it was removed. Nobody else would: what it waited for, we do in our own way.
+func (r *eviction) uncordonForUpstream(ctx context.Context) error {
+	nodes, err := listNodes(ctx, r)
+	if err != nil {
+		return err
+	}
+	for i := range nodes {
+		if state := nodes[i].Annotations[sriovv1.AnnotationNodeState]; state == "" || state == reasonIdle {
+			continue
+		}
+		node := &corev1.Node{}
+		if err := r.live.Get(ctx, client.ObjectKey{Name: nodes[i].Name}, node); apierrors.IsNotFound(err) {
+			continue
+		} else if err != nil {
+			return fmt.Errorf("read node %s: %w", nodes[i].Name, err)
+		}
+		before := client.MergeFrom(node.DeepCopy())
+		node.Spec.Unschedulable, node.Annotations[sriovv1.AnnotationNodeState] = false, reasonIdle
+		if err := r.Patch(ctx, node, before, fieldOwner); err != nil {
+			return fmt.Errorf("make node %s schedulable: %w", node.Name, err)
+		}
+		ctrl.LoggerFrom(ctx).Info("Made a node schedulable that the SR-IOV network operator had cordoned", "node", node.Name)
+	}
+	return nil
 }
 
 func (r *eviction) setUnschedulable(ctx context.Context, node *corev1.Node, on bool) error {

@@ -71,6 +71,9 @@ const (
 	// a SriovNetworkNodeState.
 	AnnotationDesiredState = "sriovnetwork.openshift.io/desired-state"
 	AnnotationCurrentState = "sriovnetwork.openshift.io/current-state"
+	// AnnotationNodeState on a Node is what the SR-IOV network operator was doing with it:
+	// Idle, Drain_Required or Reboot_Required.
+	AnnotationNodeState = "sriovnetwork.openshift.io/state"
 	// AnnotationForceManagementNIC on a SriovNetworkNodeState, "true", lets the agent make
 	// changes that may cut its node's path to the API server.
 	AnnotationForceManagementNIC = "sluice.dev/force-management-nic"
