@@ -21,17 +21,22 @@ func ParsePfName(entry string) (name string, vfs []int, err error) {
 	if !chosen {
 		return name, nil, nil
 	}
+	var ranges [][2]int
 	for part := range strings.SplitSeq(choice, ",") {
 		first, last, err := ParseVfRange(part)
 		if err != nil {
 			return "", nil, fmt.Errorf("pfNames %q: %w", entry, err)
 		}
-		for vf := first; vf <= last; vf++ {
-			vfs = append(vfs, vf)
+		ranges = append(ranges, [2]int{first, last})
+	}
+	slices.SortFunc(ranges, func(a, b [2]int) int { return a[0] - b[0] })
+	next := 0 // an entry may have the same range thousands of times
+	for _, r := range ranges {
+		for next = max(next, r[0]); next <= r[1]; next++ {
+			vfs = append(vfs, next)
 		}
 	}
-	slices.Sort(vfs)
-	return name, slices.Compact(vfs), nil
+	return name, vfs, nil
 }
 
 // ParseVfRange reads "first-last", both included, or a single VF number.
