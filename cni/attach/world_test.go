@@ -87,10 +87,12 @@ func (w *world) call(format string, args ...any) error {
 	return nil
 }
 
+func byInode(a, b host.NetnsID) int { return int(a.Inode) - int(b.Inode) }
+
 // state is everything a pod can leave behind.
 func (w *world) state() string {
 	var b strings.Builder
-	for _, ns := range slices.SortedFunc(maps.Keys(w.links), func(a, b host.NetnsID) int { return int(a.Inode) - int(b.Inode) }) {
+	for _, ns := range slices.SortedFunc(maps.Keys(w.links), byInode) {
 		for _, l := range slices.SortedFunc(slices.Values(w.links[ns]), func(a, b host.Netdev) int { return a.Index - b.Index }) {
 			fmt.Fprintf(&b, "ns %d link %+v addrs %v routes %v %v\n", ns.Inode, l, w.addrs[l.Index], w.routes[l.Index], w.neighs[l.Index])
 		}
@@ -98,8 +100,8 @@ func (w *world) state() string {
 	for _, pci := range slices.Sorted(maps.Keys(w.settings)) {
 		fmt.Fprintf(&b, "vf %s %+v RDMA in %v\n", pci, w.settings[pci], w.rdma[pci])
 	}
-	for ns, rules := range w.rules {
-		if len(rules) > 0 {
+	for _, ns := range slices.SortedFunc(maps.Keys(w.rules), byInode) {
+		if rules := w.rules[ns]; len(rules) > 0 {
 			fmt.Fprintf(&b, "ns %d rules %q\n", ns.Inode, rules)
 		}
 	}

@@ -174,7 +174,7 @@ func startAgent(t testing.TB, namespace, name, dir string, records map[Key]attac
 		running.Wait()
 	}
 	t.Cleanup(a.stop)
-	for end := time.Now().Add(20 * time.Second); a.Status("blue") != nil; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); a.Status("blue") != nil; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal(a.Status("blue"))
 		}
@@ -330,7 +330,7 @@ func TestReservationFollowsItsPod(t *testing.T) {
 		t.Helper()
 		var got []netip.Addr
 		var err error
-		for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 			if got, err = a.add(ctx, web); err == nil && slices.Equal(got, want) {
 				return
 			}

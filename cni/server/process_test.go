@@ -121,7 +121,7 @@ func (a *agentProcess) call(req wire.Request) ([]byte, error) {
 
 func eventually(t testing.TB, what string, ok func() error) {
 	t.Helper()
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
 		err := ok()
 		if err == nil {
 			return

@@ -293,7 +293,7 @@ func TestAddressesAndRoutes(t *testing.T) {
 			t.Errorf("the same address again: %v", err)
 		}
 	}
-	wait, cancel := context.WithTimeout(ctx, 10*time.Second)
+	wait, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	if err := a.WaitIPv6(wait, pod, l.Index); err != nil || wait.Err() != nil {
 		t.Fatalf("wait for IPv6: %v, %v", err, wait.Err())

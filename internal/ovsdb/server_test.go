@@ -29,7 +29,7 @@ func newServer(t *testing.T) *server {
 
 func (s *server) eventually(ok func() bool) {
 	s.t.Helper()
-	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if ok() {
 			return
 		}
@@ -230,7 +230,7 @@ func TestWatch(t *testing.T) {
 		t.Helper()
 		select {
 		case <-changed:
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatalf("nothing was told of %s", what)
 		}
 		quiet()
@@ -266,7 +266,7 @@ func TestSwitch(t *testing.T) {
 	changed := s.Watch(t.Context())
 	until := func(ok func(Found) bool) {
 		t.Helper()
-		for end := time.After(10 * time.Second); !ok(s.found()); {
+		for end := time.After(time.Minute); !ok(s.found()); {
 			select {
 			case <-changed:
 			case <-end:

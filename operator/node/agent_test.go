@@ -39,6 +39,7 @@ type server struct {
 	applied []v1.SriovNetworkNodeStateStatus
 	events  []string
 	fail    int
+	hangs   bool // no answer to ApplyStatus
 }
 
 func (s *server) send() {
@@ -55,9 +56,15 @@ func (s *server) send() {
 
 func (s *server) Watch(context.Context) <-chan *v1.SriovNetworkNodeState { return s.watch }
 
-func (s *server) ApplyStatus(_ context.Context, status *v1.SriovNetworkNodeStateStatus) error {
+func (s *server) ApplyStatus(ctx context.Context, status *v1.SriovNetworkNodeStateStatus) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.hangs {
+		s.mu.Unlock()
+		<-ctx.Done()
+		s.mu.Lock()
+		return ctx.Err()
+	}
 	if s.fail > 0 {
 		s.fail--
 		return fmt.Errorf("the API server is away")
@@ -864,6 +871,45 @@ func TestStatusIsWrittenWhenTheServerIsBack(t *testing.T) {
 		r.server.mu.Unlock()
 		r.server.spec(wants(nic0, 1, of("left", "0-0", 0)))
 		r.ready()
+	})
+}
+
+// An API server that does not answer holds up no work, and is told once it does.
+func TestWorkWaitsForNoAnswer(t *testing.T) {
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 1400)))
+		r.ready()
+		hang := func(hangs bool) {
+			r.server.mu.Lock()
+			defer r.server.mu.Unlock()
+			r.server.hangs = hangs
+		}
+		hang(true)
+		r.usage.set(vfAddress(nic0, 1), "default/p") // something to tell
+		r.agent.HolderChanged()
+		for range 3 {
+			start := time.Now()
+			r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[0].MTU = 1300 })
+			r.eventually(func() error {
+				if mtu := r.kernel.PF(nic0).VFs[0].MTU; mtu != 1400 {
+					return fmt.Errorf("MTU %d", mtu)
+				}
+				return nil
+			})
+			if d := time.Since(start); d > 200*time.Millisecond {
+				t.Errorf("put right after %s", d)
+			}
+			time.Sleep(time.Second)
+		}
+		hang(false)
+		time.Sleep(writeTimeout)
+		r.eventually(func() error {
+			if got := r.server.status().Interfaces[0].VFs[1].Assigned; got != "default/p" {
+				return fmt.Errorf("assigned to %q", got)
+			}
+			return nil
+		})
 	})
 }
 

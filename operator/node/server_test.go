@@ -73,7 +73,7 @@ func TestServerWatchesItsOwnObject(t *testing.T) {
 		select {
 		case s := <-states:
 			return s
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatal("not told")
 			return nil
 		}

@@ -33,7 +33,7 @@ func TestProcessIsFoundAgainAndStopped(t *testing.T) {
 	if _, running := again.Pid(); !running {
 		t.Error("a process that runs is not found")
 	}
-	for deadline := time.Now().Add(5 * time.Second); again.Tail(1) != "hello" && time.Now().Before(deadline); {
+	for deadline := time.Now().Add(time.Minute); again.Tail(1) != "hello" && time.Now().Before(deadline); {
 		time.Sleep(5 * time.Millisecond)
 	}
 	if tail := again.Tail(1); tail != "hello" {

@@ -119,7 +119,7 @@ func TestSweep(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-p.ended
-	for deadline := time.Now().Add(10 * time.Second); len(p.members()) == 0; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); len(p.members()) == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the leader's children are not there")
 		}
