@@ -181,14 +181,17 @@ func TestNodeState(t *testing.T) {
 	wantGroups(t, "ns-1", "ens1f0 4 ns-a=0-3")
 
 	// Nothing that changes nothing is written.
-	before, err := getState(t, "ns-1")
-	if err != nil {
-		t.Fatal(err)
-	}
+	var before *sriovv1.SriovNetworkNodeState
+	eventually(t, func() (err error) {
+		if before, err = getState(t, "ns-1"); err == nil && before.Annotations[sriovv1.AnnotationCurrentState] == "" {
+			err = errors.New("nothing is said of evictions yet, which is written once")
+		}
+		return err
+	})
 	for i := range 3 {
 		patch := client.MergeFrom(node.DeepCopy())
 		node.Labels["other"] = fmt.Sprint(i)
-		if err = api.Patch(t.Context(), node, patch); err != nil {
+		if err := api.Patch(t.Context(), node, patch); err != nil {
 			t.Fatal(err)
 		}
 	}
