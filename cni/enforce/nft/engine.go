@@ -1,0 +1,294 @@
+package nft
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-network/sluice/cni/policy"
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// TablePrefix begins the names of the tables that are Sluice's. No others are touched.
+const TablePrefix = "sluice-"
+
+// generations is the set that says which generation is in force for which MAC, in the
+// comment of its element.
+const generations = "generations"
+
+// engine puts generations in force in one network namespace.
+type engine struct {
+	mu     sync.Mutex
+	conn   *conn
+	commit func([]op) error // the conn's; tests make it fail
+	states map[string]*state
+	last   int // version given last
+}
+
+// state is what is in force for one interface.
+type state struct {
+	Interface
+	isolated   [2]bool
+	generation uint64
+	rendering
+	peers  [2][2]sides      // by direction and family
+	chains map[string]chain // of ports
+}
+
+// rendering is one version of the rules of an interface.
+type rendering struct {
+	layout
+	prefix string // of all names that are of the version
+	table  table  // of the peers and the generation
+	ports  func(policy.Direction, *policy.Ports) chain
+	flip   []op // besides the base chains
+	owns   func(name string) bool
+}
+
+func openEngine(ns *host.Netns) (*engine, error) {
+	c, err := open(ns, 0)
+	if err != nil {
+		return nil, err
+	}
+	return &engine{conn: c, commit: c.commit, states: map[string]*state{}}, nil
+}
+
+func (e *engine) close() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.conn.close()
+}
+
+// apply puts a generation in force: by changing the peers if nothing else changes, and
+// else with a new version of all.
+func (e *engine) apply(key string, i Interface, verdicts [2]*policy.Verdicts, generation uint64, render func(version int) rendering) error {
+	i.Addresses, i.Node = slices.Clone(i.Addresses), slices.Clone(i.Node)
+	isolated := [2]bool{verdicts[policy.Ingress].Isolated, verdicts[policy.Egress].Isolated}
+	old := e.states[key]
+	next := &state{Interface: i, isolated: isolated, generation: generation, chains: map[string]chain{}}
+	var prepare, flip, sweep []op
+	full := old == nil || !old.Interface.equal(i) || old.isolated != isolated
+	if full {
+		e.last++
+		r := render(e.last)
+		present, err := e.names(r)
+		if err != nil {
+			return err
+		}
+		for present.holds(r.prefix) {
+			e.last++
+			r = render(e.last)
+		}
+		next.rendering = r
+		prepare, flip, sweep = r.make(present)
+	} else {
+		next.rendering, next.peers = old.rendering, old.peers
+	}
+	for _, d := range []policy.Direction{policy.Ingress, policy.Egress} {
+		if !isolated[d] {
+			continue
+		}
+		families := byFamily(verdicts[d], func(p *policy.Ports) string {
+			c := next.ports(d, p)
+			next.chains[c.name] = c
+			return c.name
+		})
+		for f, want := range families {
+			var changes [2]change
+			next.peers[d][f], changes = next.peers[d][f].diff(want)
+			for side, c := range changes {
+				s := &set{table: next.table, name: mapName(next.prefix, d, f, side), interval: true}
+				if len(c.del) > 0 {
+					flip = append(flip, op{do: deleteElements, table: s.table, set: s, elements: elements(c.del)})
+				}
+				if len(c.add) == 0 {
+					continue
+				}
+				add := op{do: addElements, table: s.table, set: s, elements: elements(c.add)}
+				if full {
+					prepare = append(prepare, add)
+				} else {
+					flip = append(flip, add)
+				}
+			}
+		}
+	}
+	var chains []op
+	for name, c := range next.chains {
+		if full || !old.has(name) {
+			chains = append(chains, c.replace()...)
+		}
+	}
+	// Elements lead to the chains.
+	at := slices.IndexFunc(prepare, func(o op) bool { return o.do == addElements && o.set.interval })
+	if at < 0 {
+		at = len(prepare)
+	}
+	prepare = slices.Insert(prepare, at, chains...)
+	if !full {
+		for name, c := range old.chains {
+			if _, ok := next.chains[name]; !ok {
+				sweep = append(sweep, op{do: flushChain, table: c.table, chain: &c}, op{do: deleteChain, table: c.table, chain: &c})
+			}
+		}
+	}
+	was, held, err := e.generation(next.table, i.MAC)
+	if err != nil {
+		return err
+	}
+	record := &set{table: next.table, name: generations, key: etherAddr}
+	if held {
+		flip = append(flip, op{do: deleteElements, table: next.table, set: record, elements: []element{{key: string(i.MAC[:]), comment: strconv.FormatUint(was, 10)}}})
+	}
+	flip = append(flip, op{do: addElements, table: next.table, set: record, elements: []element{{key: string(i.MAC[:]), comment: strconv.FormatUint(generation, 10)}}})
+	for _, step := range []struct {
+		what string
+		ops  []op
+	}{{"prepare", prepare}, {"put in force", flip}} {
+		if err := e.commit(step.ops); err != nil {
+			return fmt.Errorf("%s generation %d of the rules of %s: %w", step.what, generation, key, err)
+		}
+	}
+	e.states[key] = next
+	if now, held, err := e.generation(next.table, i.MAC); err != nil || !held || now != generation {
+		delete(e.states, key) // all anew at the next try
+		return errors.Join(err, fmt.Errorf("verify rules of %s: generation %d is in force, not %d", key, now, generation))
+	}
+	if err := e.commit(sweep); err != nil {
+		// What is left leads nowhere, and the next version takes it away.
+		delete(e.states, key)
+	}
+	return nil
+}
+
+func (s *state) has(chain string) bool {
+	_, ok := s.chains[chain]
+	return ok
+}
+
+func elements(peers []peer) []element {
+	all := make([]element, len(peers))
+	for i, p := range peers {
+		all[i] = p.element()
+	}
+	return all
+}
+
+// make are the operations that make a version beside what is present, put it in force,
+// and take away what it replaces.
+func (r *rendering) make(present present) (prepare, flip, sweep []op) {
+	for _, t := range r.tables {
+		prepare = append(prepare, op{do: addTable, table: t})
+		for _, c := range []string{droppedIn, droppedOut, droppedSpoofed} {
+			prepare = append(prepare, op{do: addCounter, table: t, counter: c})
+		}
+	}
+	prepare = append(prepare, op{do: addSet, table: r.table, set: &set{table: r.table, name: generations, key: etherAddr}})
+	for _, s := range r.sets {
+		prepare = append(prepare, op{do: addSet, table: s.table, set: &s})
+		if fill := r.fill[s.name]; len(fill) > 0 {
+			prepare = append(prepare, op{do: addElements, table: s.table, set: &s, elements: fill})
+		}
+	}
+	// Rules jump to chains that come later.
+	for _, c := range r.chains {
+		prepare = append(prepare, op{do: addChain, table: c.table, chain: &c})
+	}
+	for _, c := range r.chains {
+		prepare = append(prepare, c.addRules()...)
+	}
+	stays := map[table]map[string]bool{}
+	for _, c := range r.base {
+		if stays[c.table] == nil {
+			stays[c.table] = map[string]bool{}
+		}
+		if len(c.rules) > 0 {
+			stays[c.table][c.name] = true
+			flip = append(flip, c.replace()...)
+		} else if slices.Contains(present.chains[c.table], c.name) {
+			stays[c.table][c.name] = true // taken away by the flip
+			flip = append(flip, op{do: flushChain, table: c.table, chain: &c}, op{do: deleteChain, table: c.table, chain: &chain{table: c.table, name: c.name}})
+		}
+	}
+	flip = append(flip, r.flip...)
+	var flush, sets, chains []op
+	for _, t := range r.tables {
+		for _, name := range present.chains[t] {
+			if c := (&chain{table: t, name: name}); r.owns(name) && !stays[t][name] {
+				flush = append(flush, op{do: flushChain, table: t, chain: c})
+				chains = append(chains, op{do: deleteChain, table: t, chain: c})
+			}
+		}
+		for _, name := range present.sets[t] {
+			if r.owns(name) && name != generations {
+				sets = append(sets, op{do: deleteSet, table: t, set: &set{table: t, name: name}})
+			}
+		}
+	}
+	return prepare, flip, slices.Concat(flush, sets, chains)
+}
+
+// present are the names of what there is in tables.
+type present struct{ chains, sets map[table][]string }
+
+func (p present) holds(prefix string) bool {
+	for _, names := range []map[table][]string{p.chains, p.sets} {
+		for _, n := range names {
+			if slices.ContainsFunc(n, func(s string) bool { return strings.HasPrefix(s, prefix) }) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func (e *engine) names(r rendering) (present, error) {
+	p := present{map[table][]string{}, map[table][]string{}}
+	for _, t := range r.tables {
+		if err := e.conn.get(unix.NFT_MSG_GETCHAIN, t, nil, func(a map[uint16][]byte) {
+			p.chains[t] = append(p.chains[t], text(a[unix.NFTA_CHAIN_NAME]))
+		}); err != nil {
+			return p, err
+		}
+		if err := e.conn.get(unix.NFT_MSG_GETSET, t, nil, func(a map[uint16][]byte) {
+			p.sets[t] = append(p.sets[t], text(a[unix.NFTA_SET_NAME]))
+		}); err != nil {
+			return p, err
+		}
+	}
+	return p, nil
+}
+
+// all reads which generation is in force for which MAC.
+func (e *engine) all(t table) (map[[6]byte]uint64, error) {
+	found := map[[6]byte]uint64{}
+	var wrong error
+	err := e.conn.get(unix.NFT_MSG_GETSETELEM, t, func(b *buffer) { b.string(unix.NFTA_SET_ELEM_LIST_SET, generations) }, func(a map[uint16][]byte) {
+		each(a[unix.NFTA_SET_ELEM_LIST_ELEMENTS], func(_ uint16, v []byte) {
+			e := attributes(v)
+			var mac [6]byte
+			copy(mac[:], attributes(e[unix.NFTA_SET_ELEM_KEY])[unix.NFTA_DATA_VALUE])
+			data := e[unix.NFTA_SET_ELEM_USERDATA]
+			if len(data) > 2 {
+				data = data[2:]
+			}
+			generation, err := strconv.ParseUint(text(data), 10, 64)
+			if err != nil {
+				wrong = fmt.Errorf("read generation of table %s: %w", t.name, err)
+			}
+			found[mac] = generation
+		})
+	})
+	return found, errors.Join(err, wrong)
+}
+
+func (e *engine) generation(t table, mac [6]byte) (generation uint64, held bool, err error) {
+	all, err := e.all(t)
+	generation, held = all[mac]
+	return generation, held, err
+}

@@ -1,0 +1,104 @@
+package nft
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/sluice-network/sluice/cni/policy"
+)
+
+// peer is an element of a map of peers: addresses First to Last, and the chain that
+// judges the rest of their packets.
+type peer struct {
+	first, last netip.Addr
+	chain       string
+}
+
+func (p peer) element() element {
+	v := jump(p.chain)
+	return element{key: bytesOf(p.first), last: bytesOf(p.last), verdict: &v}
+}
+
+func bytesOf(a netip.Addr) string { return string(a.AsSlice()) }
+
+// sides are the maps a and b of one direction and family, each sorted. No address is in
+// both.
+type sides [2][]peer
+
+// change is what is to be done to one of the maps.
+type change struct{ del, add []peer }
+
+// diff makes of the peers in the maps those wanted, which are sorted. An interval that
+// stays as it is stays where it is; of another one, what remains goes to the other map,
+// where nothing can be in its place. What no interval had goes to map a.
+func (s sides) diff(want []peer) (next sides, changes [2]change) {
+	type held struct {
+		peer
+		side int
+	}
+	var have []held
+	for a, b := s[0], s[1]; len(a)+len(b) > 0; {
+		if len(b) == 0 || len(a) > 0 && a[0].first.Less(b[0].first) {
+			have, a = append(have, held{a[0], 0}), a[1:]
+		} else {
+			have, b = append(have, held{b[0], 1}), b[1:]
+		}
+	}
+	put := func(p peer, side int) {
+		changes[side].add = append(changes[side].add, p)
+		next[side] = append(next[side], p)
+	}
+	i, want := 0, slices.Clone(want)
+	for _, h := range have {
+		for i < len(want) && want[i].last.Less(h.first) {
+			put(want[i], 0)
+			i++
+		}
+		if i < len(want) && want[i] == h.peer {
+			next[h.side] = append(next[h.side], h.peer)
+			i++
+			continue
+		}
+		// Pieces of it, and before each the part of what is wanted that nothing had.
+		var pieces []peer
+		for i < len(want) && !h.last.Less(want[i].first) {
+			w := want[i]
+			if w.first.Less(h.first) {
+				put(peer{w.first, h.first.Prev(), w.chain}, 0)
+				w.first = h.first
+			}
+			if h.last.Less(w.last) {
+				pieces = append(pieces, peer{w.first, h.last, w.chain})
+				want[i].first = h.last.Next()
+				break
+			}
+			pieces = append(pieces, w)
+			i++
+		}
+		if len(pieces) == 1 && pieces[0] == h.peer {
+			next[h.side] = append(next[h.side], h.peer)
+			continue
+		}
+		changes[h.side].del = append(changes[h.side].del, h.peer)
+		for _, p := range pieces {
+			put(p, 1-h.side)
+		}
+	}
+	for ; i < len(want); i++ {
+		put(want[i], 0)
+	}
+	return next, changes
+}
+
+// byFamily are the peers, IPv4 and IPv6, each with the chain of its ports.
+func byFamily(v *policy.Verdicts, chainOf func(*policy.Ports) string) [2][]peer {
+	var families [2][]peer
+	for _, p := range v.Peers {
+		f := 0
+		if p.First.Is6() {
+			f = 1
+		}
+		families[f] = append(families[f], peer{p.First, p.Last, chainOf(p.Ports)})
+	}
+	return families
+}

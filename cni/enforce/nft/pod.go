@@ -1,0 +1,100 @@
+package nft
+
+import (
+	"slices"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-network/sluice/cni/policy"
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// Pod enforces inside the network namespace of a pod. Its methods may be called
+// concurrently.
+type Pod struct{ *engine }
+
+// OpenPod opens a pod's namespace for enforcement. It holds the namespace, and needs ns
+// no more.
+func OpenPod(ns *host.Netns) (*Pod, error) {
+	e, err := openEngine(ns)
+	if err != nil {
+		return nil, err
+	}
+	return &Pod{e}, nil
+}
+
+// Close lets go of the namespace. The rules stay in force.
+func (p *Pod) Close() { p.close() }
+
+// denied is what isolates and allows nothing.
+var denied = &policy.Verdicts{Isolated: true}
+
+// DenyAll puts generation 0 in force, which lets only pass what an interface needs to
+// get its addresses. The interface need not be there yet.
+func (p *Pod) DenyAll(i Interface) error { return p.Apply(i, denied, denied, 0) }
+
+// Apply puts a generation in force for an interface and returns when the kernel has
+// acknowledged it. On an error the one before is wholly in force. Connections that are
+// established go on, also if they are no longer allowed; see Cut.
+func (p *Pod) Apply(i Interface, ingress, egress *policy.Verdicts, generation uint64) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	verdicts := [2]*policy.Verdicts{ingress, egress}
+	return p.apply(i.Name, i, verdicts, generation, func(version int) rendering { return podRendering(i, verdicts, version) })
+}
+
+func podRendering(i Interface, verdicts [2]*policy.Verdicts, version int) rendering {
+	prefix := "v" + strconv.Itoa(version) + "."
+	t := table{unix.NFPROTO_INET, TablePrefix + i.Name}
+	return rendering{
+		layout: pod(i, verdicts[policy.Ingress].Isolated, verdicts[policy.Egress].Isolated, prefix), prefix: prefix, table: t,
+		ports: func(d policy.Direction, p *policy.Ports) chain { return portsOf(t, prefix, d, p) },
+		owns:  func(string) bool { return true },
+	}
+}
+
+// Generation is the one in force for an interface; held is false if there is none.
+func (p *Pod) Generation(i Interface) (generation uint64, held bool, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.generation(table{unix.NFPROTO_INET, TablePrefix + i.Name}, i.MAC)
+}
+
+// Dropped counts packets dropped since the interface has rules.
+type Dropped struct{ Ingress, Egress, Spoofed uint64 }
+
+// Dropped reads the counters of an interface.
+func (p *Pod) Dropped(i Interface) (d Dropped, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, family := range []uint8{unix.NFPROTO_INET, unix.NFPROTO_NETDEV} {
+		of, err := p.conn.counters(table{family, TablePrefix + i.Name})
+		if err != nil {
+			return d, err
+		}
+		d.Ingress += of[droppedIn]
+		d.Egress += of[droppedOut]
+		d.Spoofed += of[droppedSpoofed]
+	}
+	return d, nil
+}
+
+// Remove takes all rules of the interface away. It is no error if there are none.
+func (p *Pod) Remove(name string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.states, name)
+	var ops []op
+	for _, family := range []uint8{unix.NFPROTO_INET, unix.NFPROTO_NETDEV} {
+		t := table{family, TablePrefix + name}
+		there, err := p.conn.tables(family)
+		if err != nil {
+			return err
+		}
+		if slices.Contains(there, t.name) {
+			ops = append(ops, op{do: deleteTable, table: t})
+		}
+	}
+	return p.commit(ops)
+}

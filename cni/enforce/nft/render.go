@@ -1,0 +1,344 @@
+package nft
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-network/sluice/cni/policy"
+)
+
+// Interface is a pod's interface as enforcement sees it.
+type Interface struct {
+	// Name in the pod.
+	Name string
+	// Index in the pod, 0 as long as it is not there. With it a rename changes nothing.
+	Index int
+	// MAC it must send from.
+	MAC [6]byte
+	// Addresses it may send from, besides IPv6 link-local ones.
+	Addresses []netip.Addr
+	// AnyAddress says that nobody gave the interface addresses, or nobody yet: it is
+	// held to its MAC only.
+	AnyAddress bool
+	// DHCP says that the addresses come by DHCP, which must be let through.
+	DHCP bool
+	// Node are the addresses of the pod's own node on this network. Traffic with them
+	// is always allowed.
+	Node []netip.Addr
+}
+
+func (i Interface) equal(o Interface) bool {
+	return i.Name == o.Name && i.Index == o.Index && i.MAC == o.MAC && i.AnyAddress == o.AnyAddress && i.DHCP == o.DHCP &&
+		slices.Equal(i.Addresses, o.Addresses) && slices.Equal(i.Node, o.Node)
+}
+
+// What rules look at. Offsets are of RFC 791, 826, 8200, 4443, 9293, 768 and 9260.
+var (
+	linkDestination = load{from: link, at: 0, len: 6}
+	linkSource      = load{from: link, at: 6, len: 6}
+	etherType       = load{from: link, at: 12, len: 2}
+	protocol        = load{from: meta, at: unix.NFT_META_PROTOCOL, len: 2}
+	nfProto         = load{from: meta, at: unix.NFT_META_NFPROTO, len: 1}
+	l4Proto         = load{from: meta, at: unix.NFT_META_L4PROTO, len: 1}
+	ctState         = load{from: ct, at: unix.NFT_CT_STATE, len: 4}
+	fragment4       = load{from: network, at: 6, len: 2}
+	fragment6       = load{from: fragment, at: 2, len: 2}
+	hopLimit        = load{from: network, at: 7, len: 1}
+	icmpType        = load{from: transport, at: 0, len: 1}
+	ndTarget        = load{from: transport, at: 8, len: 16}
+	sourcePort      = load{from: transport, at: 0, len: 2}
+	destinationPort = load{from: transport, at: 2, len: 2}
+	bothPorts       = load{from: transport, at: 0, len: 4}
+	tcpFlags        = load{from: transport, at: 13, len: 1}
+	sctpChunk       = load{from: transport, at: 12, len: 1} // type of the first one
+	arpSenderMAC    = load{from: network, at: 8, len: 6}
+	arpSenderIP     = load{from: network, at: 14, len: 4}
+	sources         = [2]load{{from: network, at: 12, len: 4}, {from: network, at: 8, len: 16}}
+	destinations    = [2]load{{from: network, at: 16, len: 4}, {from: network, at: 24, len: 16}}
+	addressTypes    = [2]keyType{ipv4Addr, ipv6Addr}
+)
+
+const (
+	etherIPv4, etherARP, etherIPv6 = "\x08\x00", "\x08\x06", "\x86\xdd"
+	icmp, tcp, udp, icmp6, sctp    = "\x01", "\x06", "\x11", "\x3a", "\x84"
+	ackOrReset                     = "\x14"
+	sctpInit                       = "\x01"
+)
+
+// Bits of conntrack's state, include/uapi/linux/netfilter/nf_conntrack_common.h, in the
+// byte order of this machine, as nft_ct has them.
+var (
+	none        = "\x00\x00\x00\x00"
+	established = string(binary.NativeEndian.AppendUint32(nil, 2))
+	related     = string(binary.NativeEndian.AppendUint32(nil, 4))
+)
+
+// Counters of dropped packets, objects of the tables.
+const (
+	droppedIn, droppedOut, droppedSpoofed = "dropped-ingress", "dropped-egress", "dropped-spoofed"
+)
+
+// layout is a generation's rules but for its peers: what must be there before it is in
+// force, and the base chains that put it in force.
+type layout struct {
+	tables []table
+	sets   []set
+	fill   map[string][]element // of sets, by name
+	chains []chain
+	base   []chain // those without rules are not wanted
+}
+
+// renderer makes the names and rules of one version of an interface's rules.
+type renderer struct {
+	Interface
+	prefix string
+	table  table
+	layout layout
+}
+
+func (r *renderer) name(what string) string { return r.prefix + what }
+
+// mapName is the name of a map of peers.
+func mapName(prefix string, d policy.Direction, family, side int) string {
+	return fmt.Sprintf("%s%s%d%c", prefix, d, 4+2*family, 'a'+side)
+}
+
+func portsName(prefix string, d policy.Direction, p *policy.Ports) string {
+	sum := sha256.Sum256(fmt.Append(nil, *p))
+	return prefix + d.String() + "-ports-" + hex.EncodeToString(sum[:8])
+}
+
+// family says that a packet is of the family 0, IPv4, or 1, IPv6.
+func (r *renderer) family(f int) expr {
+	if r.table.family == unix.NFPROTO_INET {
+		return is(nfProto, string([]byte{[2]byte{unix.NFPROTO_IPV4, unix.NFPROTO_IPV6}[f]}))
+	}
+	return is(protocol, [2]string{etherIPv4, etherIPv6}[f])
+}
+
+// addressSets makes sets of addresses, one for each family, and returns their names.
+func (r *renderer) addressSets(what string, addresses []netip.Addr) (names [2]string) {
+	for f := range names {
+		names[f] = r.name(what + [2]string{"4", "6"}[f])
+		r.layout.sets = append(r.layout.sets, set{table: r.table, name: names[f], key: addressTypes[f]})
+		r.layout.fill[names[f]] = nil
+	}
+	for _, a := range addresses {
+		f := 0
+		if a.Is6() {
+			f = 1
+		}
+		r.layout.fill[names[f]] = append(r.layout.fill[names[f]], element{key: bytesOf(a)})
+	}
+	return names
+}
+
+// between are the matches for a value in a range, of big-endian numbers.
+func between(l load, first, last string) []expr {
+	if first == last {
+		return []expr{is(l, first)}
+	}
+	return []expr{match{load: l, op: atLeast, value: first}, match{load: l, op: atMost, value: last}}
+}
+
+// on makes a rule of parts.
+func on(parts ...any) rule {
+	var r rule
+	for _, p := range parts {
+		if many, ok := p.([]expr); ok {
+			r = append(r, many...)
+		} else {
+			r = append(r, p)
+		}
+	}
+	return r
+}
+
+// discovery is what IPv6 cannot be without: neighbour discovery, whose hop limit shows
+// that it comes from this link (RFC 4861), and multicast listeners' reports, without
+// which switches that snoop do not pass it on (RFC 2710, 3810).
+func (r *renderer) discovery(v verdict) []rule {
+	var rules []rule
+	for _, types := range [][3]string{{"\xff", "\x85", "\x89"}, {"\x01", "\x82", "\x84"}, {"\x01", "\x8f", "\x8f"}} {
+		rules = append(rules, on(r.family(1), is(l4Proto, icmp6), is(hopLimit, types[0]), between(icmpType, types[1], types[2]), v))
+	}
+	return rules
+}
+
+// dhcp lets a client's packets out, or a server's in.
+func (r *renderer) dhcp(d policy.Direction, v verdict) []rule {
+	if !r.DHCP {
+		return nil
+	}
+	ports := [...][2]string{policy.Ingress: {"\x00\x43\x00\x44", "\x02\x23\x02\x22"}, policy.Egress: {"\x00\x44\x00\x43", "\x02\x22\x02\x23"}}[d]
+	return []rule{
+		on(r.family(0), is(l4Proto, udp), is(bothPorts, ports[0]), v),
+		on(r.family(1), is(l4Proto, udp), is(bothPorts, ports[1]), v),
+	}
+}
+
+// peers looks the peer's address up in the maps of a direction. The order is told in
+// the package's doc.
+func (r *renderer) peers(d policy.Direction, addresses [2]load) []rule {
+	var rules []rule
+	for f := range addresses {
+		for _, side := range []int{0, 1, 0} {
+			rules = append(rules, on(r.family(f), dispatch{addresses[f], mapName(r.prefix, d, f, side)}))
+		}
+	}
+	return rules
+}
+
+func (r *renderer) peerMaps(d policy.Direction) {
+	for f := range addressTypes {
+		for side := range 2 {
+			r.layout.sets = append(r.layout.sets, set{table: r.table, name: mapName(r.prefix, d, f, side), key: addressTypes[f], interval: true, verdicts: true})
+		}
+	}
+}
+
+func bigEndian(port uint16) string { return string(binary.BigEndian.AppendUint16(nil, port)) }
+
+// ports are the rules for the cells of a set of ports, which port is one of, each with
+// what else a packet of the protocol must be.
+func ports(p *policy.Ports, port load, also func(protocol string) []expr, v verdict) []rule {
+	var rules []rule
+	for _, c := range []struct {
+		protocol string
+		ranges   []policy.PortRange
+	}{{tcp, p.TCP}, {udp, p.UDP}, {sctp, p.SCTP}} {
+		for _, ports := range c.ranges {
+			var at []expr
+			if ports != (policy.PortRange{First: 0, Last: 65535}) {
+				at = between(port, bigEndian(ports.First), bigEndian(ports.Last))
+			}
+			rules = append(rules, on(is(l4Proto, c.protocol), at, also(c.protocol), v))
+		}
+	}
+	return rules
+}
+
+// anything is what also is when nothing else is asked.
+func anything(string) []expr { return nil }
+
+// pod renders the rules inside the pod.
+func pod(i Interface, ingress, egress bool, prefix string) layout {
+	r := renderer{Interface: i, prefix: prefix, table: table{unix.NFPROTO_INET, TablePrefix + i.Name}}
+	r.layout.fill = map[string][]element{}
+	r.layout.tables = []table{r.table}
+	node := r.addressSets("node", i.Node)
+	base := func(name string, number uint32, rules ...rule) {
+		r.layout.base = append(r.layout.base, chain{table: r.table, name: name, hook: &hook{number: number}, rules: rules})
+	}
+	var forward []rule
+	for _, side := range []struct {
+		direction policy.Direction
+		isolated  bool
+		hook      string
+		number    uint32
+		peers     [2]load
+		counter   string
+	}{
+		{policy.Ingress, ingress, "input", unix.NF_INET_LOCAL_IN, sources, droppedIn},
+		{policy.Egress, egress, "output", unix.NF_INET_LOCAL_OUT, destinations, droppedOut},
+	} {
+		if !side.isolated {
+			base(side.hook, side.number)
+			continue
+		}
+		r.peerMaps(side.direction)
+		rules := []rule{
+			on(match{load: ctState, mask: established, op: notEqual, value: none}, accept),
+			on(is(l4Proto, icmp), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
+			on(is(l4Proto, icmp6), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
+		}
+		rules = append(rules, r.discovery(accept)...)
+		rules = append(rules, r.dhcp(side.direction, accept)...)
+		for f := range node {
+			rules = append(rules, on(r.family(f), lookup{load: side.peers[f], set: node[f]}, accept))
+		}
+		rules = append(rules, r.peers(side.direction, side.peers)...)
+		rules = append(rules, on(count{side.counter}, drop))
+		name := r.name(side.direction.String())
+		r.layout.chains = append(r.layout.chains, chain{table: r.table, name: name, rules: rules})
+		base(side.hook, side.number, on(r.through(side.direction), jump(name)))
+		// A pod that routes would carry others' traffic past its policy.
+		forward = append(forward, on(r.through(side.direction), count{side.counter}, drop))
+	}
+	base("forward", unix.NF_INET_FORWARD, forward...)
+	if i.Index != 0 {
+		r.table = table{unix.NFPROTO_NETDEV, TablePrefix + i.Name}
+		r.layout.tables = append(r.layout.tables, r.table)
+		r.spoofing()
+		r.layout.base = append(r.layout.base, chain{
+			table: r.table, name: "egress", hook: &hook{number: unix.NF_NETDEV_EGRESS, device: i.Name},
+			rules: []rule{on(jump(r.name("spoofing")))},
+		})
+	}
+	return r.layout
+}
+
+// through says that a packet comes in or goes out through the interface.
+func (r *renderer) through(d policy.Direction) expr {
+	keys := [...][2]uint32{policy.Ingress: {unix.NFT_META_IIF, unix.NFT_META_IIFNAME}, policy.Egress: {unix.NFT_META_OIF, unix.NFT_META_OIFNAME}}[d]
+	if r.Index != 0 {
+		return is(load{from: meta, at: keys[0], len: 4}, string(binary.NativeEndian.AppendUint32(nil, uint32(r.Index))))
+	}
+	name := make([]byte, unix.IFNAMSIZ)
+	copy(name, r.Name)
+	return is(load{from: meta, at: keys[1], len: unix.IFNAMSIZ}, string(name))
+}
+
+// portsOf renders the chain of a set of ports inside the pod.
+func portsOf(t table, prefix string, d policy.Direction, p *policy.Ports) chain {
+	c := chain{table: t, name: portsName(prefix, d, p)}
+	if p.All {
+		c.rules = []rule{on(accept)}
+	} else {
+		c.rules = ports(p, destinationPort, anything, accept)
+	}
+	return c
+}
+
+// spoofing makes the chain that returns what the interface may send, and drops all
+// else: other MACs and addresses, tagged frames, other protocols than IP and ARP, and
+// what only routers say. A frame that a raw socket sends past the queues may have no
+// link layer header as far as nf_tables knows: it matches nothing, and is dropped.
+func (r *renderer) spoofing() {
+	own := r.addressSets("own", r.Addresses)
+	mac := is(linkSource, string(r.MAC[:]))
+	frame := func(kind string, parts ...any) rule { return on(append([]any{mac, is(etherType, kind)}, parts...)...) }
+	dropped := []expr{count{droppedSpoofed}, drop}
+	linkLocal := func(l load, op compare) match {
+		return match{load: load{from: l.from, at: l.at, len: 2}, mask: "\xff\xc0", op: op, value: "\xfe\x80"}
+	}
+	var rules []rule
+	for _, kind := range []string{"\x86", "\x89"} { // router advertisement, redirect
+		rules = append(rules, frame(etherIPv6, is(l4Proto, icmp6), is(icmpType, kind), dropped))
+	}
+	if r.AnyAddress {
+		rules = append(rules, frame(etherARP, is(arpSenderMAC, string(r.MAC[:])), goBack), frame(etherIPv4, goBack), frame(etherIPv6, goBack))
+	} else {
+		rules = append(rules,
+			frame(etherARP, is(arpSenderMAC, string(r.MAC[:])), lookup{load: arpSenderIP, set: own[0]}, goBack),
+			frame(etherARP, is(arpSenderMAC, string(r.MAC[:])), is(arpSenderIP, "\x00\x00\x00\x00"), goBack), // a probe, RFC 5227
+			frame(etherIPv4, lookup{load: sources[0], set: own[0]}, goBack),
+			// A neighbour advertisement for somebody else's address.
+			frame(etherIPv6, is(l4Proto, icmp6), is(icmpType, "\x88"), lookup{load: ndTarget, set: own[1], not: true}, linkLocal(ndTarget, notEqual), dropped),
+			frame(etherIPv6, lookup{load: sources[1], set: own[1]}, goBack),
+			frame(etherIPv6, linkLocal(sources[1], equal), goBack),
+			// Duplicate address detection has no source yet.
+			frame(etherIPv6, is(sources[1], string(make([]byte, 16))), is(l4Proto, icmp6), goBack))
+		if r.DHCP {
+			rules = append(rules, frame(etherIPv4, is(sources[0], "\x00\x00\x00\x00"), is(l4Proto, udp), is(bothPorts, "\x00\x44\x00\x43"), goBack))
+		}
+	}
+	rules = append(rules, on(dropped))
+	r.layout.chains = append(r.layout.chains, chain{table: r.table, name: r.name("spoofing"), rules: rules})
+}
