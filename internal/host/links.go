@@ -164,6 +164,9 @@ func (h *Host) readDevice(p *ParentLink) (ok bool, err error) {
 	}
 	if strings.HasPrefix(filepath.Base(device), "virtio") {
 		device = filepath.Dir(device) // virtio is a bus on top of the PCI function
+		if bus, _ := linkBase(filepath.Join(device, "subsystem")); bus == "vdpa" {
+			device = filepath.Dir(device) // or of a vDPA device of that
+		}
 	}
 	p.NUMANode = numaNode(device)
 	if !ValidPCIAddress(filepath.Base(device)) {

@@ -46,16 +46,20 @@ func TestLinks(t *testing.T) {
 	vf := tr.vf("0000:3b:00.0", 3)
 	tr.physical(vf, "ens1f0v3", 6)
 
-	// virtio-net is one bus further, a platform NIC has no PCI function, and what has no
+	// virtio-net is one bus further, or two, a platform NIC has no PCI function, and what has no
 	// device at all is no NIC.
 	tr.write(dev("0000:00:05.0")+"/class", "0x020000\n")
 	tr.write(dev("0000:00:05.0")+"/vendor", "0x1af4\n")
 	tr.write(dev("0000:00:05.0")+"/device", "0x1041\n")
 	tr.write(dev("0000:00:05.0")+"/virtio0/status", "")
 	tr.link("../../../"+dev("0000:00:05.0")+"/virtio0", "class/net/enp0s5/device")
+	with := tr.vf("0000:3b:00.0", 4)
+	tr.write(dev(with)+"/vdpa0/virtio1/status", "")
+	tr.link("../../../../../bus/vdpa", dev(with)+"/vdpa0/subsystem")
+	tr.link("../../../"+dev(with)+"/vdpa0/virtio1", "class/net/eth9/device")
 	tr.write("devices/platform/soc/numa_node", "1\n")
 	tr.link("../../../devices/platform/soc", "class/net/end0/device")
-	for i, name := range []string{"enp0s5", "end0", "nodevice"} {
+	for i, name := range []string{"enp0s5", "end0", "nodevice", "eth9"} {
 		tr.virtual(20+i, name, &netlink.Device{})
 	}
 	tr.virtual(30, "lo", &netlink.Device{}).RawFlags |= unix.IFF_LOOPBACK
@@ -101,6 +105,7 @@ func TestLinks(t *testing.T) {
 		"ens1f0v3 physical numa-1 pci=0000:3b:10.3 8086:154c pf=0000:3b:00.0 master= lower= vlan=0 managed=false",
 		"ens1f1 physical numa1 pci=0000:3b:00.1 8086:1572 pf= master=bond0 lower= vlan=0 managed=false",
 		"ens2f0 physical numa0 pci=0000:5e:00.0 8086:1572 pf= master=bond1 lower= vlan=0 managed=false",
+		"eth9 physical numa-1 pci=0000:3b:10.4 8086:154c pf=0000:3b:00.0 master= lower= vlan=0 managed=false",
 		"odd vlan numa-1 pci= : pf= master=if999 lower= vlan=8 managed=false",
 		"qinq vlan numa1 pci= : pf= master= lower=bond0 vlan=0 managed=false",
 		"v7 vlan numa-1 pci= : pf= master= lower= vlan=7 managed=false",

@@ -269,6 +269,14 @@ func TestLabVDPA(t *testing.T) {
 	want.VfGroups[0].VdpaType = ""
 	l.server.spec(want)
 	told("", "", "")
+	want.VfGroups[0].VdpaType = host.VDPAVirtio
+	l.server.spec(want)
+	told("virtio", "virtio", "")
+	for _, link := range l.server.status().Links {
+		if link.PciAddress == before.VFs[0].PCIAddress {
+			t.Errorf("%s is offered as a MacVLAN parent, and is of a VF that goes to pods", link.Name)
+		}
+	}
 	want.VfGroups[0].VdpaType = host.VDPAVhost
 	l.server.spec(want)
 	told("vhost", "vhost", "")
