@@ -82,6 +82,9 @@ func TestLabEswitchMode(t *testing.T) {
 		}
 	}
 	is(again(t, h, pf.PCIAddress), Switchdev, "ens1f0npf0vf0", "ens1f0npf0vf1")
+	if features, err := h.eth.Features("ens1f0"); err != nil || !features["hw-tc-offload"] {
+		t.Errorf("rules of tc would stay in software: hw-tc-offload is %t, %v", features["hw-tc-offload"], err)
+	}
 	for _, vf := range pf.VFs {
 		if err := h.BindDriver(t.Context(), vf.PCIAddress, DefaultDriver); err != nil {
 			t.Fatal(err)

@@ -310,6 +310,7 @@ static int pf_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 		goto err_vfs;
 	}
 	pf->dev = dev;
+	dev->hw_features |= NETIF_F_HW_TC;	/* can be turned on, and no rule is taken */
 	dev->ethtool_ops = &snic_ethtool_ops;
 	eth_hw_addr_set(dev, card->mac);
 	pf->port.mac = ether_addr_to_u64(card->mac);
