@@ -12,6 +12,7 @@ export CGO_ENABLED := 0
 
 LAB  ?= uml
 SOAK ?= 10m
+SETS ?= 100000
 OUT  := out
 TOOL := $(GO) tool -modfile=hack/tools/go.mod
 LABCLI := $(OUT)/lab
@@ -63,6 +64,9 @@ soak: ## 200 MacVLAN sub-interfaces, then 64 VFs of a guest, attached and delete
 	@mkdir -p $(OUT)
 	$(GO) build -o $(OUT)/ ./test/lab/cmd/labrun
 	SLUICE_SOAK=$(SOAK) CI=true $(GO) test -count 1 -timeout 60m -v -tags lab -run 'TestLabAllVFsAtOnce$$' -exec "$(CURDIR)/$(OUT)/labrun -totalvfs 32" ./cni/server
+.PHONY: policy-sets
+policy-sets: ## Random clusters with random policies, judged a second time from the specification alone (SETS=100000)
+	SLUICE_POLICY_SETS=$(SETS) $(GO) test -count 1 -timeout 3h -run 'TestVerdictsAre|TestEventsLead' ./cni/policy
 
 ##@ Lab: a real cluster on this machine, its nodes guests with SR-IOV NICs
 .PHONY: lab-up lab-down lab-status lab-console lab-exec lab-kubectl lab-load

@@ -60,6 +60,7 @@ type Index struct {
 	profiles   map[string]*profile
 	serial     uint64 // of policies
 	round      uint64 // of rejoin
+	scratch    scratch
 
 	// What Flush has to do.
 	reselect map[*pod]struct{}     // own pods that other policies may select now

@@ -19,6 +19,7 @@ import (
 type world struct {
 	namespaces map[string]corev1.Namespace
 	pods       map[string]corev1.Pod // by namespace/name
+	interfaces map[string][]rawInterface
 	networks   map[string]nadv1.NetworkAttachmentDefinition
 	policies   map[string]rawPolicy // by kind/namespace/name
 	node       []netip.Addr
@@ -137,7 +138,7 @@ func (w *world) somethingAllows(p rawPolicy, pod *corev1.Pod, network string, eg
 		if q.Spec.HostNetwork || q.Status.Phase == "Succeeded" || q.Status.Phase == "Failed" {
 			continue
 		}
-		for _, i := range rawInterfaces(&q) {
+		for _, i := range w.interfaces[q.Namespace+"/"+q.Name] {
 			if i.network == network && slices.Contains(i.ips, peer) {
 				peers = append(peers, &q)
 			}

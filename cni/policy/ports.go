@@ -3,6 +3,7 @@ package policy
 import (
 	"cmp"
 	"encoding/binary"
+	"iter"
 	"slices"
 )
 
@@ -30,16 +31,26 @@ func (p *Ports) addAll(o *Ports) {
 	p.TCP, p.UDP, p.SCTP = append(p.TCP, o.TCP...), append(p.UDP, o.UDP...), append(p.SCTP, o.SCTP...)
 }
 
-// addNamed adds what the names mean at a pod that has these ports. Several containers may
-// have given one name: each of them serves it.
-func (p *Ports) addNamed(named []namedPort, ports []NamedPort) {
-	for _, n := range named {
-		for _, port := range ports {
-			if port.Name == n.name && port.Protocol == n.protocol {
-				p.add(port.Protocol, PortRange{port.Port, port.Port})
+// meanings yields what the names mean at a pod that has these ports. Several containers
+// may have given one name: each of them serves it.
+func meanings(named []namedPort, ports []NamedPort) iter.Seq[NamedPort] {
+	return func(yield func(NamedPort) bool) {
+		for _, n := range named {
+			for _, port := range ports {
+				if port.Name == n.name && port.Protocol == n.protocol && !yield(port) {
+					return
+				}
 			}
 		}
 	}
+}
+
+// appendMeaning appends a key of what the names mean.
+func appendMeaning(key []byte, named []namedPort, ports []NamedPort) []byte {
+	for port := range meanings(named, ports) {
+		key = append(key, port.Protocol, byte(port.Port>>8), byte(port.Port))
+	}
+	return key
 }
 
 func (p *Ports) canonical() {

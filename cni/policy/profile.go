@@ -274,7 +274,9 @@ func (p *Ports) with(named []namedPort, ports []NamedPort) *Ports {
 	}
 	all := &Ports{}
 	all.addAll(p)
-	all.addNamed(named, ports)
+	for port := range meanings(named, ports) {
+		all.add(port.Protocol, PortRange{port.Port, port.Port})
+	}
 	all.canonical()
 	return all
 }
@@ -318,7 +320,7 @@ func (x *Index) refresh(p *profile) bool {
 // compile makes the verdict map from its sources.
 func (x *Index) compile(p *profile) {
 	p.sets = interner{}
-	var spans []span
+	spans := x.scratch.spans[:0]
 	for _, a := range x.node {
 		spans = append(spans, span{addrRange{a, a}, p.sets.intern(everyPort)})
 	}
@@ -327,13 +329,20 @@ func (x *Index) compile(p *profile) {
 			spans = append(spans, span{b, p.sets.intern(s.ports)})
 		}
 	}
+	var meaning []byte
 	for i := range p.groups {
 		s := &p.groups[i]
 		base := p.sets.intern(s.ports)
+		byMeaning := map[string]*Ports{} // few are different
 		for e := range s.group.members {
 			ports := base
 			if len(s.named) > 0 {
-				ports = p.sets.intern(s.ports.with(s.named, e.Ports))
+				var known bool
+				meaning = appendMeaning(meaning[:0], s.named, e.Ports)
+				if ports, known = byMeaning[string(meaning)]; !known {
+					ports = p.sets.intern(s.ports.with(s.named, e.Ports))
+					byMeaning[string(meaning)] = ports
+				}
 			}
 			if ports == nil {
 				continue
@@ -350,7 +359,8 @@ func (x *Index) compile(p *profile) {
 			}
 		}
 	}
-	p.show(unite(spans, p.sets))
+	x.scratch.spans = spans
+	p.show(x.scratch.unite(p.sets))
 	p.compiled = len(p.sets)
 }
 

@@ -246,10 +246,11 @@ func (w *world) change(t *rapid.T, x *Index) {
 		key := pod.Namespace + "/" + pod.Name
 		if remove {
 			delete(w.pods, key)
+			delete(w.interfaces, key)
 			x.RemovePod(pod.Namespace, pod.Name)
 			return
 		}
-		w.pods[key] = pod
+		w.pods[key], w.interfaces[key] = pod, rawInterfaces(&pod)
 		p, err := ReadPod(&pod)
 		if err != nil {
 			t.Fatal(err)
@@ -259,7 +260,7 @@ func (w *world) change(t *rapid.T, x *Index) {
 }
 
 func newWorld() *world {
-	return &world{namespaces: map[string]corev1.Namespace{}, pods: map[string]corev1.Pod{}, networks: map[string]nadv1.NetworkAttachmentDefinition{}, policies: map[string]rawPolicy{}}
+	return &world{namespaces: map[string]corev1.Namespace{}, pods: map[string]corev1.Pod{}, interfaces: map[string][]rawInterface{}, networks: map[string]nadv1.NetworkAttachmentDefinition{}, policies: map[string]rawPolicy{}}
 }
 
 var probes = func() (addrs []netip.Addr) {
@@ -279,7 +280,7 @@ func (w *world) compare(t *rapid.T, x *Index) {
 		if pod.Spec.HostNetwork || pod.Spec.NodeName != "here" {
 			continue
 		}
-		for _, i := range rawInterfaces(&pod) {
+		for _, i := range w.interfaces[pod.Namespace+"/"+pod.Name] {
 			id := ID{pod.Namespace, pod.Name, string(pod.UID), i.network, i.name}
 			for d := range 2 {
 				state, told := x.State(id, Direction(d))
@@ -365,7 +366,7 @@ func rounds(t *testing.T, sets int) int {
 }
 
 func TestVerdictsAreThoseOfTheSpecification(t *testing.T) {
-	for range rounds(t, 1500) {
+	for range rounds(t, 3000) {
 		rapid.Check(t, func(t *rapid.T) {
 			w, x := newWorld(), NewIndex(here)
 			for range rapid.IntRange(10, 30).Draw(t, "objects") {

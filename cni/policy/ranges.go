@@ -53,18 +53,27 @@ type span struct {
 	ports *Ports // interned
 }
 
-// unite makes the list of peers of all that the spans allow.
-func unite(spans []span, in interner) []PeerRange {
+// edge is where a span begins or ends.
+type edge struct {
+	at   netip.Addr // from here on
+	id   int32      // of its set of ports
+	step int32      // 1 or -1
+}
+
+// scratch is room that is used again for the next map.
+type scratch struct {
+	spans []span
+	edges []edge
+	peers []PeerRange
+}
+
+// unite makes the list of peers of all that the scratch's spans allow.
+func (s *scratch) unite(in interner) []PeerRange {
 	// The sets that are open at an address are a bit set. Each such is united once.
 	ids := map[*Ports]int32{}
 	var sets []*Ports
-	type edge struct {
-		at   netip.Addr // from here on
-		id   int32
-		step int32
-	}
-	edges := make([]edge, 0, 2*len(spans))
-	for _, s := range spans {
+	edges := s.edges[:0]
+	for _, s := range s.spans {
 		id, known := ids[s.ports]
 		if !known {
 			id = int32(len(sets))
@@ -95,7 +104,7 @@ func unite(spans []span, in interner) []PeerRange {
 		}
 		return u
 	}
-	var peers []PeerRange
+	peers := s.peers[:0]
 	for i := 0; i < len(edges); {
 		at := edges[i].at
 		for ; i < len(edges) && edges[i].at == at; i++ {
@@ -116,7 +125,8 @@ func unite(spans []span, in interner) []PeerRange {
 		}
 		peers = add(peers, PeerRange{at, last, ports})
 	}
-	return peers
+	s.edges, s.peers = edges, peers
+	return slices.Clone(peers)
 }
 
 var (

@@ -42,7 +42,7 @@ func TestUniteAndPut(t *testing.T) {
 		for range rapid.IntRange(0, 8).Draw(t, "spans") {
 			spans = append(spans, span{drawRange(t), drawPorts(t)})
 		}
-		v := &Verdicts{Isolated: true, Peers: unite(spans, sets)}
+		v := &Verdicts{Isolated: true, Peers: (&scratch{spans: spans}).unite(sets)}
 		wantCanonical(t, v)
 		want := map[netip.Addr]*Ports{}
 		for _, a := range edges {

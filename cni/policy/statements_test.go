@@ -299,6 +299,18 @@ func TestNP24ChangesTakeEffect(t *testing.T) {
 	step("y/a x/c tcp/1 allow", "z/b x/a tcp/1 allow")
 }
 
+func TestNP30PodsComeIntoABlockAndGo(t *testing.T) {
+	x := park()
+	set(t, x, np("p", "{podSelector: {}, policyTypes: [Egress], egress: [{to: [{ipBlock: {cidr: 10.0.2.0/24}}], ports: [{port: web}]}]}"))
+	for _, step := range []struct{ address, verdict string }{{"10.0.2.9", "allow"}, {"10.0.9.9", "deny"}, {"10.0.2.10", "allow"}} {
+		pod := parkPod(1, "b")
+		pod.Interfaces[0].IPs = []netip.Addr{netip.MustParseAddr(step.address)}
+		x.SetPod(pod)
+		x.Flush()
+		want(t, x, "x/a "+step.address+" tcp/82 "+step.verdict, "x/a 10.0.2.2 tcp/82 deny", "x/a 10.0.2.1 tcp/82 allow")
+	}
+}
+
 func TestNP40PodsOfTheHostNetwork(t *testing.T) {
 	x := park()
 	host := parkPod(1, "b")
