@@ -309,7 +309,8 @@ func (x *Index) rescope(ns *namespace) {
 	}
 }
 
-// SetPod tells of a pod that was added or changed.
+// SetPod tells of a pod that was added or changed. The interfaces of an own pod are those
+// that were attached: its network-status is written later, and would have it lose them.
 func (x *Index) SetPod(p Pod) {
 	if p.HostNetwork || len(p.Interfaces) == 0 { // no policy selects it, and it is nobody's peer
 		x.RemovePod(p.Namespace, p.Name)

@@ -56,12 +56,12 @@ type Network struct {
 type Enforcement uint8
 
 const (
-	// EnforceMulti: MultiNetworkPolicies that list the network. The default.
+	// EnforceMulti is MultiNetworkPolicies that list the network. The default.
 	EnforceMulti Enforcement = iota
-	// EnforceAll: NetworkPolicies, too. So it is also on a network that nobody knows,
+	// EnforceAll is NetworkPolicies, too. So it is also on a network that nobody knows,
 	// whose definition was deleted while pods are on it.
 	EnforceAll
-	// EnforceNone: no policy whatever.
+	// EnforceNone is no policy whatever.
 	EnforceNone
 )
 

@@ -89,10 +89,7 @@ func (w *world) allowed(pod *corev1.Pod, network string, egress bool, peer netip
 	if enforcement == "none" {
 		return true
 	}
-	isolated := false
-	if !egress && enforcement == "all" && w.namespaces[pod.Namespace].Annotations["net.beta.kubernetes.io/network-policy"] != "" {
-		isolated = true
-	}
+	isolated := !egress && enforcement == "all" && w.namespaces[pod.Namespace].Annotations["net.beta.kubernetes.io/network-policy"] != ""
 	for _, p := range w.policies {
 		if p.namespace != pod.Namespace || !p.anyPod && !matches(&p.spec.PodSelector, pod.Labels) || !p.concerns(egress) {
 			continue

@@ -94,16 +94,8 @@ func ReadNetworkPolicy(np *networkingv1.NetworkPolicy) *Policy {
 	return p
 }
 
-// multiNetworkPolicy is a k8s.cni.cncf.io MultiNetworkPolicy, v1beta1 or v1beta2: its
-// spec is field by field that of a NetworkPolicy.
-type multiNetworkPolicy struct {
-	metav1.TypeMeta   `json:",inline"`
-	metav1.ObjectMeta `json:"metadata"`
-	Spec              networkingv1.NetworkPolicySpec `json:"spec"`
-	Status            any                            `json:"status,omitempty"`
-}
-
-// ReadMultiNetworkPolicy brings a MultiNetworkPolicy, as JSON, into normal form. Its kind's
+// ReadMultiNetworkPolicy brings a k8s.cni.cncf.io MultiNetworkPolicy, v1beta1 or v1beta2, as
+// JSON, into normal form: its spec is field by field that of a NetworkPolicy. Its kind's
 // schema checks next to nothing, so that all is checked here. An error is only about an
 // object of which not even the metadata can be read.
 func ReadMultiNetworkPolicy(object []byte) (*Policy, error) {
@@ -130,12 +122,22 @@ func ReadMultiNetworkPolicy(object []byte) (*Policy, error) {
 	slices.Sort(p.networks)
 	p.networks = slices.Compact(p.networks)
 
-	var mnp multiNetworkPolicy
-	unknown, err := strict.UnmarshalStrict(object, &mnp)
-	if err == nil {
-		err = errors.Join(unknown...)
+	// What is around the spec grows with Kubernetes' versions, and is not about policy.
+	var body struct {
+		Spec json.RawMessage `json:"spec"`
 	}
-	if version := mnp.APIVersion; err == nil && version != "k8s.cni.cncf.io/v1beta1" && version != "k8s.cni.cncf.io/v1beta2" {
+	var spec networkingv1.NetworkPolicySpec
+	err := json.Unmarshal(object, &body)
+	if err == nil && len(body.Spec) > 0 {
+		var unknown []error
+		if unknown, err = strict.UnmarshalStrict(body.Spec, &spec); err == nil {
+			err = errors.Join(unknown...)
+		}
+		if err != nil {
+			err = fmt.Errorf("spec: %w: write it as that of a NetworkPolicy", err)
+		}
+	}
+	if version := meta.APIVersion; err == nil && version != "k8s.cni.cncf.io/v1beta1" && version != "k8s.cni.cncf.io/v1beta2" {
 		err = fmt.Errorf("apiVersion is %q: write k8s.cni.cncf.io/v1beta1 or k8s.cni.cncf.io/v1beta2", version)
 	}
 	if err != nil {
@@ -144,7 +146,7 @@ func ReadMultiNetworkPolicy(object []byte) (*Policy, error) {
 		p.selector, p.isolates = everything, [2]bool{true, true}
 		return p, nil
 	}
-	p.normalise(&mnp.Spec)
+	p.normalise(&spec)
 	return p, nil
 }
 

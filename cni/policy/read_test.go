@@ -88,7 +88,7 @@ func TestReadNamespace(t *testing.T) {
 
 func TestMultiNetworkPolicyOfAnotherVersion(t *testing.T) {
 	for version, faults := range map[string]int{"v1beta1": 0, "v1beta2": 0, "v1": 1} {
-		p, err := ReadMultiNetworkPolicy([]byte(`{"apiVersion":"k8s.cni.cncf.io/` + version + `","kind":"MultiNetworkPolicy","metadata":{"name":"p","namespace":"ns","managedFields":[]},"spec":{"podSelector":{}},"status":{"conditions":[]}}`))
+		p, err := ReadMultiNetworkPolicy([]byte(`{"apiVersion":"k8s.cni.cncf.io/` + version + `","kind":"MultiNetworkPolicy","metadata":{"name":"p","namespace":"ns","managedFields":[],"ofLater":1},"spec":{"podSelector":{}},"status":{"conditions":[]}}`))
 		if err != nil || len(p.Faults) != faults || p.isolates[Egress] != (faults > 0) {
 			t.Errorf("%s: %+v, %v", version, p, err)
 		}

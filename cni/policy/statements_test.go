@@ -401,7 +401,7 @@ func TestMNP06NotValid(t *testing.T) {
 		"{ingress: [{from: [{namespaceSelector: {matchExpressions: [{key: a, operator: In}]}}]}]}":         "spec.ingress[0].from[0].namespaceSelector: ",
 		"{podSelector: {matchExpressions: [{key: pod, operator: Is}]}}":                                    "spec.podSelector, and so it selects all pods of the namespace",
 		"{policyTypes: [Ingress, ingress]}":                                                                `spec.policyTypes[1] is "ingress", and so it isolates both ways`,
-		"{podSelector: {matchLabels: {pod: a}}, ingres: [{}]}":                                             `unknown field "spec.ingres"`,
+		"{podSelector: {matchLabels: {pod: a}}, ingres: [{}]}":                                             `spec: unknown field "ingres": write it as that of a NetworkPolicy`,
 		"{podSelector: {matchLabels: {pod: a}}, ingress: [{from: [{ipBlock: {cidr: 1, except: []}}]}]}":    "cannot unmarshal number",
 		"{ingress: [{from: [{podSelector: {}}]}, {ports: [{port: 70000}]}], policyTypes: [Ingress]}":       "spec.ingress[1].ports[0].port is 70000",
 		"{policyTypes: [Ingress], egress: [{to: [{ipBlock: {cidr: 1.2.3.4/33}}]}], ingress: [{from: []}]}": "spec.egress[0].to[0].ipBlock.cidr",

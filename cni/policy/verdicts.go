@@ -8,6 +8,7 @@ import (
 // Direction of traffic, as the pod sees it.
 type Direction uint8
 
+// The directions.
 const (
 	Ingress Direction = iota
 	Egress
