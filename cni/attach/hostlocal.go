@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -170,15 +169,15 @@ func (h *HostLocal) lock(ctx context.Context, dir string) (unlock func(), err er
 	if err != nil {
 		return nil, fmt.Errorf("wait for other calls on %s: %w", dir, err)
 	}
-	f, err := os.Open(filepath.Join(dir, "lock"))
+	fd, err := unix.Open(filepath.Join(dir, "lock"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		done()
-		return nil, err
+		return nil, fmt.Errorf("open the lock of %s: %w", dir, err)
 	}
 	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
-			return func() { f.Close(); done() }, nil
+			return func() { unix.Close(fd); done() }, nil
 		}
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			select {
@@ -188,7 +187,7 @@ func (h *HostLocal) lock(ctx context.Context, dir string) (unlock func(), err er
 				err = ctx.Err()
 			}
 		}
-		f.Close()
+		unix.Close(fd)
 		done()
 		return nil, fmt.Errorf("wait for the lock of %s, which another process has: %w", dir, err)
 	}

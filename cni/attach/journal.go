@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-
 	"sync"
 
 	"github.com/sluice-network/sluice/internal/durable"
@@ -107,8 +106,12 @@ func (r *Record) holder() string {
 	return fmt.Sprintf("pod %s (%s)", pod, r.Key)
 }
 
-// journal is the set of records, on disk and in memory. A change is on the
-// disk, file and folder, before it is in memory and before its method returns.
+// journal is the set of records, on disk and in memory. A change is written before it is
+// in memory and before its method returns, so that an agent that dies is succeeded by one
+// that knows it. A new record is on the disk by then, file and folder. After a power
+// failure a record may be as it was before its last change, or before it was removed, as
+// long as there is no newer one: its pod is gone as well, and all that is done
+// with any of these is to undo it, which can be repeated.
 type journal struct {
 	dir string
 
@@ -168,7 +171,11 @@ func (j *journal) put(r Record) error {
 	if err != nil {
 		return fmt.Errorf("write journal: %w", err)
 	}
-	if err := durable.WriteFile(filepath.Join(j.dir, r.file()), b); err != nil {
+	write := durable.WriteFile
+	if _, known := j.get(r.Key); known {
+		write = durable.Replace
+	}
+	if err := write(filepath.Join(j.dir, r.file()), b); err != nil {
 		return fmt.Errorf("write journal: %w", err)
 	}
 	j.mu.Lock()
@@ -187,7 +194,7 @@ func (j *journal) next() uint64 {
 
 // remove forgets the record.
 func (j *journal) remove(k Key) error {
-	if err := durable.Remove(filepath.Join(j.dir, k.file())); err != nil {
+	if err := durable.Forget(filepath.Join(j.dir, k.file())); err != nil {
 		return fmt.Errorf("write journal: %w", err)
 	}
 	j.mu.Lock()

@@ -374,7 +374,7 @@ func namespace(rights []byte) *host.Netns {
 		return nil
 	}
 	unix.CloseOnExec(fds[0])
-	ns, err := host.NetnsFromFile(os.NewFile(uintptr(fds[0]), "of the caller"))
+	ns, err := host.NetnsFromFD(fds[0], "of the caller")
 	if err != nil {
 		return nil
 	}

@@ -2,8 +2,11 @@ package durable
 
 import (
 	"errors"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
+	"syscall"
 )
 
 // OnStep, unless nil, is called before each change to the disk, with its name. Tests end
@@ -16,41 +19,67 @@ func step(name string) {
 	}
 }
 
+// unfinished ends the names of files that are being written.
+const unfinished = ".tmp"
+
+// Files are not opened by os here: that tries each in the runtime's poller, which takes
+// five system calls more each, in vain.
+
 // WriteFile replaces the file at path. After a crash there is either the old
 // file or the new one, whole; once WriteFile has returned it is the new one.
 // A crash may leave a file beside it, for Sweep.
 func WriteFile(path string, b []byte) error {
+	if err := Replace(path, b); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// Replace is WriteFile for a file that is there already, and where the old one will do
+// after the machine itself has crashed.
+func Replace(path string, b []byte) error {
 	step("create")
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*"+unfinished)
+	tmp := path + "." + strconv.FormatUint(rand.Uint64(), 36) + unfinished
+	fd, err := open(tmp, syscall.O_WRONLY|syscall.O_CREAT|syscall.O_EXCL)
 	if err != nil {
 		return err
 	}
 	step("write")
-	_, err = f.Write(b)
-	step("sync")
-	err = errors.Join(err, f.Sync(), f.Close())
+	err = write(fd, b)
 	if err == nil {
+		step("sync")
+		err = again(func() error { return syscall.Fsync(fd) })
+	}
+	if err = errors.Join(err, syscall.Close(fd)); err != nil {
+		err = &os.PathError{Op: "write", Path: tmp, Err: err}
+	} else {
 		step("rename")
-		err = os.Rename(f.Name(), path)
+		err = os.Rename(tmp, path)
 	}
 	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
+		return errors.Join(err, os.Remove(tmp))
 	}
-	return syncDir(filepath.Dir(path))
+	return nil
 }
 
 // Remove deletes the file at path; once it has returned the file stays deleted.
 // A file that does not exist is deleted already.
 func Remove(path string) error {
-	step("remove")
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := Forget(path); err != nil {
 		return err
 	}
 	return syncDir(filepath.Dir(path))
 }
 
-// unfinished ends the names of files that are being written.
-const unfinished = ".tmp"
+// Forget is Remove for a file that may be there again after the machine itself has
+// crashed, until another is written to the folder.
+func Forget(path string) error {
+	step("remove")
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
 
 // Sweep deletes what writes that did not come to their end have left in a folder. Nobody
 // may be writing there meanwhile.
@@ -65,10 +94,44 @@ func Sweep(dir string) error {
 // syncDir makes the names in a folder durable (fsync(2), NOTES).
 func syncDir(dir string) error {
 	step("sync folder")
-	d, err := os.Open(dir)
+	fd, err := open(dir, syscall.O_RDONLY|syscall.O_DIRECTORY)
 	if err != nil {
 		return err
 	}
-	defer d.Close()
-	return d.Sync()
+	defer func() { _ = syscall.Close(fd) }() // nothing was written
+	if err := again(func() error { return syscall.Fsync(fd) }); err != nil {
+		return &os.PathError{Op: "sync", Path: dir, Err: err}
+	}
+	return nil
+}
+
+func open(path string, flags int) (fd int, err error) {
+	err = again(func() error {
+		fd, err = syscall.Open(path, flags|syscall.O_CLOEXEC, 0o600)
+		return err
+	})
+	if err != nil {
+		return -1, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return fd, nil
+}
+
+func write(fd int, b []byte) error {
+	for len(b) > 0 {
+		n := 0
+		if err := again(func() (err error) { n, err = syscall.Write(fd, b); return err }); err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+// again repeats what a signal has interrupted.
+func again(f func() error) error {
+	for {
+		if err := f(); !errors.Is(err, syscall.EINTR) {
+			return err
+		}
+	}
 }

@@ -52,7 +52,9 @@ func TestEndAtEachStep(t *testing.T) {
 	}{
 		"write":   {func(path string) error { return WriteFile(path, []byte("one")) }, "", "one"},
 		"replace": {func(path string) error { return WriteFile(path, []byte("two")) }, "one", "two"},
+		"update":  {func(path string) error { return Replace(path, []byte("two")) }, "one", "two"},
 		"remove":  {Remove, "one", ""},
+		"forget":  {Forget, "one", ""},
 	} {
 		changed := false
 		for at, done := 0, false; !done; at++ {

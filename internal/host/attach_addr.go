@@ -1,6 +1,7 @@
 package host
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -64,19 +66,41 @@ func (a *Attacher) AddAddress(ns *Netns, index int, address net.IPNet, asked boo
 	if err != nil {
 		return err
 	}
-	addr := &netlink.Addr{IPNet: &address, LinkIndex: index}
+	family, ip, ones := familyOf(address)
+	msg := nl.NewIfAddrmsg(family)
+	msg.Index, msg.Prefixlen = uint32(index), uint8(ones)
+	data := []nl.NetlinkRequestData{msg, nl.NewRtAttr(unix.IFA_LOCAL, ip), nl.NewRtAttr(unix.IFA_ADDRESS, ip)}
 	switch {
-	case address.IP.To4() != nil:
+	case family == unix.AF_INET && ones < 31: // RFC 3021
+		broadcast := bytes.Clone(ip)
+		for i, m := range net.CIDRMask(ones, 32) {
+			broadcast[i] |= ^m
+		}
+		data = append(data, nl.NewRtAttr(unix.IFA_BROADCAST, broadcast))
+	case family == unix.AF_INET:
 	case asked:
-		addr.Flags = unix.IFA_F_NODAD
+		msg.Flags = unix.IFA_F_NODAD
 	default:
 		// The kernel drops the flag when optimistic detection is off.
-		addr.Flags = unix.IFA_F_OPTIMISTIC
+		msg.Flags = unix.IFA_F_OPTIMISTIC
 	}
-	if err := conn.handle.AddrAdd(nil, addr); err != nil {
+	if _, err := conn.request(unix.RTM_NEWADDR, create, data...); err != nil {
 		return fmt.Errorf("add address %s: %w", address.String(), err)
 	}
 	return nil
+}
+
+// familyOf is a network's address family, its address as the kernel writes it, and the
+// length of its prefix.
+func familyOf(n net.IPNet) (family int, ip []byte, ones int) {
+	ones, bits := n.Mask.Size()
+	if v4 := n.IP.To4(); v4 != nil {
+		if bits == 128 {
+			ones -= 96 // an IPv4 address written as IPv6
+		}
+		return unix.AF_INET, v4, ones
+	}
+	return unix.AF_INET6, n.IP.To16(), ones
 }
 
 // WaitIPv6 waits until the IPv6 addresses of a link can be used, that is until
@@ -110,7 +134,11 @@ func (a *Attacher) addresses(ns *Netns, index, family int) ([]netlink.Addr, erro
 	if err != nil {
 		return nil, err
 	}
-	addrs, err := conn.handle.AddrList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}}, family)
+	handle, err := conn.library()
+	if err != nil {
+		return nil, err
+	}
+	addrs, err := handle.AddrList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}}, family)
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
@@ -136,16 +164,63 @@ func (a *Attacher) AddRoute(ns *Netns, index int, r Route) error {
 	if err != nil {
 		return err
 	}
-	if err := conn.handle.RouteAdd(r.netlink(index)); err != nil {
+	if err := conn.addRoute(index, r); err != nil {
 		return fmt.Errorf("add route to %s via %s: %w", r.Dst.String(), r.Gateway, err)
 	}
 	return nil
+}
+
+func (r *rtnl) addRoute(index int, route Route) error {
+	family, dst, ones := familyOf(route.Dst)
+	msg := nl.NewRtMsg() // of table main, static
+	msg.Family, msg.Dst_len = uint8(family), uint8(ones)
+	if route.OnLink {
+		msg.Flags = unix.RTNH_F_ONLINK
+	}
+	switch {
+	case route.Scope != nil:
+		msg.Scope = uint8(*route.Scope)
+	case len(route.Gateway) == 0:
+		msg.Scope = unix.RT_SCOPE_LINK
+	}
+	data := []nl.NetlinkRequestData{msg, nl.NewRtAttr(unix.RTA_DST, dst), nl.NewRtAttr(unix.RTA_OIF, u32(uint32(index)))}
+	if route.Table != 0 {
+		msg.Table = unix.RT_TABLE_UNSPEC
+		data = append(data, nl.NewRtAttr(unix.RTA_TABLE, u32(uint32(route.Table))))
+	}
+	for kind, ip := range map[int]net.IP{unix.RTA_GATEWAY: route.Gateway, unix.RTA_PREFSRC: route.Src} {
+		if len(ip) == 0 {
+			continue
+		}
+		if v4 := ip.To4(); v4 != nil {
+			ip = v4
+		}
+		data = append(data, nl.NewRtAttr(kind, ip))
+	}
+	if route.Priority != 0 {
+		data = append(data, nl.NewRtAttr(unix.RTA_PRIORITY, u32(uint32(route.Priority))))
+	}
+	metrics := nl.NewRtAttr(unix.RTA_METRICS, nil)
+	for kind, value := range map[int]int{unix.RTAX_MTU: route.MTU, unix.RTAX_ADVMSS: route.AdvMSS} {
+		if value != 0 {
+			metrics.AddRtAttr(kind, u32(uint32(value)))
+		}
+	}
+	if metrics.Len() > unix.SizeofRtAttr {
+		data = append(data, metrics)
+	}
+	_, err := r.request(unix.RTM_NEWROUTE, create, data...)
+	return err
 }
 
 // HasRoute tells whether ns has the route through the link, whatever its metrics;
 // index 0 is any link.
 func (a *Attacher) HasRoute(ns *Netns, index int, r Route) (bool, error) {
 	conn, err := a.rtnl(ns)
+	if err != nil {
+		return false, err
+	}
+	handle, err := conn.library()
 	if err != nil {
 		return false, err
 	}
@@ -163,7 +238,7 @@ func (a *Attacher) HasRoute(ns *Netns, index int, r Route) (bool, error) {
 	if index != 0 {
 		filter |= netlink.RT_FILTER_OIF
 	}
-	routes, err := conn.handle.RouteListFiltered(family, want, filter)
+	routes, err := handle.RouteListFiltered(family, want, filter)
 	if err != nil {
 		return false, fmt.Errorf("list routes: %w", err)
 	}

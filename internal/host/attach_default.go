@@ -17,6 +17,10 @@ func (a *Attacher) SetDefaultRoutes(ns *Netns, link string, gateways []netip.Add
 	if err != nil {
 		return err
 	}
+	handle, err := conn.library()
+	if err != nil {
+		return err
+	}
 	l, err := a.Link(ns, link)
 	if err != nil {
 		return err
@@ -26,7 +30,7 @@ func (a *Attacher) SetDefaultRoutes(ns *Netns, link string, gateways []netip.Add
 		if gateway.Is6() {
 			family, dst = netlink.FAMILY_V6, net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
 		}
-		routes, err := conn.handle.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		routes, err := handle.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
 		if err != nil {
 			return fmt.Errorf("list routes: %w", err)
 		}
@@ -34,12 +38,12 @@ func (a *Attacher) SetDefaultRoutes(ns *Netns, link string, gateways []netip.Add
 			if r.Dst != nil && r.Dst.String() != dst.String() || r.LinkIndex == l.Index {
 				continue
 			}
-			if err := conn.handle.RouteDel(&r); err != nil {
+			if err := handle.RouteDel(&r); err != nil {
 				return fmt.Errorf("delete the default route via %s: %w", r.Gw, err)
 			}
 		}
 		route := Route{Dst: dst, Gateway: gateway.AsSlice()}
-		if err := conn.handle.RouteReplace(route.netlink(l.Index)); err != nil {
+		if err := handle.RouteReplace(route.netlink(l.Index)); err != nil {
 			return fmt.Errorf("set the default route via %s through %s: %w", gateway, link, err)
 		}
 	}

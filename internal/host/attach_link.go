@@ -3,6 +3,7 @@ package host
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -41,7 +42,7 @@ func (a *Attacher) Links(ns *Netns) ([]Netdev, error) {
 		return nil, err
 	}
 	for try := 1; ; try++ {
-		links, err := conn.handle.LinkList()
+		messages, err := conn.request(unix.RTM_GETLINK, unix.NLM_F_DUMP, nl.NewIfInfomsg(unix.AF_UNSPEC), withoutCounters)
 		// A dump that raced with a change is repeated: half a list would look
 		// like links that went away.
 		if errors.Is(err, netlink.ErrDumpInterrupted) && try < 5 {
@@ -50,9 +51,9 @@ func (a *Attacher) Links(ns *Netns) ([]Netdev, error) {
 		if err != nil {
 			return nil, fmt.Errorf("list links: %w", err)
 		}
-		out := make([]Netdev, len(links))
-		for i, l := range links {
-			out[i] = netdevFrom(l)
+		out := make([]Netdev, len(messages))
+		for i, m := range messages {
+			out[i] = netdevFrom(m)
 		}
 		return out, nil
 	}
@@ -64,37 +65,73 @@ func (a *Attacher) Link(ns *Netns, name string) (Netdev, error) {
 	if err != nil {
 		return Netdev{}, err
 	}
-	l, err := conn.handle.LinkByName(name)
-	if errors.As(err, new(netlink.LinkNotFoundError)) {
+	messages, err := conn.link(unix.RTM_GETLINK, 0, nil, withoutCounters, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+	if err == nil && len(messages) == 0 {
 		err = unix.ENODEV
 	}
 	if err != nil {
 		return Netdev{}, fmt.Errorf("find link %s: %w", name, err)
 	}
-	return netdevFrom(l), nil
+	return netdevFrom(messages[0]), nil
 }
 
-func netdevFrom(from netlink.Link) Netdev {
-	l := from.Attrs()
-	out := Netdev{
-		Index: l.Index, Name: l.Name, AltNames: l.AltNames, MAC: l.HardwareAddr, MTU: l.MTU,
-		Up: l.RawFlags&unix.IFF_UP != 0, Carrier: l.RawFlags&unix.IFF_LOWER_UP != 0,
-		Promisc: l.RawFlags&unix.IFF_PROMISC != 0, AllMulti: l.RawFlags&unix.IFF_ALLMULTI != 0,
-		Group: l.Group, Kind: from.Type(),
+// withoutCounters asks for links without their statistics (RTEXT_FILTER_SKIP_STATS), and,
+// as it does not ask for them, without their VFs.
+var withoutCounters = nl.NewRtAttr(unix.IFLA_EXT_MASK, u32(1<<3))
+
+// netdevFrom reads an RTM_NEWLINK message.
+func netdevFrom(m []byte) Netdev {
+	var out Netdev
+	if len(m) < unix.SizeofIfInfomsg {
+		return out
 	}
-	if m, ok := from.(*netlink.Macvlan); ok {
-		out.Mode = macvlanModes[m.Mode]
+	const indexAt, flagsAt = 4, 8 // struct ifinfomsg
+	flags := binary.NativeEndian.Uint32(m[flagsAt:])
+	out.Index = int(int32(binary.NativeEndian.Uint32(m[indexAt:])))
+	out.Up, out.Carrier = flags&unix.IFF_UP != 0, flags&unix.IFF_LOWER_UP != 0
+	out.Promisc, out.AllMulti = flags&unix.IFF_PROMISC != 0, flags&unix.IFF_ALLMULTI != 0
+	device, bus := "", ""
+	for kind, value := range eachAttribute(m[unix.SizeofIfInfomsg:]) {
+		switch kind {
+		case unix.IFLA_IFNAME:
+			out.Name = text(value)
+		case unix.IFLA_PROP_LIST:
+			for kind, name := range eachAttribute(value) {
+				if kind == unix.IFLA_ALT_IFNAME {
+					out.AltNames = append(out.AltNames, text(name))
+				}
+			}
+		case unix.IFLA_ADDRESS:
+			out.MAC = bytes.Clone(value)
+		case unix.IFLA_MTU:
+			out.MTU = int(word(value))
+		case unix.IFLA_GROUP:
+			out.Group = word(value)
+		case unix.IFLA_PARENT_DEV_NAME:
+			device = text(value)
+		case unix.IFLA_PARENT_DEV_BUS_NAME:
+			bus = text(value)
+		case unix.IFLA_LINKINFO:
+			name, _ := attribute(value, nl.IFLA_INFO_KIND)
+			if out.Kind = text(name); out.Kind == "macvlan" {
+				data, _ := attribute(value, nl.IFLA_INFO_DATA)
+				mode, _ := attribute(data, nl.IFLA_MACVLAN_MODE)
+				out.Mode = MacvlanMode(word(mode))
+			}
+		}
 	}
-	if l.ParentDevBus == "pci" {
-		out.PCIAddress = l.ParentDev
+	if bus == "pci" {
+		out.PCIAddress = device
 	}
 	return out
 }
 
-// macvlanModes are the modes by the library's numbers.
-var macvlanModes = map[netlink.MacvlanMode]MacvlanMode{
-	netlink.MACVLAN_MODE_PRIVATE: MacvlanPrivate, netlink.MACVLAN_MODE_VEPA: MacvlanVEPA,
-	netlink.MACVLAN_MODE_BRIDGE: MacvlanBridge, netlink.MACVLAN_MODE_PASSTHRU: MacvlanPassthru,
+// word is a 32-bit attribute, 0 when it is not one.
+func word(b []byte) uint32 {
+	if len(b) < 4 {
+		return 0
+	}
+	return binary.NativeEndian.Uint32(b)
 }
 
 // AdminState is what to do with a link's administrative state.
@@ -149,7 +186,7 @@ func (a *Attacher) ChangeLink(ctx context.Context, from *Netns, index int, c Lin
 		}
 		var attrs []*nl.RtAttr
 		if c.To != nil {
-			attrs = append(attrs, nl.NewRtAttr(unix.IFLA_NET_NS_FD, u32(uint32(c.To.file.Fd()))))
+			attrs = append(attrs, nl.NewRtAttr(unix.IFLA_NET_NS_FD, u32(uint32(c.To.fd))))
 		}
 		if c.Name != "" {
 			attrs = append(attrs, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(c.Name)))

@@ -72,31 +72,34 @@ func (a *Attacher) AddMacvlan(ctx context.Context, ns *Netns, parent Netdev, inP
 }
 
 func (r *rtnl) addMacvlan(parent int, to *Netns, m Macvlan, up bool) error {
-	req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 	if up {
 		msg.Flags, msg.Change = unix.IFF_UP, unix.IFF_UP
 	}
-	req.AddData(msg)
-	req.AddData(nl.NewRtAttr(unix.IFLA_LINK, u32(uint32(parent))))
-	if to != nil {
-		req.AddData(nl.NewRtAttr(unix.IFLA_NET_NS_FD, u32(uint32(to.file.Fd()))))
+	data := []nl.NetlinkRequestData{
+		msg,
+		nl.NewRtAttr(unix.IFLA_LINK, u32(uint32(parent))),
+		nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(m.Name)),
+		nl.NewRtAttr(unix.IFLA_ADDRESS, m.MAC),
+		nl.NewRtAttr(unix.IFLA_MTU, u32(uint32(m.MTU))),
+		nl.NewRtAttr(unix.IFLA_GROUP, u32(m.Group)),
 	}
-	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(m.Name)))
-	req.AddData(nl.NewRtAttr(unix.IFLA_ADDRESS, m.MAC))
-	req.AddData(nl.NewRtAttr(unix.IFLA_MTU, u32(uint32(m.MTU))))
-	req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, u32(m.Group)))
+	if to != nil {
+		data = append(data, nl.NewRtAttr(unix.IFLA_NET_NS_FD, u32(uint32(to.fd))))
+	}
 	info := nl.NewRtAttr(unix.IFLA_LINKINFO|unix.NLA_F_NESTED, nil)
 	info.AddRtAttr(nl.IFLA_INFO_KIND, []byte("macvlan"))
-	data := info.AddRtAttr(nl.IFLA_INFO_DATA|unix.NLA_F_NESTED, nil)
-	data.AddRtAttr(nl.IFLA_MACVLAN_MODE, u32(uint32(m.Mode)))
+	kind := info.AddRtAttr(nl.IFLA_INFO_DATA|unix.NLA_F_NESTED, nil)
+	kind.AddRtAttr(nl.IFLA_MACVLAN_MODE, u32(uint32(m.Mode)))
 	if m.BroadcastQueue > 0 {
-		data.AddRtAttr(nl.IFLA_MACVLAN_BC_QUEUE_LEN, u32(uint32(m.BroadcastQueue)))
+		kind.AddRtAttr(nl.IFLA_MACVLAN_BC_QUEUE_LEN, u32(uint32(m.BroadcastQueue)))
 	}
-	req.AddData(info)
-	_, err := r.execute(req)
+	_, err := r.request(unix.RTM_NEWLINK, create, append(data, info)...)
 	return err
 }
+
+// create are the flags of a request for something new.
+const create = unix.NLM_F_CREATE | unix.NLM_F_EXCL | unix.NLM_F_ACK
 
 // DeleteLink deletes a link of ns. One that is gone is deleted.
 func (a *Attacher) DeleteLink(ns *Netns, index int) error {
@@ -118,21 +121,17 @@ func (a *Attacher) AddVeth(ctx context.Context, name string, ns *Netns, peer str
 		return err
 	}
 	return retry(ctx, func() error {
-		req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK)
 		msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 		msg.Flags, msg.Change = unix.IFF_UP, unix.IFF_UP
-		req.AddData(msg)
-		req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
-		req.AddData(nl.NewRtAttr(unix.IFLA_MTU, u32(uint32(mtu))))
 		info := nl.NewRtAttr(unix.IFLA_LINKINFO|unix.NLA_F_NESTED, nil)
 		info.AddRtAttr(nl.IFLA_INFO_KIND, []byte("veth"))
 		other := info.AddRtAttr(nl.IFLA_INFO_DATA|unix.NLA_F_NESTED, nil).AddRtAttr(nl.VETH_INFO_PEER|unix.NLA_F_NESTED, nil)
 		other.AddChild(nl.NewIfInfomsg(unix.AF_UNSPEC))
 		other.AddRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(peer))
 		other.AddRtAttr(unix.IFLA_MTU, u32(uint32(mtu)))
-		other.AddRtAttr(unix.IFLA_NET_NS_FD, u32(uint32(ns.file.Fd())))
-		req.AddData(info)
-		_, err := conn.execute(req)
+		other.AddRtAttr(unix.IFLA_NET_NS_FD, u32(uint32(ns.fd)))
+		_, err := conn.request(unix.RTM_NEWLINK, create, msg,
+			nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)), nl.NewRtAttr(unix.IFLA_MTU, u32(uint32(mtu))), info)
 		return err
 	})
 }

@@ -193,17 +193,14 @@ func onlyVirtual(links []Netdev) bool {
 func TestProbeOfALink(t *testing.T) {
 	a, pod := twoNetns(t)
 	l := veth(t, a, "x0")
-	conn, err := a.rtnl(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	station, err := conn.handle.LinkByName("x0p")
+	handle := library(t, a)
+	station, err := handle.LinkByName("x0p")
 	if err != nil {
 		t.Fatal(err)
 	}
 	taken := []net.IPNet{{IP: net.ParseIP("10.0.0.5").To4(), Mask: net.CIDRMask(24, 32)}, {IP: net.ParseIP("fd00::5"), Mask: net.CIDRMask(64, 128)}}
 	for _, address := range taken {
-		if err := conn.handle.AddrAdd(station, &netlink.Addr{IPNet: &address, Flags: unix.IFA_F_NODAD}); err != nil {
+		if err := handle.AddrAdd(station, &netlink.Addr{IPNet: &address, Flags: unix.IFA_F_NODAD}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -58,7 +58,7 @@ func (a *Attacher) MoveRDMA(from *Netns, name string, to *Netns) error {
 		if i < 0 {
 			return unix.ENODEV
 		}
-		return h.RdmaLinkSetNsFd(links[i], uint32(to.file.Fd()))
+		return h.RdmaLinkSetNsFd(links[i], uint32(to.fd))
 	})
 	if err != nil {
 		return fmt.Errorf("move RDMA device %s: %w", name, err)

@@ -25,11 +25,14 @@ func (a *Attacher) DefaultLink(ns *Netns) (string, error) {
 			return "", err
 		}
 		if len(routes) > 0 {
-			l, err := conn.handle.LinkByIndex(routes[0].LinkIndex)
+			links, err := conn.link(unix.RTM_GETLINK, routes[0].LinkIndex, nil, withoutCounters)
+			if err == nil && len(links) == 0 {
+				err = unix.ENODEV
+			}
 			if err != nil {
 				return "", fmt.Errorf("find the link of the default route: %w", err)
 			}
-			return l.Attrs().Name, nil
+			return netdevFrom(links[0]).Name, nil
 		}
 	}
 	return "", nil
@@ -37,7 +40,11 @@ func (a *Attacher) DefaultLink(ns *Netns) (string, error) {
 
 // defaults lists the default routes of the main table, the preferred first.
 func (r *rtnl) defaults(family int) ([]netlink.Route, error) {
-	routes, err := r.handle.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	handle, err := r.library()
+	if err != nil {
+		return nil, err
+	}
+	routes, err := handle.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}
@@ -73,7 +80,11 @@ func (a *Attacher) AddNeighbour(ns *Netns, index int, ip net.IP, mac net.Hardwar
 	if err != nil {
 		return err
 	}
-	if err := conn.handle.NeighSet(&netlink.Neigh{LinkIndex: index, State: unix.NUD_PERMANENT, IP: ip, HardwareAddr: mac}); err != nil {
+	handle, err := conn.library()
+	if err != nil {
+		return err
+	}
+	if err := handle.NeighSet(&netlink.Neigh{LinkIndex: index, State: unix.NUD_PERMANENT, IP: ip, HardwareAddr: mac}); err != nil {
 		return fmt.Errorf("set MAC of neighbour %s to %s: %w", ip, mac, err)
 	}
 	return nil
@@ -90,7 +101,11 @@ func (a *Attacher) Source(v6 bool) (net.IP, error) {
 	if v6 {
 		outside = net.ParseIP("2001:db8::1") // RFC 3849
 	}
-	routes, err := conn.handle.RouteGet(outside)
+	handle, err := conn.library()
+	if err != nil {
+		return nil, err
+	}
+	routes, err := handle.RouteGet(outside)
 	if errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {
 		return nil, nil
 	}
@@ -173,13 +188,9 @@ func (a *Attacher) KeepsToOwnAddresses(ns *Netns, index int) (bool, error) {
 // table's (32766).
 const rulePriority = 32000
 
-func sourceRule(ip net.IP, table int) *netlink.Rule {
-	r := netlink.NewRule()
-	r.Family, r.Table, r.Priority, r.Src = netlink.FAMILY_V6, table, rulePriority, hostNet(ip)
-	if ip.To4() != nil {
-		r.Family = netlink.FAMILY_V4
-	}
-	return r
+// leadsTo are the attributes of such a rule, but for the addresses.
+func leadsTo(table int) []nl.NetlinkRequestData {
+	return []nl.NetlinkRequestData{nl.NewRtAttr(nl.FRA_TABLE, u32(uint32(table))), nl.NewRtAttr(nl.FRA_PRIORITY, u32(rulePriority))}
 }
 
 // hostNet is the network of ip alone.
@@ -196,7 +207,10 @@ func (a *Attacher) AddSourceRule(ns *Netns, ip net.IP, table int) error {
 	if err != nil {
 		return err
 	}
-	if err := conn.handle.RuleAdd(sourceRule(ip, table)); err != nil {
+	family, src, ones := familyOf(*hostNet(ip))
+	msg := nl.NewRtMsg()
+	msg.Family, msg.Src_len, msg.Table = uint8(family), uint8(ones), unix.RT_TABLE_UNSPEC
+	if _, err := conn.request(unix.RTM_NEWRULE, create, append([]nl.NetlinkRequestData{msg, nl.NewRtAttr(nl.FRA_SRC, src)}, leadsTo(table)...)...); err != nil {
 		return fmt.Errorf("add rule from %s lookup %d: %w", ip, table, err)
 	}
 	return nil
@@ -212,16 +226,26 @@ func (a *Attacher) HasSourceRule(ns *Netns, ip net.IP, table int) (bool, error) 
 
 // DeleteSourceRules deletes the rules that lead to the table.
 func (a *Attacher) DeleteSourceRules(ns *Netns, table int) error {
-	rules, err := a.sourceRules(ns, table)
+	conn, err := a.rtnl(ns)
 	if err != nil {
 		return err
 	}
-	for _, r := range rules {
-		if err := ns.conn.handle.RuleDel(&r); err != nil && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("delete rule from %s lookup %d: %w", r.Src, table, err)
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		msg := &nl.RtMsg{RtMsg: unix.RtMsg{Family: family}}
+		// Each request deletes one: the first that is like it.
+		for err = nil; err == nil; {
+			_, err = conn.request(unix.RTM_DELRULE, unix.NLM_F_ACK, append([]nl.NetlinkRequestData{msg}, leadsTo(table)...)...)
+		}
+		if !errors.Is(err, unix.ENOENT) && !noRules(err) {
+			return fmt.Errorf("delete rules that lookup %d: %w", table, err)
 		}
 	}
 	return nil
+}
+
+// noRules tells the error of a kernel without IPv6, or without policy routing for it.
+func noRules(err error) bool {
+	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
 }
 
 func (a *Attacher) sourceRules(ns *Netns, table int) ([]netlink.Rule, error) {
@@ -229,11 +253,15 @@ func (a *Attacher) sourceRules(ns *Netns, table int) ([]netlink.Rule, error) {
 	if err != nil {
 		return nil, err
 	}
+	handle, err := conn.library()
+	if err != nil {
+		return nil, err
+	}
 	var all []netlink.Rule
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		rules, err := conn.handle.RuleListFiltered(family, &netlink.Rule{Table: table}, netlink.RT_FILTER_TABLE)
-		if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
-			continue // a kernel without IPv6, or without policy routing for it
+		rules, err := handle.RuleListFiltered(family, &netlink.Rule{Table: table}, netlink.RT_FILTER_TABLE)
+		if noRules(err) {
+			continue
 		}
 		if err != nil {
 			return nil, fmt.Errorf("list routing rules: %w", err)

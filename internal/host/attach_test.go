@@ -171,20 +171,31 @@ func twoNetns(t *testing.T) (a *Attacher, pod *Netns) {
 	return a, pod
 }
 
-// veth makes a pair of links in the host's namespace; the peer is up.
-func veth(t *testing.T, a *Attacher, name string) Netdev {
+// library returns the library's handle for the host's namespace.
+func library(t *testing.T, a *Attacher) *netlink.Handle {
 	t.Helper()
 	conn, err := a.rtnl(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	v := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: name + "p"}
-	if err = conn.handle.LinkAdd(v); err != nil {
+	h, err := conn.library()
+	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := conn.handle.LinkByName(name + "p")
+	return h
+}
+
+// veth makes a pair of links in the host's namespace; the peer is up.
+func veth(t *testing.T, a *Attacher, name string) Netdev {
+	t.Helper()
+	handle := library(t, a)
+	v := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: name + "p"}
+	if err := handle.LinkAdd(v); err != nil {
+		t.Fatal(err)
+	}
+	p, err := handle.LinkByName(name + "p")
 	if err == nil {
-		err = conn.handle.LinkSetUp(p)
+		err = handle.LinkSetUp(p)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -245,8 +256,7 @@ func TestMoveToTakenNames(t *testing.T) {
 	}
 
 	l = veth(t, a, "vf1")
-	conn, _ := a.rtnl(nil)
-	if err = conn.handle.LinkAddAltName(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: l.Index}}, "net1"); err != nil {
+	if err = library(t, a).LinkAddAltName(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: l.Index}}, "net1"); err != nil {
 		t.Fatal(err)
 	}
 	if l, err = a.Link(nil, "vf1"); err != nil || !slices.Equal(l.AltNames, []string{"net1"}) {
@@ -446,7 +456,7 @@ func TestSetDefaultRoutes(t *testing.T) {
 
 func TestNetnsIdentity(t *testing.T) {
 	_, pod := twoNetns(t)
-	path := fmt.Sprintf("/proc/self/fd/%d", pod.file.Fd())
+	path := fmt.Sprintf("/proc/self/fd/%d", pod.fd)
 	same, err := OpenNetns(path)
 	if err != nil || same.ID != pod.ID {
 		t.Fatalf("%v, %v", same, err)

@@ -67,12 +67,8 @@ func OpenAttacher(sysfs string) (*Attacher, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Many use the host's sockets at a time, so both are open from the start.
-	conn, err := ns.rtnl()
-	if err == nil {
-		err = conn.within(conn.openRaw)
-	}
-	if err != nil {
+	// Many use the host's socket at a time, so it is open from the start.
+	if _, err = ns.rtnl(); err != nil {
 		ns.Close()
 		return nil, err
 	}

@@ -50,7 +50,7 @@ func Open(sysfs string) (*Host, error) {
 		return nil, fmt.Errorf("open netlink: %w", err)
 	}
 	h.rt.DisableVFInfoCollection()
-	if h.vf, err = openRtnl(nil); err != nil {
+	if h.vf, err = openRtnl(func(f func() error) error { return f() }); err != nil {
 		h.Close()
 		return nil, err
 	}
