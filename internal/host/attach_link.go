@@ -102,7 +102,9 @@ func netdevFrom(m []byte) Netdev {
 				}
 			}
 		case unix.IFLA_ADDRESS:
-			out.MAC = bytes.Clone(value)
+			if len(bytes.Trim(value, "\x00")) > 0 { // a link without one, such as lo, has zeros
+				out.MAC = bytes.Clone(value)
+			}
 		case unix.IFLA_MTU:
 			out.MTU = int(word(value))
 		case unix.IFLA_GROUP:
