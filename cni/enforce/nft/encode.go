@@ -96,12 +96,12 @@ func (o op) kind() uint16 {
 		flushChain: unix.NFT_MSG_DELRULE, addRule: unix.NFT_MSG_NEWRULE,
 		addSet: unix.NFT_MSG_NEWSET, deleteSet: unix.NFT_MSG_DELSET,
 		addElements: unix.NFT_MSG_NEWSETELEM, deleteElements: unix.NFT_MSG_DELSETELEM,
-		addCounter: unix.NFT_MSG_NEWOBJ,
+		addCounter: unix.NFT_MSG_NEWOBJ, deleteCounter: unix.NFT_MSG_DELOBJ,
 	}[o.do]
 }
 
 func (o op) String() string {
-	what := [...]string{"add table", "delete table", "add chain", "delete chain", "flush chain", "add rule to chain", "add set", "delete set", "add elements to set", "delete elements of set", "add counter"}[o.do]
+	what := [...]string{"add table", "delete table", "add chain", "delete chain", "flush chain", "add rule to chain", "add set", "delete set", "add elements to set", "delete elements of set", "add counter", "delete counter"}[o.do]
 	name := o.counter
 	switch {
 	case o.chain != nil:
@@ -171,10 +171,12 @@ func (b *buffer) op(o op, elements []element) []element {
 				b.element(elements[0], o.set.interval)
 			}
 		})
-	case addCounter:
+	case addCounter, deleteCounter:
 		b.string(unix.NFTA_OBJ_NAME, o.counter)
 		b.uint32(unix.NFTA_OBJ_TYPE, objectCounter)
-		b.nest(unix.NFTA_OBJ_DATA, func() {})
+		if o.do == addCounter {
+			b.nest(unix.NFTA_OBJ_DATA, func() {})
+		}
 	}
 	return elements
 }

@@ -66,7 +66,11 @@ func (e *engine) close() {
 
 // apply puts a generation in force: by changing the peers if nothing else changes, and
 // else with a new version of all.
-func (e *engine) apply(key string, i Interface, verdicts [2]*policy.Verdicts, generation uint64, render func(version int) rendering) error {
+func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Verdicts, generation uint64, render func(version int, held bool) rendering) error {
+	was, held, err := e.generation(t, i.MAC)
+	if err != nil {
+		return err
+	}
 	i.Addresses, i.Node = slices.Clone(i.Addresses), slices.Clone(i.Node)
 	isolated := [2]bool{verdicts[policy.Ingress].Isolated, verdicts[policy.Egress].Isolated}
 	old := e.states[key]
@@ -75,14 +79,14 @@ func (e *engine) apply(key string, i Interface, verdicts [2]*policy.Verdicts, ge
 	full := old == nil || !old.Interface.equal(i) || old.isolated != isolated
 	if full {
 		e.last++
-		r := render(e.last)
+		r := render(e.last, held)
 		present, err := e.names(r)
 		if err != nil {
 			return err
 		}
 		for present.holds(r.prefix) {
 			e.last++
-			r = render(e.last)
+			r = render(e.last, held)
 		}
 		next.rendering = r
 		prepare, flip, sweep = r.make(present)
@@ -137,10 +141,6 @@ func (e *engine) apply(key string, i Interface, verdicts [2]*policy.Verdicts, ge
 			}
 		}
 	}
-	was, held, err := e.generation(next.table, i.MAC)
-	if err != nil {
-		return err
-	}
 	record := &set{table: next.table, name: generations, key: etherAddr}
 	if held {
 		flip = append(flip, op{do: deleteElements, table: next.table, set: record, elements: []element{{key: string(i.MAC[:]), comment: strconv.FormatUint(was, 10)}}})
@@ -184,7 +184,7 @@ func elements(peers []peer) []element {
 func (r *rendering) make(present present) (prepare, flip, sweep []op) {
 	for _, t := range r.tables {
 		prepare = append(prepare, op{do: addTable, table: t})
-		for _, c := range []string{droppedIn, droppedOut, droppedSpoofed} {
+		for _, c := range r.counters {
 			prepare = append(prepare, op{do: addCounter, table: t, counter: c})
 		}
 	}

@@ -156,6 +156,7 @@ const (
 	addElements
 	deleteElements
 	addCounter
+	deleteCounter
 )
 
 // add are the operations that make the chain with its rules.

@@ -41,7 +41,9 @@ func (p *Pod) Apply(i Interface, ingress, egress *policy.Verdicts, generation ui
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	verdicts := [2]*policy.Verdicts{ingress, egress}
-	return p.apply(i.Name, i, verdicts, generation, func(version int) rendering { return podRendering(i, verdicts, version) })
+	return p.apply(i.Name, table{unix.NFPROTO_INET, TablePrefix + i.Name}, i, verdicts, generation, func(version int, _ bool) rendering {
+		return podRendering(i, verdicts, version)
+	})
 }
 
 func podRendering(i Interface, verdicts [2]*policy.Verdicts, version int) rendering {

@@ -87,11 +87,12 @@ const (
 // layout is a generation's rules but for its peers: what must be there before it is in
 // force, and the base chains that put it in force.
 type layout struct {
-	tables []table
-	sets   []set
-	fill   map[string][]element // of sets, by name
-	chains []chain
-	base   []chain // those without rules are not wanted
+	tables   []table
+	sets     []set
+	fill     map[string][]element // of sets, by name
+	chains   []chain
+	base     []chain // those without rules are not wanted
+	counters []string
 }
 
 // renderer makes the names and rules of one version of an interface's rules.
@@ -100,6 +101,7 @@ type renderer struct {
 	prefix string
 	table  table
 	layout layout
+	tally  string // begins the names of counters
 }
 
 func (r *renderer) name(what string) string { return r.prefix + what }
@@ -232,6 +234,7 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 	r := renderer{Interface: i, prefix: prefix, table: table{unix.NFPROTO_INET, TablePrefix + i.Name}}
 	r.layout.fill = map[string][]element{}
 	r.layout.tables = []table{r.table}
+	r.layout.counters = []string{droppedIn, droppedOut, droppedSpoofed}
 	node := r.addressSets("node", i.Node)
 	base := func(name string, number uint32, rules ...rule) {
 		r.layout.base = append(r.layout.base, chain{table: r.table, name: name, hook: &hook{number: number}, rules: rules})
@@ -314,7 +317,7 @@ func (r *renderer) spoofing() {
 	own := r.addressSets("own", r.Addresses)
 	mac := is(linkSource, string(r.MAC[:]))
 	frame := func(kind string, parts ...any) rule { return on(append([]any{mac, is(etherType, kind)}, parts...)...) }
-	dropped := []expr{count{droppedSpoofed}, drop}
+	dropped := []expr{count{r.tally + droppedSpoofed}, drop}
 	linkLocal := func(l load, op compare) match {
 		return match{load: load{from: l.from, at: l.at, len: 2}, mask: "\xff\xc0", op: op, value: "\xfe\x80"}
 	}

@@ -1,0 +1,257 @@
+package nft
+
+import (
+	"encoding/hex"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-network/sluice/cni/policy"
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// Parent guards the MacVLAN pods of one parent link, on the host. Unicast between two
+// of them passes the parent's ingress hook, as what comes from the wire does; what goes
+// to the wire passes its egress hook. Broadcast and multicast between them pass neither:
+// those are for the tables in the pods. Its methods may be called concurrently.
+type Parent struct {
+	*engine
+	link     string
+	asserted bool // the chains that all pods share are as they should be
+}
+
+// OpenParent opens the parent link in a namespace, the host's, for enforcement.
+func OpenParent(ns *host.Netns, link string) (*Parent, error) {
+	e, err := openEngine(ns)
+	if err != nil {
+		return nil, err
+	}
+	return &Parent{engine: e, link: link}, nil
+}
+
+// Close lets go of the parent. The rules stay in force.
+func (p *Parent) Close() { p.close() }
+
+func (p *Parent) table() table { return table{unix.NFPROTO_NETDEV, TablePrefix + p.link} }
+
+// DenyAll puts generation 0 in force for a MAC, which lets only pass what an interface
+// needs to get its addresses. The interface need not be there yet.
+func (p *Parent) DenyAll(i Interface) error { return p.Apply(i, denied, denied, 0) }
+
+// Apply puts a generation in force for the pod with the interface's MAC, and returns
+// when the kernel has acknowledged it. On an error the one before is wholly in force.
+//
+// It is a guard: what new connections may be is exact, and what has the shape of a
+// reply passes if the other direction's policy allows that peer and port. If the other
+// direction is not isolated, that is TCP with ACK or RST, SCTP without INIT, and all of
+// the protocols that have no such mark, from anyone; the pod's own table, which knows
+// connections, is exact for those.
+func (p *Parent) Apply(i Interface, ingress, egress *policy.Verdicts, generation uint64) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	verdicts := [2]*policy.Verdicts{ingress, egress}
+	err := p.apply(macPrefix(i.MAC), p.table(), i, verdicts, generation, func(version int, held bool) rendering {
+		return parentRendering(p.link, i, verdicts, version, held, !p.asserted)
+	})
+	if err == nil {
+		p.asserted = true
+	}
+	return err
+}
+
+// Generations are those in force, by MAC.
+func (p *Parent) Generations() (map[[6]byte]uint64, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.all(p.table())
+}
+
+// Dropped reads the counters of a pod.
+func (p *Parent) Dropped(mac [6]byte) (d Dropped, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	of, err := p.conn.counters(p.table())
+	tally := macPrefix(mac)
+	return Dropped{of[tally+droppedIn], of[tally+droppedOut], of[tally+droppedSpoofed]}, err
+}
+
+// Remove takes away all that is of a MAC, and with the last one the table. It is no
+// error if there is nothing.
+func (p *Parent) Remove(mac [6]byte) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	t := p.table()
+	held, err := p.all(t)
+	if err != nil {
+		return err
+	}
+	delete(p.states, macPrefix(mac))
+	_, there := held[mac]
+	delete(held, mac)
+	if len(held) == 0 {
+		tables, err := p.conn.tables(t.family)
+		if err != nil || !slices.Contains(tables, t.name) {
+			return err
+		}
+		p.asserted = false
+		return p.commit([]op{{do: deleteTable, table: t}})
+	}
+	if !there {
+		return nil
+	}
+	r := rendering{layout: layout{tables: []table{t}}, owns: ownedBy(mac)}
+	present, err := p.names(r)
+	if err != nil {
+		return err
+	}
+	var ops []op
+	for _, name := range []string{fromPods, toPods, generations} {
+		ops = append(ops, op{do: deleteElements, table: t, set: &set{table: t, name: name}, elements: []element{{key: string(mac[:])}}})
+	}
+	_, _, sweep := r.make(present)
+	ops = append(ops, sweep...)
+	for _, c := range []string{droppedIn, droppedOut, droppedSpoofed} {
+		ops = append(ops, op{do: deleteCounter, table: t, counter: macPrefix(mac) + c})
+	}
+	return p.commit(ops)
+}
+
+// What all pods of a parent share: the maps from MACs to their chains, and the chain
+// that looks for the receiver when the sender's has let a packet pass.
+const (
+	fromPods, toPods = "from", "to"
+	receivers        = "receivers"
+)
+
+// macPrefix begins the names that are of one MAC.
+func macPrefix(mac [6]byte) string { return "m" + hex.EncodeToString(mac[:]) + "." }
+
+func ownedBy(mac [6]byte) func(string) bool {
+	return func(name string) bool { return strings.HasPrefix(name, macPrefix(mac)) }
+}
+
+func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, version int, held, assert bool) rendering {
+	r := renderer{Interface: i, prefix: macPrefix(i.MAC) + "v" + strconv.Itoa(version) + ".", table: table{unix.NFPROTO_NETDEV, TablePrefix + parent}, tally: macPrefix(i.MAC)}
+	r.layout = layout{
+		tables: []table{r.table}, fill: map[string][]element{},
+		counters: []string{r.tally + droppedIn, r.tally + droppedOut, r.tally + droppedSpoofed},
+		sets:     []set{{table: r.table, name: fromPods, key: etherAddr, verdicts: true}, {table: r.table, name: toPods, key: etherAddr, verdicts: true}},
+	}
+	shared := chain{table: r.table, name: receivers, rules: []rule{on(dispatch{linkDestination, toPods}), on(accept)}}
+	if assert {
+		r.layout.base = []chain{
+			shared,
+			{table: r.table, name: "ingress", hook: &hook{number: unix.NF_NETDEV_INGRESS, device: parent}, rules: []rule{on(dispatch{linkSource, fromPods}), on(goTo(receivers))}},
+			{table: r.table, name: "egress", hook: &hook{number: unix.NF_NETDEV_EGRESS, device: parent}, rules: []rule{on(dispatch{linkSource, fromPods})}},
+		}
+	}
+	// Chains jump to it, and the kernel makes it once.
+	r.layout.chains = append(r.layout.chains, chain{table: r.table, name: receivers})
+	r.spoofing()
+	node := r.addressSets("node", i.Node)
+	for d, v := range verdicts {
+		if v.Isolated {
+			r.peerMaps(policy.Direction(d))
+		}
+	}
+	rendered := rendering{prefix: r.prefix, table: r.table, owns: ownedBy(i.MAC), ports: func(d policy.Direction, p *policy.Ports) chain { return r.guardPorts(d, p) }}
+	for d, side := range [...]struct {
+		in, name, counter string
+		pass              verdict
+		peer              [2]load
+	}{
+		policy.Ingress: {toPods, r.name("to"), droppedIn, accept, sources},
+		policy.Egress:  {fromPods, r.name("from"), droppedOut, goTo(receivers), destinations},
+	} {
+		d := policy.Direction(d)
+		var rules []rule
+		if d == policy.Egress {
+			rules = append(rules, on(jump(r.name("spoofing"))))
+		}
+		if !verdicts[d].Isolated {
+			rules = append(rules, on(side.pass))
+		} else {
+			rules = append(rules, on(is(etherType, etherARP), side.pass))
+			rules = append(rules, r.discovery(side.pass)...)
+			rules = append(rules, r.dhcp(d, side.pass)...)
+			// Destination unreachable, time exceeded, parameter problem; packet too big.
+			for _, kind := range []string{"\x03", "\x0b", "\x0c"} {
+				rules = append(rules, on(r.family(0), is(l4Proto, icmp), is(icmpType, kind), side.pass))
+			}
+			rules = append(rules, on(r.family(1), is(l4Proto, icmp6), between(icmpType, "\x01", "\x04"), side.pass))
+			for f := range node {
+				rules = append(rules, on(r.family(f), lookup{load: side.peer[f], set: node[f]}, side.pass))
+			}
+			rules = append(rules, r.peers(d, side.peer)...)
+			if other := 1 - d; verdicts[other].Isolated {
+				rules = append(rules, r.peers(other, side.peer)...)
+			} else {
+				rules = append(rules, r.replies(nil, &policy.Ports{All: true}, side.pass)...)
+			}
+			rules = append(rules, on(count{r.tally + side.counter}, drop))
+		}
+		r.layout.chains = append(r.layout.chains, chain{table: r.table, name: side.name, rules: rules})
+		m := &set{table: r.table, name: side.in, key: etherAddr, verdicts: true}
+		if held {
+			rendered.flip = append(rendered.flip, op{do: deleteElements, table: r.table, set: m, elements: []element{{key: string(i.MAC[:])}}})
+		}
+		v := jump(side.name)
+		rendered.flip = append(rendered.flip, op{do: addElements, table: r.table, set: m, elements: []element{{key: string(i.MAC[:]), verdict: &v}}})
+	}
+	rendered.layout = r.layout
+	return rendered
+}
+
+// guardPorts renders the chain of a set of ports that a direction's peers have. It is
+// for both ways: packets of new connections in the direction, and replies in the other.
+func (r *renderer) guardPorts(d policy.Direction, p *policy.Ports) chain {
+	mac := string(r.MAC[:])
+	to, from := []expr{is(linkDestination, mac)}, []expr{is(linkSource, mac)}
+	toPass, fromPass := accept, goTo(receivers)
+	if d == policy.Egress {
+		to, from, toPass, fromPass = from, to, fromPass, toPass
+	}
+	c := chain{table: r.table, name: portsName(r.prefix, d, p)}
+	if p.All {
+		c.rules = append(c.rules, on(to, toPass))
+	} else {
+		c.rules = append(c.rules, r.fragments(to, toPass)...)
+		c.rules = append(c.rules, ports(p, destinationPort, func(string) []expr { return to }, toPass)...)
+	}
+	c.rules = append(c.rules, r.replies(from, p, fromPass)...)
+	return c
+}
+
+// fragments are those that are not the first, and so have no ports. Without a first
+// one nobody can do anything with them, and that is judged.
+func (r *renderer) fragments(of []expr, v verdict) []rule {
+	return []rule{
+		on(of, r.family(0), match{load: fragment4, mask: "\x1f\xff", op: notEqual, value: "\x00\x00"}, v),
+		on(of, r.family(1), match{load: fragment6, mask: "\xff\xf8", op: notEqual, value: "\x00\x00"}, v),
+	}
+}
+
+// replies are packets that may be answers from the ports: TCP that does not begin a
+// connection, SCTP that does not begin an association, and any UDP. From a peer with
+// whom everything is allowed also any other protocol.
+func (r *renderer) replies(of []expr, p *policy.Ports, v verdict) []rule {
+	shape := func(protocol string) []expr {
+		switch protocol {
+		case tcp:
+			return append(slices.Clone(of), match{load: tcpFlags, mask: ackOrReset, op: notEqual, value: "\x00"})
+		case sctp:
+			return append(slices.Clone(of), isnt(sctpChunk, sctpInit))
+		}
+		return of
+	}
+	rules := r.fragments(of, v)
+	if !p.All {
+		return append(rules, ports(p, sourcePort, shape, v)...)
+	}
+	return append(rules,
+		on(is(l4Proto, tcp), shape(tcp), v),
+		on(is(l4Proto, sctp), shape(sctp), v),
+		on(of, isnt(l4Proto, tcp), isnt(l4Proto, sctp), v))
+}
