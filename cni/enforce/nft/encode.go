@@ -126,7 +126,7 @@ func (b *buffer) op(o op, elements []element) []element {
 		if h := o.chain.hook; h != nil && o.do == addChain {
 			b.nest(unix.NFTA_CHAIN_HOOK, func() {
 				b.uint32(unix.NFTA_HOOK_HOOKNUM, h.number)
-				b.uint32(unix.NFTA_HOOK_PRIORITY, 0)
+				b.uint32(unix.NFTA_HOOK_PRIORITY, h.priority)
 				if h.device != "" {
 					b.string(unix.NFTA_HOOK_DEV, h.device)
 				}

@@ -75,7 +75,6 @@ type verdict struct {
 
 const (
 	codeJump   = -3
-	codeGoto   = -4
 	codeReturn = -5
 )
 
@@ -86,7 +85,6 @@ var (
 )
 
 func jump(chain string) verdict   { return verdict{codeJump, chain} }
-func goTo(chain string) verdict   { return verdict{codeGoto, chain} }
 func is(l load, v string) match   { return match{load: l, op: equal, value: v} }
 func isnt(l load, v string) match { return match{load: l, op: notEqual, value: v} }
 
@@ -95,8 +93,9 @@ type rule []expr
 // hook is where the kernel calls a base chain. Its policy is accept always: while a
 // transaction waits, a new chain is called that has no rules yet.
 type hook struct {
-	number uint32
-	device string // of family netdev
+	number   uint32
+	priority uint32
+	device   string // of family netdev
 }
 
 type chain struct {

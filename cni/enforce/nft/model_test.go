@@ -255,16 +255,13 @@ rules:
 			}
 			switch v.code {
 			case goOn:
-			case codeJump, codeGoto:
+			case codeJump:
 				c, n := k.chain(t, v.chain, p)
 				if n != "" {
 					counter = n
 				}
 				if c != goOn {
 					return c, counter
-				}
-				if v.code == codeGoto {
-					return goOn, counter
 				}
 			case codeReturn:
 				return goOn, counter

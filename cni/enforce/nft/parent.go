@@ -15,7 +15,11 @@ import (
 // Parent guards the MacVLAN pods of one parent link, on the host. Unicast between two
 // of them passes the parent's ingress hook, as what comes from the wire does; what goes
 // to the wire passes its egress hook. Broadcast and multicast between them pass neither:
-// those are for the tables in the pods. Its methods may be called concurrently.
+// those are for the tables in the pods. A sender is known by its MAC: one that takes a
+// MAC which has no rules here is held by the table in its pod alone.
+//
+// The rules go with the link; of one that was made anew a Parent must be opened anew.
+// Its methods may be called concurrently.
 type Parent struct {
 	*engine
 	link     string
@@ -118,12 +122,8 @@ func (p *Parent) Remove(mac [6]byte) error {
 	return p.commit(ops)
 }
 
-// What all pods of a parent share: the maps from MACs to their chains, and the chain
-// that looks for the receiver when the sender's has let a packet pass.
-const (
-	fromPods, toPods = "from", "to"
-	receivers        = "receivers"
-)
+// The maps from MACs to their chains, which all pods of a parent share.
+const fromPods, toPods = "from", "to"
 
 // macPrefix begins the names that are of one MAC.
 func macPrefix(mac [6]byte) string { return "m" + hex.EncodeToString(mac[:]) + "." }
@@ -139,16 +139,17 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 		counters: []string{r.tally + droppedIn, r.tally + droppedOut, r.tally + droppedSpoofed},
 		sets:     []set{{table: r.table, name: fromPods, key: etherAddr, verdicts: true}, {table: r.table, name: toPods, key: etherAddr, verdicts: true}},
 	}
-	shared := chain{table: r.table, name: receivers, rules: []rule{on(dispatch{linkDestination, toPods}), on(accept)}}
 	if assert {
-		r.layout.base = []chain{
-			shared,
-			{table: r.table, name: "ingress", hook: &hook{number: unix.NF_NETDEV_INGRESS, device: parent}, rules: []rule{on(dispatch{linkSource, fromPods}), on(goTo(receivers))}},
-			{table: r.table, name: "egress", hook: &hook{number: unix.NF_NETDEV_EGRESS, device: parent}, rules: []rule{on(dispatch{linkSource, fromPods})}},
+		at := func(name string, number, priority uint32, by load, in string) {
+			r.layout.base = append(r.layout.base, chain{
+				table: r.table, name: name, hook: &hook{number: number, priority: priority, device: parent}, rules: []rule{on(dispatch{by, in})},
+			})
 		}
+		// What the sender's chain accepts the receiver's still has to accept.
+		at("senders", unix.NF_NETDEV_INGRESS, 0, linkSource, fromPods)
+		at("receivers", unix.NF_NETDEV_INGRESS, 1, linkDestination, toPods)
+		at("egress", unix.NF_NETDEV_EGRESS, 0, linkSource, fromPods)
 	}
-	// Chains jump to it, and the kernel makes it once.
-	r.layout.chains = append(r.layout.chains, chain{table: r.table, name: receivers})
 	r.spoofing()
 	node := r.addressSets("node", i.Node)
 	for d, v := range verdicts {
@@ -159,11 +160,10 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 	rendered := rendering{prefix: r.prefix, table: r.table, owns: ownedBy(i.MAC), ports: func(d policy.Direction, p *policy.Ports) chain { return r.guardPorts(d, p) }}
 	for d, side := range [...]struct {
 		in, name, counter string
-		pass              verdict
 		peer              [2]load
 	}{
-		policy.Ingress: {toPods, r.name("to"), droppedIn, accept, sources},
-		policy.Egress:  {fromPods, r.name("from"), droppedOut, goTo(receivers), destinations},
+		policy.Ingress: {toPods, r.name("to"), droppedIn, sources},
+		policy.Egress:  {fromPods, r.name("from"), droppedOut, destinations},
 	} {
 		d := policy.Direction(d)
 		var rules []rule
@@ -171,24 +171,24 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 			rules = append(rules, on(jump(r.name("spoofing"))))
 		}
 		if !verdicts[d].Isolated {
-			rules = append(rules, on(side.pass))
+			rules = append(rules, on(accept))
 		} else {
-			rules = append(rules, on(is(etherType, etherARP), side.pass))
-			rules = append(rules, r.discovery(side.pass)...)
-			rules = append(rules, r.dhcp(d, side.pass)...)
+			rules = append(rules, on(is(etherType, etherARP), accept))
+			rules = append(rules, r.discovery()...)
+			rules = append(rules, r.dhcp(d)...)
 			// Destination unreachable, time exceeded, parameter problem; packet too big.
 			for _, kind := range []string{"\x03", "\x0b", "\x0c"} {
-				rules = append(rules, on(r.family(0), is(l4Proto, icmp), is(icmpType, kind), side.pass))
+				rules = append(rules, on(r.family(0), is(l4Proto, icmp), is(icmpType, kind), accept))
 			}
-			rules = append(rules, on(r.family(1), is(l4Proto, icmp6), between(icmpType, "\x01", "\x04"), side.pass))
+			rules = append(rules, on(r.family(1), is(l4Proto, icmp6), between(icmpType, "\x01", "\x04"), accept))
 			for f := range node {
-				rules = append(rules, on(r.family(f), lookup{load: side.peer[f], set: node[f]}, side.pass))
+				rules = append(rules, on(r.family(f), lookup{load: side.peer[f], set: node[f]}, accept))
 			}
 			rules = append(rules, r.peers(d, side.peer)...)
 			if other := 1 - d; verdicts[other].Isolated {
 				rules = append(rules, r.peers(other, side.peer)...)
 			} else {
-				rules = append(rules, r.replies(nil, &policy.Ports{All: true}, side.pass)...)
+				rules = append(rules, r.replies(nil, &policy.Ports{All: true})...)
 			}
 			rules = append(rules, on(count{r.tally + side.counter}, drop))
 		}
@@ -209,34 +209,33 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 func (r *renderer) guardPorts(d policy.Direction, p *policy.Ports) chain {
 	mac := string(r.MAC[:])
 	to, from := []expr{is(linkDestination, mac)}, []expr{is(linkSource, mac)}
-	toPass, fromPass := accept, goTo(receivers)
 	if d == policy.Egress {
-		to, from, toPass, fromPass = from, to, fromPass, toPass
+		to, from = from, to
 	}
 	c := chain{table: r.table, name: portsName(r.prefix, d, p)}
 	if p.All {
-		c.rules = append(c.rules, on(to, toPass))
+		c.rules = append(c.rules, on(to, accept))
 	} else {
-		c.rules = append(c.rules, r.fragments(to, toPass)...)
-		c.rules = append(c.rules, ports(p, destinationPort, func(string) []expr { return to }, toPass)...)
+		c.rules = append(c.rules, r.fragments(to)...)
+		c.rules = append(c.rules, ports(p, destinationPort, func(string) []expr { return to })...)
 	}
-	c.rules = append(c.rules, r.replies(from, p, fromPass)...)
+	c.rules = append(c.rules, r.replies(from, p)...)
 	return c
 }
 
 // fragments are those that are not the first, and so have no ports. Without a first
 // one nobody can do anything with them, and that is judged.
-func (r *renderer) fragments(of []expr, v verdict) []rule {
+func (r *renderer) fragments(of []expr) []rule {
 	return []rule{
-		on(of, r.family(0), match{load: fragment4, mask: "\x1f\xff", op: notEqual, value: "\x00\x00"}, v),
-		on(of, r.family(1), match{load: fragment6, mask: "\xff\xf8", op: notEqual, value: "\x00\x00"}, v),
+		on(of, r.family(0), match{load: fragment4, mask: "\x1f\xff", op: notEqual, value: "\x00\x00"}, accept),
+		on(of, r.family(1), match{load: fragment6, mask: "\xff\xf8", op: notEqual, value: "\x00\x00"}, accept),
 	}
 }
 
 // replies are packets that may be answers from the ports: TCP that does not begin a
 // connection, SCTP that does not begin an association, and any UDP. From a peer with
 // whom everything is allowed also any other protocol.
-func (r *renderer) replies(of []expr, p *policy.Ports, v verdict) []rule {
+func (r *renderer) replies(of []expr, p *policy.Ports) []rule {
 	shape := func(protocol string) []expr {
 		switch protocol {
 		case tcp:
@@ -246,12 +245,12 @@ func (r *renderer) replies(of []expr, p *policy.Ports, v verdict) []rule {
 		}
 		return of
 	}
-	rules := r.fragments(of, v)
+	rules := r.fragments(of)
 	if !p.All {
-		return append(rules, ports(p, sourcePort, shape, v)...)
+		return append(rules, ports(p, sourcePort, shape)...)
 	}
 	return append(rules,
-		on(is(l4Proto, tcp), shape(tcp), v),
-		on(is(l4Proto, sctp), shape(sctp), v),
-		on(of, isnt(l4Proto, tcp), isnt(l4Proto, sctp), v))
+		on(is(l4Proto, tcp), shape(tcp), accept),
+		on(is(l4Proto, sctp), shape(sctp), accept),
+		on(of, isnt(l4Proto, tcp), isnt(l4Proto, sctp), accept))
 }

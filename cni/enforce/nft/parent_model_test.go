@@ -46,12 +46,20 @@ func TestParentRulesSayWhatVerdictsSay(t *testing.T) {
 			if !verdicts[d].Isolated {
 				want = true
 			}
-			hooks := []string{"ingress"}
+			hooks := [][]string{{"senders", "receivers"}} // base chains, in their order
 			if d == policy.Egress {
-				hooks = append(hooks, "egress")
+				hooks = append(hooks, []string{"egress"})
+			}
+			walk := func(hook []string) (got bool, counter string) {
+				for _, base := range hook {
+					if got, counter = k.walk(r.table, base, f.packet()); !got {
+						break
+					}
+				}
+				return got, counter
 			}
 			for _, hook := range hooks {
-				got, counter := k.walk(r.table, hook, f.packet())
+				got, counter := walk(hook)
 				if got != want {
 					t.Fatalf("%s hook, %s %+v: rules say %v, should be %v", hook, d, f, got, want)
 				}
@@ -61,7 +69,7 @@ func TestParentRulesSayWhatVerdictsSay(t *testing.T) {
 			}
 			// Other MACs are none of its business.
 			f.sourceMAC[5], f.destinationMAC[5] = 0x70, 0x71
-			if got, _ := k.walk(r.table, "ingress", f.packet()); !got {
+			if got, _ := walk(hooks[0]); !got {
 				t.Fatalf("a packet of others is dropped: %+v", f)
 			}
 		}

@@ -47,13 +47,12 @@ func openPod(t testing.TB, s *station) *Pod {
 	return p
 }
 
-func TestPodPackets(t *testing.T) {
-	w := newWorld(t, "a", "b", "c")
-	a := w.pods["a"]
-	pod := openPod(t, a)
-	all := cells([2]string{"a", "b"}, [2]string{"b", "a"}, [2]string{"a", "wire"}, [2]string{"wire", "a"}, [2]string{"c", "a"})
-	generation := uint64(0)
-	for _, c := range []struct {
+// policies are pairs of verdict maps for a pod whose peers are b and the wire.
+func policies(w *world) []struct {
+	name            string
+	ingress, egress *policy.Verdicts
+} {
+	return []struct {
 		name            string
 		ingress, egress *policy.Verdicts
 	}{
@@ -63,7 +62,21 @@ func TestPodPackets(t *testing.T) {
 		{"NP-05 both isolated", only(open80, w.pods["b"]), only(open80, w.pods["wire"])},
 		{"NP-11 NP-13 nothing allowed", denied, denied},
 		{"NP-15 NP-41 all of one peer", only(&policy.Ports{All: true}, w.pods["wire"]), denied},
-	} {
+	}
+}
+
+// around are all cells to and from a.
+func around() []cell {
+	return cells([2]string{"a", "b"}, [2]string{"b", "a"}, [2]string{"a", "wire"}, [2]string{"wire", "a"}, [2]string{"c", "a"})
+}
+
+func TestPodPackets(t *testing.T) {
+	w := newWorld(t, "a", "b", "c")
+	a := w.pods["a"]
+	pod := openPod(t, a)
+	all := around()
+	generation := uint64(0)
+	for _, c := range policies(w) {
 		t.Run(c.name, func(t *testing.T) {
 			w.TB = t
 			generation++
@@ -345,13 +358,15 @@ func TestAntiSpoofing(t *testing.T) {
 	if err := pod.Apply(a.iface(), openTo, openTo, 1); err != nil {
 		t.Fatal(err)
 	}
-	spoofing(t, a, wire)
+	spoofing(t, a, wire, true)
 	if n, err := pod.Dropped(a.iface()); err != nil || n.Spoofed < 20 || n.Ingress+n.Egress != 0 {
 		t.Errorf("dropped %+v, %v", n, err)
 	}
 }
 
-func spoofing(t *testing.T, a, wire *station) {
+// spoofing sends frames of all sorts from a. On the parent other MACs pass: they may be
+// those of others.
+func spoofing(t *testing.T, a, wire *station, macHeld bool) {
 	t.Helper()
 	catch := packetSocket(t, wire)
 	other4, other6 := netip.MustParseAddr("10.20.7.7"), netip.MustParseAddr("fd20::77")
@@ -389,8 +404,8 @@ func spoofing(t *testing.T, a, wire *station) {
 		{"link-local", ip(a.mac, linkLocal, wire.v6, 17, data()), true},
 		{"another's IPv4", ip(a.mac, other4, wire.v4, 17, data()), false},
 		{"another's IPv6", ip(a.mac, other6, wire.v6, 17, data()), false},
-		{"another's MAC", ip(otherMAC, a.v4, wire.v4, 17, data()), false},
-		{"another's MAC, IPv6", ip(otherMAC, a.v6, wire.v6, 17, data()), false},
+		{"another's MAC", ip(otherMAC, a.v4, wire.v4, 17, data()), !macHeld},
+		{"another's MAC, IPv6", ip(otherMAC, a.v6, wire.v6, 17, data()), !macHeld},
 		{"tagged", tagged(ip(a.mac, a.v4, wire.v4, 17, data())), false},
 		{"no source, no DHCP", ip(a.mac, netip.IPv4Unspecified(), wire.v4, 17, append(udpTo(68, 67), make([]byte, 8)...)), false},
 		{"no source, UDP", ip(a.mac, netip.IPv6Unspecified(), wire.v6, 17, data()), false},

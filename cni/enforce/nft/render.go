@@ -165,23 +165,23 @@ func on(parts ...any) rule {
 // discovery is what IPv6 cannot be without: neighbour discovery, whose hop limit shows
 // that it comes from this link (RFC 4861), and multicast listeners' reports, without
 // which switches that snoop do not pass it on (RFC 2710, 3810).
-func (r *renderer) discovery(v verdict) []rule {
+func (r *renderer) discovery() []rule {
 	var rules []rule
 	for _, types := range [][3]string{{"\xff", "\x85", "\x89"}, {"\x01", "\x82", "\x84"}, {"\x01", "\x8f", "\x8f"}} {
-		rules = append(rules, on(r.family(1), is(l4Proto, icmp6), is(hopLimit, types[0]), between(icmpType, types[1], types[2]), v))
+		rules = append(rules, on(r.family(1), is(l4Proto, icmp6), is(hopLimit, types[0]), between(icmpType, types[1], types[2]), accept))
 	}
 	return rules
 }
 
 // dhcp lets a client's packets out, or a server's in.
-func (r *renderer) dhcp(d policy.Direction, v verdict) []rule {
+func (r *renderer) dhcp(d policy.Direction) []rule {
 	if !r.DHCP {
 		return nil
 	}
 	ports := [...][2]string{policy.Ingress: {"\x00\x43\x00\x44", "\x02\x23\x02\x22"}, policy.Egress: {"\x00\x44\x00\x43", "\x02\x22\x02\x23"}}[d]
 	return []rule{
-		on(r.family(0), is(l4Proto, udp), is(bothPorts, ports[0]), v),
-		on(r.family(1), is(l4Proto, udp), is(bothPorts, ports[1]), v),
+		on(r.family(0), is(l4Proto, udp), is(bothPorts, ports[0]), accept),
+		on(r.family(1), is(l4Proto, udp), is(bothPorts, ports[1]), accept),
 	}
 }
 
@@ -209,7 +209,7 @@ func bigEndian(port uint16) string { return string(binary.BigEndian.AppendUint16
 
 // ports are the rules for the cells of a set of ports, which port is one of, each with
 // what else a packet of the protocol must be.
-func ports(p *policy.Ports, port load, also func(protocol string) []expr, v verdict) []rule {
+func ports(p *policy.Ports, port load, also func(protocol string) []expr) []rule {
 	var rules []rule
 	for _, c := range []struct {
 		protocol string
@@ -220,7 +220,7 @@ func ports(p *policy.Ports, port load, also func(protocol string) []expr, v verd
 			if ports != (policy.PortRange{First: 0, Last: 65535}) {
 				at = between(port, bigEndian(ports.First), bigEndian(ports.Last))
 			}
-			rules = append(rules, on(is(l4Proto, c.protocol), at, also(c.protocol), v))
+			rules = append(rules, on(is(l4Proto, c.protocol), at, also(c.protocol), accept))
 		}
 	}
 	return rules
@@ -261,8 +261,8 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 			on(is(l4Proto, icmp), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
 			on(is(l4Proto, icmp6), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
 		}
-		rules = append(rules, r.discovery(accept)...)
-		rules = append(rules, r.dhcp(side.direction, accept)...)
+		rules = append(rules, r.discovery()...)
+		rules = append(rules, r.dhcp(side.direction)...)
 		for f := range node {
 			rules = append(rules, on(r.family(f), lookup{load: side.peers[f], set: node[f]}, accept))
 		}
@@ -304,7 +304,7 @@ func portsOf(t table, prefix string, d policy.Direction, p *policy.Ports) chain 
 	if p.All {
 		c.rules = []rule{on(accept)}
 	} else {
-		c.rules = ports(p, destinationPort, anything, accept)
+		c.rules = ports(p, destinationPort, anything)
 	}
 	return c
 }
