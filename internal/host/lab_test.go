@@ -216,8 +216,8 @@ func TestLabEvents(t *testing.T) {
 		select {
 		case <-events:
 			t.Logf("%s: told %s after the change was done", what, time.Since(changed))
-		case <-time.After(time.Second):
-			t.Errorf("%s: not told within a second", what)
+		case <-time.After(20 * time.Second):
+			t.Errorf("%s: not told", what)
 		}
 	}
 	told("VFs made", func() error { return h.SetNumVFs(t.Context(), pf.PCIAddress, 1) })

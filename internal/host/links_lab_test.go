@@ -223,11 +223,15 @@ func told(t *testing.T, events <-chan Changes, want bool, what string) {
 	t.Helper()
 	got := false
 	for {
+		wait := 300 * time.Millisecond
+		if want && !got {
+			wait = 20 * time.Second
+		}
 		select {
 		case <-events:
 			got = true
 			continue
-		case <-time.After(300 * time.Millisecond):
+		case <-time.After(wait):
 		}
 		if got != want {
 			t.Errorf("%s: told %t, want %t", what, got, want)
