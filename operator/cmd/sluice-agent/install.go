@@ -72,7 +72,7 @@ func installAlias(dir string, replaceForeign bool) error {
 	case errors.Is(err, fs.ErrNotExist):
 	case !replaceForeign:
 		return fmt.Errorf("%w as %s, so network definitions with \"type\": \"sriov\" use it and not Sluice: "+
-			"remove it, or start the agent with --replace-sriov-cni", errForeignAlias, alias)
+			"remove it, or set configDaemonEnvVars REPLACE_SRIOV_CNI to \"true\" in SriovOperatorConfig default", errForeignAlias, alias)
 	default:
 		if err := os.Rename(alias, alias+beforeSuffix); err != nil {
 			return fmt.Errorf("keep the foreign CNI plugin %s: %w", alias, err)

@@ -117,7 +117,7 @@ func TestInstallAlias(t *testing.T) {
 			c.before(t, alias)
 			err := installAlias(dir, c.replace)
 			if c.foreign {
-				if !errors.Is(err, errForeignAlias) || !strings.Contains(err.Error(), alias) || !strings.Contains(err.Error(), "--replace-sriov-cni") {
+				if !errors.Is(err, errForeignAlias) || !strings.Contains(err.Error(), alias) || !strings.Contains(err.Error(), "REPLACE_SRIOV_CNI") {
 					t.Errorf("error %v", err)
 				}
 				return

@@ -96,7 +96,7 @@ func parse(args []string, env func(string) string) (*settings, error) {
 	f.StringVar(&c.socket, "socket", "/var/run/sluice/cni.sock", "socket that the CNI shim calls")
 	f.StringVar(&c.shim, "shim", "/sluice-cni", "CNI shim to install")
 	f.StringVar(&c.cniDir, "cni-bin-dir", "/opt/cni/bin", "directory of the node's CNI plugins")
-	f.BoolVar(&c.replaceSriovCNI, "replace-sriov-cni", false, `take the place of another project's CNI plugin "sriov"`)
+	f.BoolVar(&c.replaceSriovCNI, "replace-sriov-cni", false, `take the place of another project's CNI plugin "sriov" (environment REPLACE_SRIOV_CNI)`)
 	f.StringVar(&c.devicePlugins, "device-plugin-dir", "/var/lib/kubelet/device-plugins", "the kubelet's device-plugin directory")
 	f.StringVar(&c.podResources, "pod-resources-socket", "/var/lib/kubelet/pod-resources/kubelet.sock", "the kubelet's pod-resources socket")
 	f.StringVar(&c.deviceInfo, "device-info-dir", "/var/run/k8s.cni.cncf.io/devinfo/dp", "directory for device-info files")
@@ -106,6 +106,9 @@ func parse(args []string, env func(string) string) (*settings, error) {
 	f.StringVar(&c.modprobeDir, "modprobe-dir", "/etc/modprobe.d", "directory of the kernel modules' settings, for what a reboot is to bring about")
 	f.StringVar(&c.sysfs, "sysfs", "/sys", "where sysfs is mounted")
 	f.StringVar(&c.listen, "listen", ":8082", "address for /healthz, /readyz and /metrics")
+	if err := f.Set("replace-sriov-cni", def("REPLACE_SRIOV_CNI", "false")); err != nil {
+		return nil, fmt.Errorf("environment REPLACE_SRIOV_CNI %q: set it to true or false: %w", env("REPLACE_SRIOV_CNI"), err)
+	}
 	if err := f.Parse(args); err != nil {
 		return nil, err
 	}

@@ -104,8 +104,8 @@ func TestParse(t *testing.T) {
 	if c.node != "n1" || c.namespace != "sys" || c.prefix != "openshift.io" || c.cniDir != "/x" || c.stateDir != "/var/lib/sluice" || c.replaceSriovCNI {
 		t.Errorf("%+v", c)
 	}
-	env["RESOURCE_PREFIX"] = "intel.com"
-	if c, err = parse([]string{"--node-name=n2"}, func(k string) string { return env[k] }); err != nil || c.prefix != "intel.com" || c.node != "n2" {
+	env["RESOURCE_PREFIX"], env["REPLACE_SRIOV_CNI"] = "intel.com", "true"
+	if c, err = parse([]string{"--node-name=n2"}, func(k string) string { return env[k] }); err != nil || c.prefix != "intel.com" || c.node != "n2" || !c.replaceSriovCNI {
 		t.Errorf("%+v, %v", c, err)
 	}
 	for _, bad := range []struct {
@@ -117,6 +117,7 @@ func TestParse(t *testing.T) {
 		{nil, map[string]string{"NODE_NAME": "n1"}, "POD_NAMESPACE"},
 		{[]string{"what"}, env, `"what"`},
 		{[]string{"--nope"}, env, "nope"},
+		{nil, map[string]string{"REPLACE_SRIOV_CNI": "yes"}, `REPLACE_SRIOV_CNI "yes": set it to true or false`},
 	} {
 		if _, err := parse(bad.args, func(k string) string { return bad.env[k] }); err == nil || !strings.Contains(err.Error(), bad.want) {
 			t.Errorf("%v: %v, want %s", bad.args, err, bad.want)
