@@ -114,12 +114,13 @@ func mount(pod *corev1.PodSpec, m corev1.VolumeMount) {
 	agent.VolumeMounts = append(agent.VolumeMounts, m)
 }
 
-// withoutEtc takes the folders below /etc from a pod. The runtime would make those that
-// are missing, whatever their type, and where it cannot the pod does not start.
+// withoutEtc takes the folders below /etc from a pod, but for the runtime's own. The runtime
+// would make those that are missing, whatever their type, and where it cannot the pod does
+// not start.
 func withoutEtc(pod *corev1.PodSpec) {
 	in := map[string]bool{}
 	pod.Volumes = slices.DeleteFunc(pod.Volumes, func(v corev1.Volume) bool {
-		in[v.Name] = v.HostPath != nil && strings.HasPrefix(v.HostPath.Path, "/etc/")
+		in[v.Name] = v.HostPath != nil && strings.HasPrefix(v.HostPath.Path, "/etc/") && !strings.HasPrefix(v.HostPath.Path, "/etc/cni/")
 		return in[v.Name]
 	})
 	agent := &pod.Containers[0]

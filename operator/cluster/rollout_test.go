@@ -93,11 +93,11 @@ func TestAgentWithoutEtc(t *testing.T) {
 		return paths, mounts
 	}
 	all, allMounts := build()
-	if !slices.Equal(all, allMounts) || !slices.Contains(all, "/etc/sriov-operator") || !slices.Contains(all, "/etc/modprobe.d") {
+	if !slices.Equal(all, allMounts) || !slices.Contains(all, "/etc/sriov-operator") || !slices.Contains(all, "/etc/modprobe.d") || !slices.Contains(all, "/etc/cni/net.d") {
 		t.Fatalf("volumes %v, mounts %v", all, allMounts)
 	}
 	config.Annotations = map[string]string{sriovv1.AnnotationReadOnlyEtc: "true"}
-	want := slices.DeleteFunc(all, func(path string) bool { return strings.HasPrefix(path, "/etc") })
+	want := slices.DeleteFunc(all, func(path string) bool { return strings.HasPrefix(path, "/etc") && path != "/etc/cni/net.d" })
 	if paths, mounts := build(); !slices.Equal(paths, want) || !slices.Equal(mounts, want) {
 		t.Errorf("volumes %v, mounts %v, want %v", paths, mounts, want)
 	}
