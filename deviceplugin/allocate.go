@@ -14,10 +14,9 @@ import (
 
 // facts is what sysfs says about one device at the time of its allocation.
 type facts struct {
-	noIOMMU     bool   // its IOMMU group is one that vfio made up (enable_unsafe_noiommu_mode)
-	rdma        rdma   // zero when it has no RDMA device
-	representor string // netdev name of its representor; empty in legacy mode
-	vdpa        string // path of its vDPA device: a node of vhost, a folder of virtio's bus
+	noIOMMU bool   // its IOMMU group is one that vfio made up (enable_unsafe_noiommu_mode)
+	rdma    rdma   // zero when it has no RDMA device
+	vdpa    string // path of its vDPA device: a node of vhost, a folder of virtio's bus
 }
 
 // rdma are the names of the RDMA device of a VF and of its character devices.

@@ -2,12 +2,8 @@ package deviceplugin
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
-	"strings"
 
 	api "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
 )
@@ -65,21 +61,5 @@ func writeCDI(dir, id string, nodes deviceNodes) (*api.CDIDevice, error) {
 // pruneCDI removes the files of devices that keep does not know. A container that is
 // started again is made by its file anew.
 func pruneCDI(dir string, keep func(id string) bool) error {
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("read CDI directory: %w", err)
-	}
-	var errs []error
-	for _, e := range entries {
-		id, ours := strings.CutPrefix(e.Name(), cdiPrefix)
-		if id, isSpec := strings.CutSuffix(id, cdiSuffix); ours && isSpec && !keep(id) {
-			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				errs = append(errs, fmt.Errorf("remove CDI specification: %w", err))
-			}
-		}
-	}
-	return errors.Join(errs...)
+	return prune(dir, cdiPrefix, cdiSuffix, keep)
 }

@@ -29,7 +29,7 @@ func deviceInfo(d Device, f facts) nad.DeviceInfo {
 				Path:              f.vdpa,
 				PciAddress:        d.PCIAddress,
 				PfPciAddress:      d.PFAddress,
-				RepresentorDevice: f.representor,
+				RepresentorDevice: d.Representor,
 			},
 		}
 	}
@@ -40,7 +40,7 @@ func deviceInfo(d Device, f facts) nad.DeviceInfo {
 			PciAddress:        d.PCIAddress,
 			PfPciAddress:      d.PFAddress,
 			RdmaDevice:        f.rdma.Device,
-			RepresentorDevice: f.representor,
+			RepresentorDevice: d.Representor,
 		},
 	}
 }
@@ -112,23 +112,28 @@ func ReadDeviceInfo(dir, resource, id string) (*nad.DeviceInfo, error) {
 // pruneDeviceInfo removes the files of resource whose device keep does not
 // know. Files of other resources stay: other plugins may use our prefix too.
 func pruneDeviceInfo(dir, resource string, keep func(id string) bool) error {
+	return prune(dir, strings.ReplaceAll(resource, "/", "-")+"-", deviceInfoSuffix, func(id string) bool {
+		// The ID must be a whole PCI address, or "net" would own the files of "net-fast".
+		return !host.ValidPCIAddress(id) || keep(id)
+	})
+}
+
+// prune removes the files <prefix><device ID><suffix> of devices that keep does not know.
+func prune(dir, prefix, suffix string, keep func(id string) bool) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("read device-info directory: %w", err)
+		return fmt.Errorf("remove what is of no device any more: %w", err)
 	}
 	var errs []error
 	for _, e := range entries {
-		rest, ours := strings.CutPrefix(e.Name(), strings.ReplaceAll(resource, "/", "-")+"-")
-		id, isInfo := strings.CutSuffix(rest, deviceInfoSuffix)
-		// The ID must be a whole PCI address, or "net" would own the files of "net-fast".
-		if !ours || !isInfo || !host.ValidPCIAddress(id) || keep(id) {
-			continue
-		}
-		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, fmt.Errorf("remove device information of %s: %w", id, err))
+		id, ours := strings.CutPrefix(e.Name(), prefix)
+		if id, whole := strings.CutSuffix(id, suffix); ours && whole && !keep(id) {
+			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, fmt.Errorf("remove what is of no device any more: %w", err))
+			}
 		}
 	}
 	return errors.Join(errs...)

@@ -70,34 +70,3 @@ func FuzzPruneDeviceInfo(f *testing.F) {
 		}
 	})
 }
-
-// What a driver writes into the names of ports and switches ends in no other
-// netdev than the one that has them.
-func FuzzRepresentor(f *testing.F) {
-	f.Add("aa", "p0", "aa", "pf0vf3", 3)
-	f.Add("aa", "p1", "bb", "pf1vf3", 3)
-	f.Add("", "", "", "pfvf0", 0)
-	f.Add("aa\n", " p0 ", "aa", "pf0vf03", 3)
-	sys := f.TempDir()
-	for _, link := range []string{"pf", "rep"} {
-		if err := os.MkdirAll(filepath.Join(sys, "class/net", link), 0o750); err != nil {
-			f.Fatal(err)
-		}
-	}
-	f.Fuzz(func(t *testing.T, uplinkID, uplinkPort, id, port string, index int) {
-		for name, content := range map[string]string{
-			"pf/phys_switch_id": uplinkID, "pf/phys_port_name": uplinkPort, "rep/phys_switch_id": id, "rep/phys_port_name": port,
-		} {
-			if err := os.WriteFile(filepath.Join(sys, "class/net", name), []byte(content), 0o600); err != nil {
-				t.Fatal(err)
-			}
-		}
-		switch got := representor(sys, "pf", index); {
-		case got == "":
-		case strings.TrimSpace(id) != strings.TrimSpace(uplinkID) || strings.TrimSpace(id) == "":
-			t.Fatalf("%q is in another switch", got)
-		case got != "rep" || !strings.HasPrefix(strings.TrimSpace(port), "pf"):
-			t.Fatalf("%q represents VF %d at port %q", got, index, port)
-		}
-	})
-}

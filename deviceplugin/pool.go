@@ -47,8 +47,10 @@ type Device struct {
 	IOMMUGroup string // number as text, empty without an IOMMU
 	LinkType   host.LinkType
 	VDPA       string // virtio or vhost when the VF has such a vDPA device
-	Healthy    bool
-	Reason     string // why it is not healthy
+	// Representor is the VF's netdev in the PF's switch; empty in legacy mode.
+	Representor string
+	Healthy     bool
+	Reason      string // why it is not healthy
 }
 
 // ID is the device's ID towards the kubelet: a PCI address or a slot.

@@ -228,7 +228,7 @@ func TestCDI(t *testing.T) {
 	wantError(t, err, "write CDI specification of 0000:01:00.1")
 }
 
-func TestVDPADeviceInfo(t *testing.T) {
+func TestDeviceInfo(t *testing.T) {
 	sys := t.TempDir()
 	for _, dir := range []string{"vhost-vdpa-3", "virtio9", "power"} {
 		if err := os.MkdirAll(filepath.Join(sys, "bus/vdpa/devices/vdpa:0000:01:00.1", dir), 0o750); err != nil {
@@ -236,10 +236,12 @@ func TestVDPADeviceInfo(t *testing.T) {
 		}
 	}
 	for kind, want := range map[string]string{
-		host.VDPAVhost:  `{"type":"vdpa","version":"1.1.0","vdpa":{"parent-device":"vdpa:0000:01:00.1","driver":"vhost","path":"/dev/vhost-vdpa-3","pci-address":"0000:01:00.1","pf-pci-address":"0000:01:00.0"}}`,
-		host.VDPAVirtio: `{"type":"vdpa","version":"1.1.0","vdpa":{"parent-device":"vdpa:0000:01:00.1","driver":"virtio","path":"/sys/bus/virtio/devices/virtio9","pci-address":"0000:01:00.1","pf-pci-address":"0000:01:00.0"}}`,
+		host.VDPAVhost:  `{"type":"vdpa","version":"1.1.0","vdpa":{"parent-device":"vdpa:0000:01:00.1","driver":"vhost","path":"/dev/vhost-vdpa-3","pci-address":"0000:01:00.1","pf-pci-address":"0000:01:00.0","representor-device":"eth9"}}`,
+		host.VDPAVirtio: `{"type":"vdpa","version":"1.1.0","vdpa":{"parent-device":"vdpa:0000:01:00.1","driver":"virtio","path":"/sys/bus/virtio/devices/virtio9","pci-address":"0000:01:00.1","pf-pci-address":"0000:01:00.0","representor-device":"eth9"}}`,
+		"":              `{"type":"pci","version":"1.1.0","pci":{"pci-address":"0000:01:00.1","pf-pci-address":"0000:01:00.0","representor-device":"eth9"}}`,
 	} {
 		d := vdpaVF(kind)
+		d.Representor = "eth9"
 		if got, err := json.Marshal(deviceInfo(d, readFacts(sys, d))); err != nil || string(got) != want {
 			t.Errorf("%v, got\n%s\nwant\n%s", err, got, want)
 		}
@@ -272,17 +274,9 @@ func TestReadFacts(t *testing.T) {
 	file(dev+"infiniband_mad/umad2/dev", "")
 	file(dev+"infiniband_mad/issm2/dev", "")
 	file("class/misc/rdma_cm/dev", "")
-	file("class/net/ens1f0/phys_switch_id", "aa\n")
-	file("class/net/ens1f0/phys_port_name", "p1\n")
-	file("class/net/eth7/phys_switch_id", "bb\n") // same port name in another switch
-	file("class/net/eth7/phys_port_name", "pf1vf1\n")
-	file("class/net/eth8/phys_switch_id", "aa\n") // other PF of the same switch
-	file("class/net/eth8/phys_port_name", "pf0vf1\n")
-	file("class/net/eth9/phys_switch_id", "aa\n")
-	file("class/net/eth9/phys_port_name", "pf1vf1\n")
 	want := facts{
-		noIOMMU: true, representor: "eth9",
-		rdma: rdma{Device: "mlx5_2", Uverbs: "uverbs2", Umad: "umad2", Issm: "issm2", CM: true},
+		noIOMMU: true,
+		rdma:    rdma{Device: "mlx5_2", Uverbs: "uverbs2", Umad: "umad2", Issm: "issm2", CM: true},
 	}
 	if got := readFacts(sys, d); got != want {
 		t.Errorf("got %+v, want %+v", got, want)

@@ -3,7 +3,6 @@ package deviceplugin
 import (
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"github.com/sluice-network/sluice/internal/host"
@@ -16,10 +15,7 @@ import (
 // the devices in sysfs.
 func readFacts(sys string, d Device) facts {
 	dev := filepath.Join(sys, "bus/pci/devices", d.PCIAddress)
-	f := facts{
-		noIOMMU:     readLine(filepath.Join(sys, "kernel/iommu_groups", d.IOMMUGroup, "name")) == "vfio-noiommu",
-		representor: representor(sys, d.PFName, d.VFIndex),
-	}
+	f := facts{noIOMMU: readLine(filepath.Join(sys, "kernel/iommu_groups", d.IOMMUGroup, "name")) == "vfio-noiommu"}
 	vdpa := filepath.Join(sys, "bus/vdpa/devices", vdpaDevice(d.PCIAddress))
 	switch d.VDPA {
 	case host.VDPAVhost:
@@ -46,29 +42,6 @@ func readFacts(sys string, d Device) facts {
 
 // vdpaDevice is the name that package host gives a VF's vDPA device.
 func vdpaDevice(pciAddress string) string { return "vdpa:" + pciAddress }
-
-// representor finds the netdev that stands for a VF in the PF's switch: it has
-// the switch ID of the PF's uplink and the port name that
-// Documentation/networking/representors.rst prescribes, "pf<N>vf<M>", N being
-// that of the uplink's "p<N>". Without switchdev mode phys_switch_id cannot be
-// read and there is none.
-func representor(sys, pfName string, vfIndex int) string {
-	uplink := filepath.Join(sys, "class/net", pfName)
-	id := readLine(filepath.Join(uplink, "phys_switch_id"))
-	port, isUplink := strings.CutPrefix(readLine(filepath.Join(uplink, "phys_port_name")), "p")
-	if pfName == "" || id == "" || !isUplink {
-		return ""
-	}
-	want := "pf" + port + "vf" + strconv.Itoa(vfIndex)
-	all, _ := filepath.Glob(filepath.Join(sys, "class/net/*/phys_port_name"))
-	for _, path := range all {
-		dir := filepath.Dir(path)
-		if readLine(path) == want && readLine(filepath.Join(dir, "phys_switch_id")) == id {
-			return filepath.Base(dir)
-		}
-	}
-	return ""
-}
 
 // entry returns the first name in dir that begins with prefix, or "".
 func entry(dir, prefix string) string {

@@ -168,6 +168,11 @@ func TestSwitchdev(t *testing.T) {
 			if s.EswitchMode != "switchdev" || s.VFs[0].RepresentorName != "ens1f0_0" || len(r.plugin.healthy("left")) != 2 {
 				return fmt.Errorf("%+v", s)
 			}
+			r.plugin.mu.Lock()
+			defer r.plugin.mu.Unlock()
+			if d := r.plugin.pools[0].Devices[0]; d.Representor != "ens1f0_0" {
+				return fmt.Errorf("offered %+v", d)
+			}
 			return nil
 		})
 	})

@@ -104,8 +104,10 @@ type Device struct {
 	IOMMUGroup string // number as text, empty without an IOMMU
 	LinkType   host.LinkType
 	VDPA       string // virtio or vhost when the VF has such a vDPA device
-	Healthy    bool
-	Reason     string // why it is not
+	// Representor is the VF's netdev in the PF's switch; empty in legacy mode.
+	Representor string
+	Healthy     bool
+	Reason      string // why it is not
 }
 
 // UnnamedPod and a UID stand for a pod of which only the UID is known.

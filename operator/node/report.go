@@ -388,7 +388,7 @@ func pools(reports []*report) []Pool {
 func (r *report) device(vf host.VF, group plan.VFGroup) Device {
 	d := Device{
 		PCIAddress: vf.PCIAddress, PFAddress: r.have.PCIAddress, PFName: r.have.Name, VFIndex: vf.Index, Driver: vf.Driver,
-		NUMANode: vf.NUMANode, IOMMUGroup: vf.IOMMUGroup, LinkType: r.have.LinkType,
+		NUMANode: vf.NUMANode, IOMMUGroup: vf.IOMMUGroup, LinkType: r.have.LinkType, Representor: vf.Representor,
 	}
 	if vf.VDPA == host.VDPAVirtio || vf.VDPA == host.VDPAVhost {
 		d.VDPA = vf.VDPA
