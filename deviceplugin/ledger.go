@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
@@ -15,6 +14,7 @@ import (
 
 	"github.com/sluice-network/sluice/deviceplugin/life"
 	"github.com/sluice-network/sluice/internal/durable"
+	"github.com/sluice-network/sluice/internal/holder"
 )
 
 const (
@@ -275,7 +275,7 @@ func (l *Ledger) doubt(changed bool) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, pod := range l.pods {
-		if strings.HasPrefix(pod, life.UnnamedPod) {
+		if _, unnamed := holder.UID(pod); unnamed {
 			l.due, l.delay = time.Now().Add(l.delay), min(2*l.delay, lastRepeat)
 			return true
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/go-logr/logr/testr"
 
 	"github.com/sluice-network/sluice/deviceplugin/life"
+	"github.com/sluice-network/sluice/internal/holder"
 )
 
 const vf1, vf2 = "0000:01:00.1", "0000:01:00.2"
@@ -118,9 +119,9 @@ func TestHeld(t *testing.T) {
 
 func TestACheckpointIsDoubted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := &authorities{allocated: map[string]string{vf1: "ns/a", vf2: life.UnnamedPod + "u1"}}
+		a := &authorities{allocated: map[string]string{vf1: "ns/a", vf2: holder.Unnamed("u1")}}
 		l := a.ledger(t)
-		if pod, held := l.Holder(vf2); pod != life.UnnamedPod+"u1" || !held {
+		if pod, held := l.Holder(vf2); pod != holder.Unnamed("u1") || !held {
 			t.Errorf("%q %v", pod, held)
 		}
 		ctx, stop := context.WithCancel(t.Context())
@@ -136,7 +137,7 @@ func TestACheckpointIsDoubted(t *testing.T) {
 		}
 		before := repeated
 		must(t, l.give([]string{vf2}, "p.io/r", false))
-		a.allocated[vf2] = life.UnnamedPod + "u2"
+		a.allocated[vf2] = holder.Unnamed("u2")
 		time.Sleep(recheck + 1)
 		if repeated != before+1 {
 			t.Errorf("asked for %d times when it is another", repeated-before)

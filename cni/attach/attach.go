@@ -17,6 +17,7 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/go-logr/logr"
 
+	"github.com/sluice-network/sluice/internal/holder"
 	"github.com/sluice-network/sluice/internal/host"
 )
 
@@ -79,8 +80,8 @@ type Options struct {
 	SriovCNI  string // folder of sriov-cni's state, to take its attachments over; empty for none
 	Log       logr.Logger
 
-	// Allocated returns the pod, as namespace/name or UnnamedPod and its UID, that the
-	// kubelet has given the device to, not ok when it has given it to none. Nil leaves a device to
+	// Allocated returns the pod, as package holder names it, that the kubelet has given
+	// the device to, not ok when it has given it to none. Nil leaves a device to
 	// whoever names it: there is no kubelet.
 	Allocated func(ctx context.Context, deviceID string) (pod string, ok bool, err error)
 
@@ -273,10 +274,6 @@ func (a *Attacher) repeated(ctx context.Context, key Key, cfg *Config, ns *host.
 	return nil, nil
 }
 
-// UnnamedPod and a UID stand for a pod of which only the UID is known: its init containers
-// alone have the device.
-const UnnamedPod = "uid:"
-
 // allocated makes sure that the device is for this pod: whoever may write a network
 // definition can name any device in it, also one the kubelet has just promised to
 // another pod, or will.
@@ -292,7 +289,7 @@ func (a *Attacher) allocated(ctx context.Context, cfg *Config) error {
 	switch {
 	case err != nil:
 		return fail(types.ErrTryAgainLater, "network %q: deviceID %s: %w", cfg.Network, cfg.DeviceID, err)
-	case ok && pod != cfg.Pod && (cfg.PodUID == "" || pod != UnnamedPod+cfg.PodUID):
+	case ok && pod != cfg.Pod && (cfg.PodUID == "" || pod != holder.Unnamed(cfg.PodUID)):
 		return fail(CodeHeld, "network %q: deviceID %s: the %s is allocated to pod %s, not to %s: take deviceID out of the network definition", cfg.Network, cfg.DeviceID, noun(cfg.DeviceID), pod, cfg.Pod)
 	case !ok && pooled:
 		return fail(CodeHeld, "network %q: deviceID %s: the %s is in a pool and not allocated to pod %s: let the pod request the pool's resource, and take deviceID out of the network definition", cfg.Network, cfg.DeviceID, noun(cfg.DeviceID), cfg.Pod)

@@ -16,6 +16,7 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"pgregory.net/rapid"
 
+	"github.com/sluice-network/sluice/internal/holder"
 	"github.com/sluice-network/sluice/internal/host"
 )
 
@@ -31,11 +32,11 @@ func macvlanRequest(container, netns, keys string) Request {
 // Of a pod whose init containers alone hold the device the kubelet tells the UID only.
 func TestADeviceIsForThePodOfItsUID(t *testing.T) {
 	a := newAttacher(t, newWorld(), t.TempDir(), nil)
-	a.Allocated = func(context.Context, string) (string, bool, error) { return UnnamedPod + "uid-c1", true, nil }
+	a.Allocated = func(context.Context, string) (string, bool, error) { return holder.Unnamed("uid-c1"), true, nil }
 	if _, err := a.Add(t.Context(), macvlanRequest("c1", pod1, `"deviceID":"ens1f0-7"`), nil); err != nil {
 		t.Error(err)
 	}
-	a.Allocated = func(context.Context, string) (string, bool, error) { return UnnamedPod, true, nil }
+	a.Allocated = func(context.Context, string) (string, bool, error) { return holder.Unnamed(""), true, nil }
 	request := macvlanRequest("c2", pod2, `"deviceID":"ens1f0-8"`)
 	request.Args = strings.TrimSuffix(request.Args, "uid-c2")
 	if _, err := a.Add(t.Context(), request, nil); err == nil {
@@ -154,7 +155,7 @@ func TestMacvlanRefusals(t *testing.T) {
 			a.Allocated = func(context.Context, string) (string, bool, error) { return "ns/c2", true, nil }
 		}, code: CodeHeld, says: "the slot is allocated to pod ns/c2, not to ns/c1"},
 		"slot of another's init container": {keys: `"deviceID":"ens1f0-7"`, prepare: func(_ *world, a *Attacher) {
-			a.Allocated = func(context.Context, string) (string, bool, error) { return UnnamedPod + "uid-c2", true, nil }
+			a.Allocated = func(context.Context, string) (string, bool, error) { return holder.Unnamed("uid-c2"), true, nil }
 		}, code: CodeHeld, says: "the slot is allocated to pod uid:uid-c2, not to ns/c1"},
 		"slot in use": {keys: `"deviceID":"ens1f0-7"`, prepare: func(_ *world, a *Attacher) {
 			must(a.Add(context.Background(), macvlanRequest("c2", pod2, `"deviceID":"ens1f0-7"`), nil))

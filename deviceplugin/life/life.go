@@ -3,7 +3,8 @@ package life
 import (
 	"encoding/json"
 	"fmt"
-	"strings"
+
+	"github.com/sluice-network/sluice/internal/holder"
 )
 
 // Phase is how far a device is on its way; see the package's documentation.
@@ -44,13 +45,15 @@ type Hand struct {
 	gone    bool    // there were two, Apart
 }
 
-// UnnamedPod and a UID stand for a pod of which the kubelet told only the UID.
-const UnnamedPod = "uid:"
-
 // another tells that the kubelet now tells of another pod than before: one without name may be
 // any, and a promise to another would have gone through Give.
 func another(before, now string) bool {
-	return before != "" && before != now && !strings.HasPrefix(before, UnnamedPod) && !strings.HasPrefix(now, UnnamedPod)
+	return before != "" && before != now && !unnamed(before) && !unnamed(now)
+}
+
+func unnamed(pod string) bool {
+	_, is := holder.UID(pod)
+	return is
 }
 
 // Attachments tells which pod a device is attached to; the pod is empty when that is
@@ -118,7 +121,7 @@ func (b *Book) Hear(allocated map[string]string, asked Instant, attached Attachm
 			b.pass(id, Hand{Pod: pod, Resource: h.Resource, given: asked, told: true})
 			changed = true
 		default:
-			if h.Pod == "" || strings.HasPrefix(h.Pod, UnnamedPod) && h.Pod != pod {
+			if h.Pod == "" || unnamed(h.Pod) && h.Pod != pod {
 				h.Pod, changed = pod, true
 			}
 			changed = changed || h.gone

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"pgregory.net/rapid"
+
+	"github.com/sluice-network/sluice/internal/holder"
 )
 
 const second Instant = 1e9
@@ -56,12 +58,12 @@ func TestPhases(t *testing.T) {
 	listed["a"] = "ns/r"
 	hear()
 	want(Allocated, 3, "ns/r")
-	listed["a"] = UnnamedPod + "1" // nothing says that it is not ns/r
+	listed["a"] = holder.Unnamed("1") // nothing says that it is not ns/r
 	hear()
 	want(Allocated, 3, "ns/r")
 	b.Give("a", "r", now)
 	hear()
-	want(Allocated, 4, UnnamedPod+"1")
+	want(Allocated, 4, holder.Unnamed("1"))
 	listed["a"] = "ns/s"
 	hear()
 	want(Allocated, 4, "ns/s")

@@ -9,7 +9,7 @@ import (
 	"maps"
 	"os"
 
-	"github.com/sluice-network/sluice/deviceplugin/life"
+	"github.com/sluice-network/sluice/internal/holder"
 )
 
 // maxCheckpoint bounds the checkpoint: an entry takes some hundred bytes.
@@ -113,7 +113,7 @@ func (p *pods) unnamed(holders map[string]string, live map[string]bool, all []al
 		last, seen := p.uid[name]
 		gone := name != "" && (!live[name] || seen && last != uid)
 		if _, held := holders[device]; !held && !gone {
-			rest[device] = life.UnnamedPod + uid
+			rest[device] = holder.Unnamed(uid)
 		}
 	})
 	maps.Copy(holders, rest)

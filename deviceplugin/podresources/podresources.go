@@ -69,7 +69,7 @@ func (c *Client) ask(ctx context.Context) (written []allocation, all *api.ListPo
 }
 
 // Devices returns the pods of all allocated devices, as "namespace/name", or for a
-// device that only the checkpoint tells of as life.UnnamedPod and the UID. Of these some may
+// device that only the checkpoint tells of as holder.Unnamed has it. Of these some may
 // be of pods that are gone, until the kubelet writes the checkpoint anew.
 func (c *Client) Devices(ctx context.Context) (map[string]string, error) {
 	written, all, err := c.ask(ctx)

@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	api "k8s.io/kubelet/pkg/apis/podresources/v1"
 
-	"github.com/sluice-network/sluice/deviceplugin/life"
+	"github.com/sluice-network/sluice/internal/holder"
 )
 
 type kubelet struct {
@@ -202,7 +202,7 @@ func FuzzParseCheckpoint(f *testing.F) {
 		for _, a := range all {
 			for _, ids := range a.DeviceIDs {
 				for _, id := range ids {
-					if len(held[id]) <= len(life.UnnamedPod) {
+					if len(held[id]) <= len(holder.Unnamed("")) {
 						t.Fatalf("device %q is held by %q", id, held[id])
 					}
 				}

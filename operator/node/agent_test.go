@@ -19,6 +19,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/internal/holder"
 	"github.com/sluice-network/sluice/internal/host"
 	"github.com/sluice-network/sluice/internal/host/hostfake"
 	"github.com/sluice-network/sluice/operator/plan"
@@ -543,7 +544,7 @@ func TestPending(t *testing.T) {
 		return plan.VF{Index: index, PCIAddress: vfAddress(nic0, index), Holder: holder}
 	}
 	got := pending([]*report{{have: host.PF{PCIAddress: nic0}, blocked: []plan.Blocked{{
-		Operation: op, VFs: []plan.VF{vf(0, "ns/p"), vf(1, UnnamedPod+"u-1"), vf(2, "")},
+		Operation: op, VFs: []plan.VF{vf(0, "ns/p"), vf(1, holder.Unnamed("u-1")), vf(2, "")},
 	}}}})
 	want := []v1.PodReference{{UID: "u-1", Device: vfAddress(nic0, 1)}, {Namespace: "ns", Name: "p", Device: vfAddress(nic0, 0)}}
 	if len(got) != 1 || !slices.Equal(got[0].Pods, want) {

@@ -110,11 +110,8 @@ type Device struct {
 	Reason      string // why it is not
 }
 
-// UnnamedPod and a UID stand for a pod of which only the UID is known.
-const UnnamedPod = "uid:"
-
-// Usage tells which pod holds a VF or a MacVLAN slot now: "namespace/name", UnnamedPod
-// and its UID, or nothing when it is not known. Agent.HolderChanged must be called after
+// Usage tells which pod holds a VF or a MacVLAN slot now: as package
+// holder names it, or nothing when it is not known. Agent.HolderChanged must be called after
 // each change.
 type Usage interface {
 	Holder(pciAddress string) (pod string, held bool)

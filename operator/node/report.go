@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
+	"github.com/sluice-network/sluice/internal/holder"
 	"github.com/sluice-network/sluice/internal/host"
 	"github.com/sluice-network/sluice/operator/plan"
 )
@@ -98,7 +99,7 @@ func pending(reports []*report) []v1.PendingChange {
 			change := v1.PendingChange{PciAddress: r.have.PCIAddress, Operation: b.Operation.String(), Cost: b.Operation.Cost.String(), Reason: b.Operation.Reason}
 			for _, vf := range b.VFs {
 				// Whose pod is not known, while the kubelet does not answer, is known soon.
-				if uid, ok := strings.CutPrefix(vf.Holder, UnnamedPod); ok {
+				if uid, ok := holder.UID(vf.Holder); ok {
 					change.Pods = append(change.Pods, v1.PodReference{UID: types.UID(uid), Device: vf.PCIAddress})
 				} else if namespace, name, ok := strings.Cut(vf.Holder, "/"); ok {
 					change.Pods = append(change.Pods, v1.PodReference{Namespace: namespace, Name: name, Device: vf.PCIAddress})

@@ -60,15 +60,16 @@ func room(path string) string {
 // mayImport lists, for each room, the other rooms its packages may import.
 var mayImport = map[string][]string{
 	"apis":               {},
+	"internal/holder":    {},
 	"internal/host":      {},
 	"internal/durable":   {},
 	"internal/cloud":     {},
 	"internal/netselect": {},
 	"internal/ovsdb":     {},
 	"internal/spelling":  {},
-	"operator":           {"apis", "internal/host", "internal/durable", "internal/netselect", "internal/ovsdb"},
-	"deviceplugin":       {"apis", "internal/host", "internal/durable", "internal/spelling"},
-	"cni":                {"apis", "internal/host", "internal/durable", "internal/netselect", "internal/spelling"},
+	"operator":           {"apis", "internal/holder", "internal/host", "internal/durable", "internal/netselect", "internal/ovsdb"},
+	"deviceplugin":       {"apis", "internal/holder", "internal/host", "internal/durable", "internal/spelling"},
+	"cni":                {"apis", "internal/holder", "internal/host", "internal/durable", "internal/netselect", "internal/spelling"},
 }
 
 // compositionRoot wires the rooms of the node agent together.
