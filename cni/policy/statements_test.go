@@ -16,9 +16,9 @@ import (
 // (labels pod and, but for c, tier: front). Each is on x/net, on which NetworkPolicy
 // holds, as 10.0.N.M and fd00::N:M: N is 1 for x, 2 for y, 3 for z, M is 1 for a, ... All a
 // and b are on x/aux too, on which only MultiNetworkPolicy holds, as 10.1.N.M and fd01::N:M.
-// Each serves web at TCP 80 plus N and at UDP 80, and c serves alt at TCP 8080.
+// All are own pods. Each serves web at TCP 80 plus N and at UDP 80, and c serves alt at TCP 8080.
 func park() *Index {
-	x := NewIndex(func(Pod) bool { return true })
+	x := NewIndex(func(p Pod) bool { return p.Node != "there" })
 	x.SetNetwork(Network{"x/net", EnforceAll})
 	x.SetNetwork(Network{"x/aux", EnforceMulti})
 	for n, ns := range []string{"x", "y", "z"} {
