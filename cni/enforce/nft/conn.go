@@ -156,8 +156,12 @@ func (c *conn) receive() ([]received, error) {
 	if err != nil {
 		return nil, err
 	}
+	return parse(buffer[:n])
+}
+
+func parse(b []byte) ([]received, error) {
 	var messages []received
-	for b := buffer[:n]; len(b) >= unix.NLMSG_HDRLEN; {
+	for len(b) >= unix.NLMSG_HDRLEN {
 		size := int(binary.NativeEndian.Uint32(b))
 		if size < unix.NLMSG_HDRLEN || size > len(b) {
 			return nil, fmt.Errorf("message of %d bytes in %d", size, len(b))

@@ -21,5 +21,8 @@
 // family, a and b, and what remains of an interval goes to the other one. The order
 // of lookup is a, b, a: one that moves between two lookups is found.
 //
+// Watch notices what others do to the tables, by the kernel's events, and puts a new
+// version of all in force. Other tables are never touched.
+//
 // Rendering and comparing are pure (render.go, peers.go).
 package nft

@@ -34,7 +34,9 @@ type engine struct {
 type state struct {
 	Interface
 	isolated   [2]bool
+	verdicts   [2]*policy.Verdicts
 	generation uint64
+	stale      bool // the kernel may have something else
 	rendering
 	peers  [2][2]sides      // by direction and family
 	chains map[string]chain // of ports
@@ -66,7 +68,7 @@ func (e *engine) close() {
 
 // apply puts a generation in force: by changing the peers if nothing else changes, and
 // else with a new version of all.
-func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Verdicts, generation uint64, render func(version int, held bool) rendering) error {
+func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Verdicts, generation uint64, render func(version int) (rendering, error)) error {
 	was, held, err := e.generation(t, i.MAC)
 	if err != nil {
 		return err
@@ -74,22 +76,23 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 	i.Addresses, i.Node = slices.Clone(i.Addresses), slices.Clone(i.Node)
 	isolated := [2]bool{verdicts[policy.Ingress].Isolated, verdicts[policy.Egress].Isolated}
 	old := e.states[key]
-	next := &state{Interface: i, isolated: isolated, generation: generation, chains: map[string]chain{}}
+	next := &state{Interface: i, isolated: isolated, verdicts: verdicts, generation: generation, chains: map[string]chain{}}
 	var prepare, flip, sweep []op
-	full := old == nil || !old.Interface.equal(i) || old.isolated != isolated
+	full := old == nil || old.stale || !old.Interface.equal(i) || old.isolated != isolated
 	if full {
-		e.last++
-		r := render(e.last, held)
-		present, err := e.names(r)
-		if err != nil {
-			return err
-		}
-		for present.holds(r.prefix) {
+		var r rendering
+		var there present
+		for again := true; again; again = there.holds(r.prefix) {
 			e.last++
-			r = render(e.last, held)
+			if r, err = render(e.last); err == nil {
+				there, err = e.names(r)
+			}
+			if err != nil {
+				return err
+			}
 		}
 		next.rendering = r
-		prepare, flip, sweep = r.make(present)
+		prepare, flip, sweep = r.make(there)
 	} else {
 		next.rendering, next.peers = old.rendering, old.peers
 	}
@@ -151,17 +154,20 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 		ops  []op
 	}{{"prepare", prepare}, {"put in force", flip}} {
 		if err := e.commit(step.ops); err != nil {
+			if old != nil {
+				old.stale = true // somebody else may have changed it
+			}
 			return fmt.Errorf("%s generation %d of the rules of %s: %w", step.what, generation, key, err)
 		}
 	}
 	e.states[key] = next
 	if now, held, err := e.generation(next.table, i.MAC); err != nil || !held || now != generation {
-		delete(e.states, key) // all anew at the next try
+		next.stale = true
 		return errors.Join(err, fmt.Errorf("verify rules of %s: generation %d is in force, not %d", key, now, generation))
 	}
 	if err := e.commit(sweep); err != nil {
 		// What is left leads nowhere, and the next version takes it away.
-		delete(e.states, key)
+		next.stale = true
 	}
 	return nil
 }
@@ -264,25 +270,32 @@ func (e *engine) names(r rendering) (present, error) {
 	return p, nil
 }
 
-// all reads which generation is in force for which MAC.
-func (e *engine) all(t table) (map[[6]byte]uint64, error) {
-	found := map[[6]byte]uint64{}
-	var wrong error
-	err := e.conn.get(unix.NFT_MSG_GETSETELEM, t, func(b *buffer) { b.string(unix.NFTA_SET_ELEM_LIST_SET, generations) }, func(a map[uint16][]byte) {
+// elements calls f for each element of a set whose keys are MACs.
+func (e *engine) elements(t table, set string, f func(mac [6]byte, attributes map[uint16][]byte)) error {
+	return e.conn.get(unix.NFT_MSG_GETSETELEM, t, func(b *buffer) { b.string(unix.NFTA_SET_ELEM_LIST_SET, set) }, func(a map[uint16][]byte) {
 		each(a[unix.NFTA_SET_ELEM_LIST_ELEMENTS], func(_ uint16, v []byte) {
 			e := attributes(v)
 			var mac [6]byte
 			copy(mac[:], attributes(e[unix.NFTA_SET_ELEM_KEY])[unix.NFTA_DATA_VALUE])
-			data := e[unix.NFTA_SET_ELEM_USERDATA]
-			if len(data) > 2 {
-				data = data[2:]
-			}
-			generation, err := strconv.ParseUint(text(data), 10, 64)
-			if err != nil {
-				wrong = fmt.Errorf("read generation of table %s: %w", t.name, err)
-			}
-			found[mac] = generation
+			f(mac, e)
 		})
+	})
+}
+
+// all reads which generation is in force for which MAC.
+func (e *engine) all(t table) (map[[6]byte]uint64, error) {
+	found := map[[6]byte]uint64{}
+	var wrong error
+	err := e.elements(t, generations, func(mac [6]byte, a map[uint16][]byte) {
+		var comment string
+		if data := a[unix.NFTA_SET_ELEM_USERDATA]; len(data) > 2 {
+			comment = text(data[2:])
+		}
+		generation, err := strconv.ParseUint(comment, 10, 64)
+		if err != nil {
+			wrong = fmt.Errorf("read generation of table %s: %w", t.name, err)
+		}
+		found[mac] = generation
 	})
 	return found, errors.Join(err, wrong)
 }

@@ -1,7 +1,9 @@
 package nft
 
 import (
+	"context"
 	"encoding/hex"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -55,14 +57,43 @@ func (p *Parent) DenyAll(i Interface) error { return p.Apply(i, denied, denied, 
 func (p *Parent) Apply(i Interface, ingress, egress *policy.Verdicts, generation uint64) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	verdicts := [2]*policy.Verdicts{ingress, egress}
-	err := p.apply(macPrefix(i.MAC), p.table(), i, verdicts, generation, func(version int, held bool) rendering {
-		return parentRendering(p.link, i, verdicts, version, held, !p.asserted)
+	return p.put(i, [2]*policy.Verdicts{ingress, egress}, generation)
+}
+
+func (p *Parent) put(i Interface, verdicts [2]*policy.Verdicts, generation uint64) error {
+	err := p.apply(macPrefix(i.MAC), p.table(), i, verdicts, generation, func(version int) (rendering, error) {
+		leads, err := p.leads(i.MAC)
+		return parentRendering(p.link, i, verdicts, version, leads, !p.asserted), err
 	})
 	if err == nil {
 		p.asserted = true
 	}
 	return err
+}
+
+// leads are those of the maps that have the MAC.
+func (p *Parent) leads(mac [6]byte) (map[string]bool, error) {
+	found := map[string]bool{}
+	for _, name := range []string{fromPods, toPods, generations} {
+		if err := p.elements(p.table(), name, func(key [6]byte, _ map[uint16][]byte) {
+			found[name] = found[name] || key == mac
+		}); err != nil {
+			return nil, err
+		}
+	}
+	return found, nil
+}
+
+// Watch puts the rules of the parent's pods right when somebody else changes them, and
+// tells so. ns is the same as at opening. It returns when ctx ends or its socket fails.
+func (p *Parent) Watch(ctx context.Context, ns *host.Netns, report func(Tampering)) error {
+	return p.watch(ctx, ns, report, func(table string) []string {
+		if table != p.table().name {
+			return nil
+		}
+		p.asserted = false
+		return slices.Collect(maps.Keys(p.states))
+	}, p.put)
 }
 
 // Generations are those in force, by MAC.
@@ -92,7 +123,10 @@ func (p *Parent) Remove(mac [6]byte) error {
 		return err
 	}
 	delete(p.states, macPrefix(mac))
-	_, there := held[mac]
+	leads, err := p.leads(mac)
+	if err != nil {
+		return err
+	}
 	delete(held, mac)
 	if len(held) == 0 {
 		tables, err := p.conn.tables(t.family)
@@ -102,22 +136,29 @@ func (p *Parent) Remove(mac [6]byte) error {
 		p.asserted = false
 		return p.commit([]op{{do: deleteTable, table: t}})
 	}
-	if !there {
-		return nil
-	}
 	r := rendering{layout: layout{tables: []table{t}}, owns: ownedBy(mac)}
 	present, err := p.names(r)
 	if err != nil {
 		return err
 	}
 	var ops []op
-	for _, name := range []string{fromPods, toPods, generations} {
+	for name := range leads {
+		if !leads[name] {
+			continue
+		}
 		ops = append(ops, op{do: deleteElements, table: t, set: &set{table: t, name: name}, elements: []element{{key: string(mac[:])}}})
 	}
 	_, _, sweep := r.make(present)
 	ops = append(ops, sweep...)
-	for _, c := range []string{droppedIn, droppedOut, droppedSpoofed} {
-		ops = append(ops, op{do: deleteCounter, table: t, counter: macPrefix(mac) + c})
+	counters, err := p.conn.counters(t)
+	if err != nil {
+		return err
+	}
+	for c := range counters {
+		if !r.owns(c) {
+			continue
+		}
+		ops = append(ops, op{do: deleteCounter, table: t, counter: c})
 	}
 	return p.commit(ops)
 }
@@ -132,7 +173,7 @@ func ownedBy(mac [6]byte) func(string) bool {
 	return func(name string) bool { return strings.HasPrefix(name, macPrefix(mac)) }
 }
 
-func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, version int, held, assert bool) rendering {
+func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, version int, leads map[string]bool, assert bool) rendering {
 	r := renderer{Interface: i, prefix: macPrefix(i.MAC) + "v" + strconv.Itoa(version) + ".", table: table{unix.NFPROTO_NETDEV, TablePrefix + parent}, tally: macPrefix(i.MAC)}
 	r.layout = layout{
 		tables: []table{r.table}, fill: map[string][]element{},
@@ -194,7 +235,7 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 		}
 		r.layout.chains = append(r.layout.chains, chain{table: r.table, name: side.name, rules: rules})
 		m := &set{table: r.table, name: side.in, key: etherAddr, verdicts: true}
-		if held {
+		if leads[side.in] {
 			rendered.flip = append(rendered.flip, op{do: deleteElements, table: r.table, set: m, elements: []element{{key: string(i.MAC[:])}}})
 		}
 		v := jump(side.name)

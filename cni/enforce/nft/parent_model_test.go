@@ -15,7 +15,7 @@ func TestParentRulesSayWhatVerdictsSay(t *testing.T) {
 		i := Interface{Name: "net1", MAC: ownMAC, Addresses: ownAddresses}
 		verdicts := [2]*policy.Verdicts{drawVerdicts(t, "ingress"), drawVerdicts(t, "egress")}
 		k := kernel{}
-		r := parentRendering("p0", i, verdicts, 3, false, true)
+		r := parentRendering("p0", i, verdicts, 3, nil, true)
 		versions(t, k, r, verdicts)
 		for range 30 {
 			d := policy.Direction(rapid.IntRange(0, 1).Draw(t, "direction"))

@@ -1,8 +1,10 @@
 package nft
 
 import (
+	"context"
 	"slices"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -40,9 +42,12 @@ func (p *Pod) DenyAll(i Interface) error { return p.Apply(i, denied, denied, 0) 
 func (p *Pod) Apply(i Interface, ingress, egress *policy.Verdicts, generation uint64) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	verdicts := [2]*policy.Verdicts{ingress, egress}
-	return p.apply(i.Name, table{unix.NFPROTO_INET, TablePrefix + i.Name}, i, verdicts, generation, func(version int, _ bool) rendering {
-		return podRendering(i, verdicts, version)
+	return p.put(i, [2]*policy.Verdicts{ingress, egress}, generation)
+}
+
+func (p *Pod) put(i Interface, verdicts [2]*policy.Verdicts, generation uint64) error {
+	return p.apply(i.Name, table{unix.NFPROTO_INET, TablePrefix + i.Name}, i, verdicts, generation, func(version int) (rendering, error) {
+		return podRendering(i, verdicts, version), nil
 	})
 }
 
@@ -54,6 +59,14 @@ func podRendering(i Interface, verdicts [2]*policy.Verdicts, version int) render
 		ports: func(d policy.Direction, p *policy.Ports) chain { return portsOf(t, prefix, d, p) },
 		owns:  func(string) bool { return true },
 	}
+}
+
+// Watch puts the rules of the pod's interfaces right when somebody else changes them,
+// and tells so. ns is the same as at opening. It returns when ctx ends or its socket fails.
+func (p *Pod) Watch(ctx context.Context, ns *host.Netns, report func(Tampering)) error {
+	return p.watch(ctx, ns, report, func(table string) []string {
+		return []string{strings.TrimPrefix(table, TablePrefix)}
+	}, p.put)
 }
 
 // Generation is the one in force for an interface; held is false if there is none.
