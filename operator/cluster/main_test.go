@@ -59,8 +59,8 @@ func withCluster(run func() int) (code int, err error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	ctrl.SetLogger(klog.Background())
-	env := &envtest.Environment{}
-	defer func() { err = errors.Join(err, env.Stop()) }() // also what a failed start left
+	env := &envtest.Environment{ControlPlaneStartTimeout: 3 * time.Minute, ControlPlaneStopTimeout: time.Minute} // a busy machine takes its time
+	defer func() { err = errors.Join(err, env.Stop()) }()                                                        // also what a failed start left
 	dir, err := os.MkdirTemp("", "sluice-proxy")
 	if err != nil {
 		return 0, fmt.Errorf("make a directory for the proxy: %w", err)
@@ -77,7 +77,7 @@ func withCluster(run func() int) (code int, err error) {
 	}
 	for _, args := range [][]string{
 		{"apply", "-k", filepath.Join("..", "..", "config", "default")},
-		{"wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"},
+		{"wait", "--for=condition=Established", "crd", "--all", "--timeout=2m"},
 	} {
 		var out []byte
 		if out, err = kubectl(ctx, args...); err != nil {
