@@ -181,7 +181,7 @@ func TestLabAllVFsAtOnce(t *testing.T) {
 				"ipam":{"type":"host-local","dataDir":%q,"ranges":[[{"subnet":"10.20.0.0/16"}]]}`, i, leases))
 			all.Go(func() {
 				begin := time.Now()
-				out, err := a.call(req)
+				out, err := a.insist(req)
 				if err != nil {
 					t.Errorf("ADD %d: %v", i, err)
 					return
@@ -213,12 +213,12 @@ func TestLabAllVFsAtOnce(t *testing.T) {
 				}
 				check := req
 				check.Command, check.Stdin = "CHECK", []byte(strings.TrimSuffix(string(req.Stdin), "}")+`,"prevResult":`+string(out)+"}")
-				if _, err := a.call(check); err != nil {
+				if _, err := a.insist(check); err != nil {
 					t.Errorf("CHECK: %v", err)
 				}
 				for range 2 {
 					req.Command = "DEL"
-					if _, err := a.call(req); err != nil {
+					if _, err := a.insist(req); err != nil {
 						t.Errorf("DEL: %v", err)
 					}
 				}
