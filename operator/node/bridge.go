@@ -44,6 +44,18 @@ func (b *bridge) ready() bool {
 	return b.want == nil || is.As(b.want) && b.opened
 }
 
+// bridges is what the status has of the PF's bridge: of one that was made and cannot be read
+// now, its name.
+func (r *report) bridges() []v1.OVSConfigExt {
+	switch b := &r.bridge; {
+	case b.is != nil:
+		return []v1.OVSConfigExt{*b.is}
+	case b.made:
+		return []v1.OVSConfigExt{{Name: plan.BridgeName(r.have.PCIAddress)}}
+	}
+	return nil
+}
+
 // why says why it is not ready.
 func (b *bridge) why(pf string) string {
 	switch {

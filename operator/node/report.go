@@ -167,11 +167,7 @@ func status(reports []*report, slots *parents, unreadable error, generation int6
 		if r.have.PCIAddress != "" {
 			s.Interfaces = append(s.Interfaces, r.interfaceStatus())
 		}
-		if r.bridge.is != nil {
-			s.Bridges.OVS = append(s.Bridges.OVS, *r.bridge.is)
-		} else if r.bridge.made {
-			s.Bridges.OVS = append(s.Bridges.OVS, v1.OVSConfigExt{Name: plan.BridgeName(r.have.PCIAddress)})
-		}
+		s.Bridges.OVS = append(s.Bridges.OVS, r.bridges()...)
 		troubles = append(troubles, r.troubles()...)
 		for _, b := range r.blocked {
 			blocked = append(blocked, b.String())
