@@ -19,6 +19,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
@@ -88,6 +89,30 @@ func makePool(t testing.TB, namespace string, spec v1alpha1.IPPoolSpec) client.C
 		}
 	}
 	return c
+}
+
+// An informer that was away tells of a pool that was deleted and made anew as of a change, and its
+// generation may be the same.
+func TestPoolMadeAnewUnseen(t *testing.T) {
+	n := New(Options{Name: "n", Dir: t.TempDir(), Log: logr.Discard()})
+	pool := func(uid types.UID, generation int64, cidr string) *v1alpha1.IPPool {
+		return &v1alpha1.IPPool{ObjectMeta: metav1.ObjectMeta{Name: "blue", UID: uid, Generation: generation}, Spec: v1alpha1.IPPoolSpec{IPv4: &v1alpha1.IPRange{CIDR: cidr}}}
+	}
+	events := told(n)
+	events.OnAdd(pool("1", 1, "10.1.0.0/24"), true)
+	for _, c := range []struct {
+		was, is *v1alpha1.IPPool
+		want    string
+	}{
+		{pool("1", 1, ""), pool("1", 1, "10.9.0.0/24"), "10.1.0.0/24"}, // its status changed
+		{pool("1", 1, ""), pool("2", 1, "10.2.0.0/24"), "10.2.0.0/24"},
+		{pool("2", 1, ""), pool("2", 2, "10.3.0.0/24"), "10.3.0.0/24"},
+	} {
+		events.OnUpdate(c.was, c.is)
+		if got := n.stores["blue"].spec.IPv4.CIDR; got != c.want {
+			t.Errorf("the pool is %s, not %s", got, c.want)
+		}
+	}
 }
 
 // counter counts the requests that write, and all.

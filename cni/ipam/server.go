@@ -90,11 +90,6 @@ func (s *Server) Report(ctx context.Context, name string, status v1alpha1.IPBloc
 
 // Follow tells the node of all pools, as they come, change and go, until ctx ends.
 func (s *Server) Follow(ctx context.Context, n *Node) {
-	set := func(obj any) {
-		if p, ok := obj.(*v1alpha1.IPPool); ok {
-			n.SetPool(p.Name, p.Spec.DeepCopy())
-		}
-	}
 	in := func(o metav1.ListOptions) *client.ListOptions {
 		return &client.ListOptions{Raw: &o, Namespace: s.namespace, FieldSelector: fields.Everything()}
 	}
@@ -108,23 +103,35 @@ func (s *Server) Follow(ctx context.Context, n *Node) {
 				return s.client.Watch(ctx, &v1alpha1.IPPoolList{}, in(o))
 			},
 		}, s.client),
-		ObjectType: &v1alpha1.IPPool{},
-		Handler: cache.ResourceEventHandlerFuncs{
-			AddFunc: set,
-			UpdateFunc: func(was, is any) {
-				if a, ok := was.(*v1alpha1.IPPool); !ok || a.Generation != is.(*v1alpha1.IPPool).Generation {
-					set(is)
-				}
-			},
-			DeleteFunc: func(obj any) {
-				if gone, ok := obj.(cache.DeletedFinalStateUnknown); ok {
-					obj = gone.Obj
-				}
-				if p, ok := obj.(*v1alpha1.IPPool); ok {
-					n.SetPool(p.Name, nil)
-				}
-			},
-		},
+		ObjectType: &v1alpha1.IPPool{}, Handler: told(n),
 	})
 	controller.RunWithContext(ctx)
+}
+
+// told tells the node of what an informer says of pools.
+func told(n *Node) cache.ResourceEventHandlerFuncs {
+	set := func(obj any) {
+		if p, ok := obj.(*v1alpha1.IPPool); ok {
+			n.SetPool(p.Name, p.Spec.DeepCopy())
+		}
+	}
+	return cache.ResourceEventHandlerFuncs{
+		AddFunc: set,
+		UpdateFunc: func(was, is any) {
+			a, known := was.(*v1alpha1.IPPool)
+			b, ok := is.(*v1alpha1.IPPool)
+			// One made anew while nobody watched has another UID, and may have the generation.
+			if !known || !ok || a.UID != b.UID || a.Generation != b.Generation {
+				set(is)
+			}
+		},
+		DeleteFunc: func(obj any) {
+			if gone, ok := obj.(cache.DeletedFinalStateUnknown); ok {
+				obj = gone.Obj
+			}
+			if p, ok := obj.(*v1alpha1.IPPool); ok {
+				n.SetPool(p.Name, nil)
+			}
+		},
+	}
 }
