@@ -17,12 +17,11 @@ import (
 
 const (
 	// The most CPU time that ADD and DEL may take, as a ratio to the reference plugin's.
-	// Two shims and two runs of the same IPAM plugin are 0.6 of it already; what the
-	// agent adds is mostly its journal, and the runtime's monitor while the kernel works.
-	mostRatio = 1.3
-	// The most CPU time of a shim that the agent answers, as a ratio to one that only
-	// says its version.
-	mostShim = 2.0
+	mostRatio = 0.6
+	// The most CPU time of a shim that the agent answers: as a ratio to one that only
+	// says its version, and by itself.
+	mostShim     = 1.6
+	mostShimTime = 3 * time.Millisecond
 )
 
 // built compiles packages as they are shipped, from a module's folder, and returns
@@ -153,6 +152,9 @@ func BenchmarkMacvlan(b *testing.B) {
 	b.Logf("reference %.2f ms; own %.2f ms: shims %.2f, agent %.2f, its IPAM plugin %.2f", ms(they, rounds), ms(we, rounds), ms(shim, rounds), ms(self, rounds), ms(children, rounds))
 	if ratio > mostRatio {
 		b.Errorf("ADD and DEL take %.2f of the reference plugin's CPU time, more than %.2f", ratio, mostRatio)
+	}
+	if one := shim / (2 * rounds); one > mostShimTime {
+		b.Errorf("a shim takes %s of CPU time, more than %s", one, mostShimTime)
 	}
 	if r := float64(shim) / float64(start); r > mostShim {
 		b.Errorf("a shim takes %.2f of the CPU time of its start alone, more than %.2f", r, mostShim)

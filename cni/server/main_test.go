@@ -92,6 +92,7 @@ func (noBaselines) Baseline(string) (net.HardwareAddr, int, bool) { return nil, 
 // agent serves until it is told to end by its standard input, or kills itself at
 // the step with the number SLUICE_TEST_DIE_AT.
 func agent(dir string) int {
+	runtime.GOMAXPROCS(1) // as sluice-agent has it
 	// The main thread's namespace is the one the tests run in.
 	kernel, err := host.OpenAttacher(host.DefaultSysfs)
 	if err != nil {
