@@ -100,10 +100,15 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 		if !isolated[d] {
 			continue
 		}
+		names := map[*policy.Ports]string{}
 		families := byFamily(verdicts[d], func(p *policy.Ports) string {
-			c := next.ports(d, p)
-			next.chains[c.name] = c
-			return c.name
+			name, ok := names[p]
+			if !ok {
+				c := next.ports(d, p)
+				name = c.name
+				names[p], next.chains[name] = name, c
+			}
+			return name
 		})
 		for f, want := range families {
 			var changes [2]change

@@ -214,6 +214,16 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 		if !verdicts[d].Isolated {
 			rules = append(rules, on(accept))
 		} else {
+			// What comes most often first: all of them accept.
+			rules = append(rules, r.peers(d, side.peer)...)
+			if other := 1 - d; verdicts[other].Isolated {
+				rules = append(rules, r.peers(other, side.peer)...)
+			} else {
+				rules = append(rules, r.replies(nil, &policy.Ports{All: true})...)
+			}
+			for f := range node {
+				rules = append(rules, on(r.family(f), lookup{load: side.peer[f], set: node[f]}, accept))
+			}
 			rules = append(rules, on(is(etherType, etherARP), accept))
 			rules = append(rules, r.discovery()...)
 			rules = append(rules, r.dhcp(d)...)
@@ -222,15 +232,6 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 				rules = append(rules, on(r.family(0), is(l4Proto, icmp), is(icmpType, kind), accept))
 			}
 			rules = append(rules, on(r.family(1), is(l4Proto, icmp6), between(icmpType, "\x01", "\x04"), accept))
-			for f := range node {
-				rules = append(rules, on(r.family(f), lookup{load: side.peer[f], set: node[f]}, accept))
-			}
-			rules = append(rules, r.peers(d, side.peer)...)
-			if other := 1 - d; verdicts[other].Isolated {
-				rules = append(rules, r.peers(other, side.peer)...)
-			} else {
-				rules = append(rules, r.replies(nil, &policy.Ports{All: true})...)
-			}
 			rules = append(rules, on(count{r.tally + side.counter}, drop))
 		}
 		r.layout.chains = append(r.layout.chains, chain{table: r.table, name: side.name, rules: rules})
@@ -257,8 +258,7 @@ func (r *renderer) guardPorts(d policy.Direction, p *policy.Ports) chain {
 	if p.All {
 		c.rules = append(c.rules, on(to, accept))
 	} else {
-		c.rules = append(c.rules, r.fragments(to)...)
-		c.rules = append(c.rules, ports(p, destinationPort, func(string) []expr { return to })...)
+		c.rules = append(ports(p, destinationPort, func(string) []expr { return to }), r.fragments(to)...)
 	}
 	c.rules = append(c.rules, r.replies(from, p)...)
 	return c
@@ -286,12 +286,13 @@ func (r *renderer) replies(of []expr, p *policy.Ports) []rule {
 		}
 		return of
 	}
-	rules := r.fragments(of)
-	if !p.All {
-		return append(rules, ports(p, sourcePort, shape)...)
-	}
-	return append(rules,
+	rules := []rule{
 		on(is(l4Proto, tcp), shape(tcp), accept),
 		on(is(l4Proto, sctp), shape(sctp), accept),
-		on(of, isnt(l4Proto, tcp), isnt(l4Proto, sctp), accept))
+		on(of, isnt(l4Proto, tcp), isnt(l4Proto, sctp), accept),
+	}
+	if !p.All {
+		rules = ports(p, sourcePort, shape)
+	}
+	return append(rules, r.fragments(of)...)
 }

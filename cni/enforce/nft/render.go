@@ -261,12 +261,12 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 			on(is(l4Proto, icmp), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
 			on(is(l4Proto, icmp6), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
 		}
+		rules = append(rules, r.peers(side.direction, side.peers)...)
 		rules = append(rules, r.discovery()...)
 		rules = append(rules, r.dhcp(side.direction)...)
 		for f := range node {
 			rules = append(rules, on(r.family(f), lookup{load: side.peers[f], set: node[f]}, accept))
 		}
-		rules = append(rules, r.peers(side.direction, side.peers)...)
 		rules = append(rules, on(count{side.counter}, drop))
 		name := r.name(side.direction.String())
 		r.layout.chains = append(r.layout.chains, chain{table: r.table, name: name, rules: rules})
@@ -322,6 +322,9 @@ func (r *renderer) spoofing() {
 		return match{load: load{from: l.from, at: l.at, len: 2}, mask: "\xff\xc0", op: op, value: "\xfe\x80"}
 	}
 	var rules []rule
+	if !r.AnyAddress { // what comes most often first
+		rules = append(rules, frame(etherIPv4, lookup{load: sources[0], set: own[0]}, goBack))
+	}
 	for _, kind := range []string{"\x86", "\x89"} { // router advertisement, redirect
 		rules = append(rules, frame(etherIPv6, is(l4Proto, icmp6), is(icmpType, kind), dropped))
 	}
@@ -331,7 +334,6 @@ func (r *renderer) spoofing() {
 		rules = append(rules,
 			frame(etherARP, is(arpSenderMAC, string(r.MAC[:])), lookup{load: arpSenderIP, set: own[0]}, goBack),
 			frame(etherARP, is(arpSenderMAC, string(r.MAC[:])), is(arpSenderIP, "\x00\x00\x00\x00"), goBack), // a probe, RFC 5227
-			frame(etherIPv4, lookup{load: sources[0], set: own[0]}, goBack),
 			// A neighbour advertisement for somebody else's address.
 			frame(etherIPv6, is(l4Proto, icmp6), is(icmpType, "\x88"), lookup{load: ndTarget, set: own[1], not: true}, linkLocal(ndTarget, notEqual), dropped),
 			frame(etherIPv6, lookup{load: sources[1], set: own[1]}, goBack),

@@ -192,7 +192,7 @@ func (s *station) serve() {
 					}
 					go func() {
 						defer c.Close()
-						var b [1500]byte
+						var b [65536]byte
 						for {
 							n, err := c.Read(b[:])
 							if err != nil {
