@@ -41,7 +41,7 @@ unit() {
   say "vet, with the tests of guests and clusters"
   go vet -tags lab,e2e ./... # no file is there only without them
   say "unit tests, tests against a real API server, tests on this kernel"
-  go test -timeout 15m ./...
+  go test -timeout 30m ./...
 }
 
 # Every fuzz target there is, with so many inputs beyond its seeds. A count, because
