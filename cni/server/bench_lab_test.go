@@ -18,7 +18,6 @@ import (
 	"github.com/go-logr/logr"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-network/sluice/cni/attach"
@@ -29,70 +28,95 @@ import (
 // operations alone, as a ratio.
 const mostAttachRatio = 2.0
 
-// floor does what an ADD of a VF needs of the kernel, one request for each operation: it
-// reads the VF's link, looks in the pod whether the name is free, as the CNI
-// specification wants it, sets the VF, moves, names and raises the link, reads what the
-// answer has to tell, and gives it an address. It is told the VF's names and number, and
-// has no configuration, no owner, no journal and no undoing.
+// floor does what an ADD of a VF needs of the kernel as a C program would that does
+// nothing else: one request for each operation, sent and answered on a plain socket, which
+// it has in the host's namespace and opens in the pod's. It finds the VF's and the PF's
+// link, looks in the pod whether the name is free, as the CNI specification wants it,
+// sets the VF, moves, names and raises the link, reads what the answer has to tell, and
+// gives it an address with its routing. It is told the names and the number of the VF,
+// and has no configuration, no owner, no journal and no undoing.
 type floor struct {
-	socket *nl.NetlinkSocket
-	links  *netlink.Handle // in the host's namespace
-	kernel *host.Attacher
-	pf     string // link of the PF
+	home   int // the host's namespace
+	socket int // in it
+	pf     string
 	vf     uint32 // number of the VF
 	name   string // of the VF's link
 	mac    []byte
+	answer []byte
 }
 
-func (f *floor) request(kind, index int, flags uint32, attrs ...*nl.RtAttr) error {
-	req := nl.NewNetlinkRequest(kind, unix.NLM_F_ACK)
-	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: f.socket}}
-	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
-	msg.Index, msg.Flags, msg.Change = int32(index), flags, flags
-	req.AddData(msg)
-	for _, a := range attrs {
-		req.AddData(a)
+// ask sends one request and returns the first message of the answer, without its header.
+func (f *floor) ask(socket, kind, flags int, data ...nl.NetlinkRequestData) ([]byte, error) {
+	req := nl.NewNetlinkRequest(kind, flags)
+	req.Data = data
+	if err := unix.Sendto(socket, req.Serialize(), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return nil, err
 	}
-	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
-	return err
+	n, err := unix.Read(socket, f.answer)
+	if err != nil {
+		return nil, err
+	}
+	body := f.answer[unix.SizeofNlMsghdr:n]
+	if binary.NativeEndian.Uint16(f.answer[4:]) == unix.NLMSG_ERROR {
+		if errno := -int32(binary.NativeEndian.Uint32(body)); errno != 0 {
+			return nil, unix.Errno(errno)
+		}
+	}
+	return body, nil
+}
+
+// link asks for a link by its name and returns its index.
+func (f *floor) link(socket int, name string) (int, error) {
+	body, err := f.ask(socket, unix.RTM_GETLINK, 0, nl.NewIfInfomsg(unix.AF_UNSPEC),
+		nl.NewRtAttr(unix.IFLA_EXT_MASK, words(1<<3)), nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+	if err != nil {
+		return 0, err
+	}
+	return int(binary.NativeEndian.Uint32(body[4:])), nil
+}
+
+func words(values ...uint32) []byte {
+	var b []byte
+	for _, v := range values {
+		b = binary.NativeEndian.AppendUint32(b, v)
+	}
+	return b
 }
 
 func (f *floor) add(pod, name string) error {
-	pf, err := f.links.LinkByName(f.pf)
+	runtime.LockOSThread() // it goes to the pod's namespace and back
+	defer runtime.UnlockOSThread()
+	pf, err := f.link(f.socket, f.pf)
 	if err != nil {
 		return err
 	}
-	dev, err := f.links.LinkByName(f.name)
+	link, err := f.link(f.socket, f.name)
 	if err != nil {
 		return err
 	}
-	link := dev.Attrs().Index
-	ns, err := netns.GetFromPath(pod)
+	ns, err := unix.Open(pod, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
-	defer ns.Close()
-	inPod, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
-	if err != nil {
+	defer unix.Close(ns)
+	if err := unix.Setns(ns, unix.CLONE_NEWNET); err != nil {
 		return err
 	}
-	defer inPod.Close()
-	others, err := inPod.LinkList()
-	if err != nil {
+	there, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+	if err := errors.Join(err, unix.Setns(f.home, unix.CLONE_NEWNET)); err != nil {
 		return err
 	}
-	for _, o := range others {
-		if o.Attrs().Name == name {
-			return unix.EEXIST
-		}
+	defer unix.Close(there)
+	if _, err := f.link(there, name); !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("%s in the pod: %w", name, err)
 	}
-	words := func(values ...uint32) []byte {
-		var b []byte
-		for _, v := range values {
-			b = binary.NativeEndian.AppendUint32(b, v)
-		}
-		return b
+	set := func(socket, index int, flags uint32, attrs ...nl.NetlinkRequestData) {
+		msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+		msg.Index, msg.Flags, msg.Change = int32(index), flags, flags
+		_, failed := f.ask(socket, unix.RTM_SETLINK, unix.NLM_F_ACK, append([]nl.NetlinkRequestData{msg}, attrs...)...)
+		err = errors.Join(err, failed)
 	}
+	err = nil
 	for kind, value := range map[int][]byte{
 		nl.IFLA_VF_MAC:        append(append(words(f.vf), f.mac...), make([]byte, 26)...),
 		nl.IFLA_VF_VLAN:       words(f.vf, 9, 0),
@@ -103,40 +127,42 @@ func (f *floor) add(pod, name string) error {
 	} {
 		list := nl.NewRtAttr(unix.IFLA_VFINFO_LIST|unix.NLA_F_NESTED, nil)
 		list.AddRtAttr(nl.IFLA_VF_INFO|unix.NLA_F_NESTED, nil).AddRtAttr(kind, value)
-		if err := f.request(unix.RTM_SETLINK, pf.Attrs().Index, 0, list); err != nil {
-			return fmt.Errorf("VF attribute %d: %w", kind, err)
-		}
+		set(f.socket, pf, 0, list)
 	}
-	if err := errors.Join(
-		f.request(unix.RTM_SETLINK, link, 0, nl.NewRtAttr(unix.IFLA_ADDRESS, f.mac)),
-		f.request(unix.RTM_SETLINK, link, 0, nl.NewRtAttr(unix.IFLA_NET_NS_FD, words(uint32(ns)))),
-		inPod.LinkSetName(dev, name),
-		inPod.LinkSetUp(dev),
-	); err != nil {
+	set(f.socket, link, 0, nl.NewRtAttr(unix.IFLA_ADDRESS, f.mac))
+	set(f.socket, link, 0, nl.NewRtAttr(unix.IFLA_NET_NS_FD, words(uint32(ns))))
+	set(there, link, 0, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+	set(there, link, unix.IFF_UP)
+	if err != nil {
 		return err
 	}
-	dev, err = inPod.LinkByName(name)
+	index, err := f.link(there, name)
 	if err != nil {
 		return err
 	}
 	// An address, with the routing that lets answers leave where questions came in.
-	index, table := dev.Attrs().Index, 7
-	subnet := &net.IPNet{IP: address.IP.Mask(address.Mask), Mask: address.Mask}
-	rule := netlink.NewRule()
-	rule.Src, rule.Table = &net.IPNet{IP: address.IP, Mask: net.CIDRMask(32, 32)}, table
-	if err := errors.Join(
-		inPod.AddrAdd(dev, &netlink.Addr{IPNet: &address}),
-		inPod.RouteAdd(&netlink.Route{LinkIndex: index, Dst: subnet, Table: table, Scope: netlink.SCOPE_LINK}),
-		inPod.RuleAdd(rule),
-	); err != nil {
-		return err
+	create := func(kind int, data ...nl.NetlinkRequestData) {
+		_, failed := f.ask(there, kind, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK, data...)
+		err = errors.Join(err, failed)
 	}
-	there, err := host.OpenNetns(pod)
-	if err != nil {
-		return err
+	ones, _ := address.Mask.Size()
+	ip, subnet, table := nl.NewRtAttr(unix.IFA_LOCAL, address.IP), address.IP.Mask(address.Mask), nl.NewRtAttr(unix.RTA_TABLE, words(7))
+	own := nl.NewIfAddrmsg(unix.AF_INET)
+	own.Index, own.Prefixlen = uint32(index), uint8(ones)
+	create(unix.RTM_NEWADDR, own, ip)
+	route := nl.NewRtMsg()
+	route.Family, route.Dst_len, route.Scope, route.Table = unix.AF_INET, uint8(ones), unix.RT_SCOPE_LINK, 7
+	create(unix.RTM_NEWROUTE, route, nl.NewRtAttr(unix.RTA_DST, subnet), nl.NewRtAttr(unix.RTA_OIF, words(uint32(index))), table)
+	rule := nl.NewRtMsg()
+	rule.Family, rule.Src_len, rule.Table = unix.AF_INET, 32, 7
+	create(unix.RTM_NEWRULE, rule, nl.NewRtAttr(nl.FRA_SRC, address.IP), table)
+	spec := nl.NewRtAttr(unix.IFLA_AF_SPEC|unix.NLA_F_NESTED, nil)
+	conf := spec.AddRtAttr(unix.AF_INET|unix.NLA_F_NESTED, nil).AddRtAttr(1|unix.NLA_F_NESTED, nil) // IFLA_INET_CONF
+	for number, value := range map[int]uint32{19: 1, 18: 2, 8: 2} {                                 // arp_ignore, arp_announce, rp_filter
+		conf.AddRtAttr(number, words(value))
 	}
-	defer there.Close()
-	return f.kernel.KeepToOwnAddresses(there, index)
+	set(there, index, 0, spec)
+	return err
 }
 
 // silent announces nothing: there is no carrier here, and waiting for one would be all
@@ -172,25 +198,24 @@ func BenchmarkLabAttach(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	socket, err := nl.GetNetlinkSocketAt(-1, -1, unix.NETLINK_ROUTE)
+	home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer socket.Close()
+	defer unix.Close(home)
+	socket, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer unix.Close(socket)
 	path := newPod(b, b.TempDir(), "pod")
 	ns, err := host.OpenNetns(path)
 	if err != nil {
 		b.Fatal(err)
 	}
 	defer ns.Close()
-	links, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer links.Close()
-	links.DisableVFInfoCollection()
 	mac := []byte{2, 0, 0, 0, 0x0c, 1}
-	f := &floor{socket: socket, links: links, kernel: l.kernel, name: ref.Name, pf: ref.PFName, vf: uint32(ref.Index), mac: mac}
+	f := &floor{home: home, socket: socket, answer: make([]byte, 64<<10), name: ref.Name, pf: ref.PFName, vf: uint32(ref.Index), mac: mac}
 	req := attach.Request{Command: attach.Add, ContainerID: "c", IfName: "net1", Netns: path, Stdin: conf(l.vfs[0], `,"vlan":9,"mac":"02:00:00:00:0c:01","trust":"on","ipam":{"type":"leases"}`)}
 	var agent, bare []time.Duration
 	for b.Loop() {

@@ -389,11 +389,11 @@ func TestVFIndex(t *testing.T) {
 		}
 		for i := range 16 {
 			vf := fmt.Sprintf("0000:3b:%02x.%d", 0x10+i/8, i%8)
-			if n, err := vfIndex(device, pf, vf); n != i || err != nil {
+			if n, err := (&Attacher{}).vfIndex(device, pf, vf); n != i || err != nil {
 				t.Errorf("offset %s, stride %s: %s has number %d, %v, want %d", told.offset, told.stride, vf, n, err, i)
 			}
 		}
-		if n, err := vfIndex(device, pf, "0000:3b:1f.0"); n != -1 || err != nil {
+		if n, err := (&Attacher{}).vfIndex(device, pf, "0000:3b:1f.0"); n != -1 || err != nil {
 			t.Errorf("a VF that the PF does not have: %d, %v", n, err)
 		}
 	}

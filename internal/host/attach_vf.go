@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -43,6 +44,8 @@ var userspaceDrivers = map[string]bool{
 type Attacher struct {
 	sysfs string
 	host  *Netns
+
+	indexes sync.Map // numbers that VFs had below their PF, by their addresses
 
 	vfLists, vfMessages, linkMessages atomic.Uint64
 }
@@ -100,21 +103,21 @@ func (a *Attacher) VF(pciAddress string) (VFRef, error) {
 		return ref, fmt.Errorf("%w: %q is not a PCI address like 0000:3b:02.1", ErrNoVF, pciAddress)
 	}
 	device := filepath.Join(a.sysfs, "bus/pci/devices", pciAddress)
-	if _, err := os.Stat(device); errors.Is(err, fs.ErrNotExist) {
-		return ref, fmt.Errorf("%w: there is no PCI device %s on this node", ErrNoVF, pciAddress)
-	} else if err != nil {
-		return ref, err
-	}
 	pf, err := linkBase(filepath.Join(device, "physfn"))
 	if err != nil {
 		return ref, err
 	}
 	if pf == "" {
+		if _, err := os.Stat(device); errors.Is(err, fs.ErrNotExist) {
+			return ref, fmt.Errorf("%w: there is no PCI device %s on this node", ErrNoVF, pciAddress)
+		} else if err != nil {
+			return ref, err
+		}
 		return ref, fmt.Errorf("%w: PCI device %s is not a virtual function", ErrNoVF, pciAddress)
 	}
 	ref.PF = pf
 	pfDevice := filepath.Join(a.sysfs, "bus/pci/devices", pf)
-	if ref.Index, err = vfIndex(pfDevice, pf, pciAddress); err != nil {
+	if ref.Index, err = a.vfIndex(pfDevice, pf, pciAddress); err != nil {
 		return ref, err
 	}
 	if ref.Index < 0 {
@@ -137,11 +140,15 @@ func (a *Attacher) VF(pciAddress string) (VFRef, error) {
 // vfIndex returns the number of a VF below its PF, -1 when the PF does not list it. The
 // number follows from the addresses (Single Root I/O Virtualization 1.1, 2.1.2); where a
 // kernel does not tell the offsets, all VFs are looked at.
-func vfIndex(pfDevice, pf, vf string) (int, error) {
+func (a *Attacher) vfIndex(pfDevice, pf, vf string) (index int, err error) {
 	is := func(i int) bool {
 		listed, _ := linkBase(filepath.Join(pfDevice, fmt.Sprintf("virtfn%d", i)))
 		return listed == vf
 	}
+	if known, ok := a.indexes.Load(vf); ok && is(known.(int)) {
+		return known.(int), nil
+	}
+	defer func() { a.indexes.Store(vf, index) }()
 	offset, errOffset := readInt(filepath.Join(pfDevice, "sriov_offset"))
 	stride, errStride := readInt(filepath.Join(pfDevice, "sriov_stride"))
 	if errOffset == nil && errStride == nil {

@@ -185,7 +185,7 @@ func netdevOf(device string) (string, error) {
 // netdevsOf also returns the representors of the function's VFs, by index.
 func netdevsOf(device string) (own string, representors map[int]string, err error) {
 	dir := filepath.Join(device, "net")
-	entries, err := os.ReadDir(dir)
+	entries, err := names(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", nil, nil
 	}
@@ -193,12 +193,14 @@ func netdevsOf(device string) (own string, representors map[int]string, err erro
 		return "", nil, err
 	}
 	var cs []candidate
-	for _, e := range entries {
-		c := candidate{name: e.Name()}
+	for _, name := range entries {
+		c := candidate{name: name}
 		// Unreadable for a driver without port names (EOPNOTSUPP), and gone when
 		// the netdev is just being renamed or moved: its event follows.
 		c.portName, _ = readText(filepath.Join(dir, c.name, "phys_port_name"))
-		c.devPort, _ = readInt(filepath.Join(dir, c.name, "dev_port"))
+		if len(entries) > 1 {
+			c.devPort, _ = readInt(filepath.Join(dir, c.name, "dev_port"))
+		}
 		cs = append(cs, c)
 		if vf, ok := representedVF(c.portName); ok {
 			if representors == nil {
@@ -208,6 +210,28 @@ func netdevsOf(device string) (own string, representors map[int]string, err erro
 		}
 	}
 	return ownNetdev(cs), representors, nil
+}
+
+// names lists a folder of sysfs, sorted.
+func names(dir string) ([]string, error) {
+	fd, err := restart(func() (int, error) { return unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0) })
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: dir, Err: err}
+	}
+	defer unix.Close(fd)
+	var all []string
+	var entries [4096]byte
+	for {
+		n, err := restart(func() (int, error) { return unix.ReadDirent(fd, entries[:]) })
+		if err != nil {
+			return nil, &fs.PathError{Op: "read", Path: dir, Err: err}
+		}
+		if n == 0 {
+			slices.Sort(all)
+			return all, nil
+		}
+		_, _, all = unix.ParseDirent(entries[:n], -1, all)
+	}
 }
 
 // representedVF is the index of the VF, of this controller, that a port stands for.
