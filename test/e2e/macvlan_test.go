@@ -138,8 +138,9 @@ cat /sys/class/net/vx7/mtu`, address(n), address(nodes[1-i]))))
 	pings(t, "here", "192.168.120.2", "-M", "do", "-s", fmt.Sprint(size-28)) // without the headers of IPv4 and ICMP
 }
 
-// A pod whose only network is MacVLAN is Ready, which takes kubelet's probe, and reaches
-// its node and the API server's Service, by the host interface.
+// A pod whose only network is MacVLAN is Ready, which takes kubelet's probe, reaches its
+// node and the API server's Service, and is reached by a client from outside through a port
+// of its node, by the host interface.
 func TestMacvlanAlone(t *testing.T) {
 	onlyUML(t, "the interface to the host is no NIC's")
 	apply(t, macvlan("only-net", "master: ens2f0", `ipam: '{"type": "static", "addresses": [{"address": "192.168.130.1/24", "gateway": "192.168.130.254"}], "routes": [{"dst": "0.0.0.0/0"}]}'`,
@@ -147,9 +148,14 @@ func TestMacvlanAlone(t *testing.T) {
 	waitNetwork(t, "only-net")
 	inNode(t, "vm1", "ip link set ens2f0 up")
 	yaml := strings.Replace(pod("alone", "vm1", ""), "k8s.v1.cni.cncf.io/networks: ''", "v1.multus-cni.io/default-network: default/only-net", 1)
-	yaml = strings.Replace(yaml, "command: [sleep, infinity]", `command: [sh, -c, "while true; do nc -l -p 8080 < /dev/null > /dev/null; done"]
-      readinessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}`, 1)
-	apply(t, yaml)
+	yaml = strings.Replace(served(yaml, page), "      command:", `      readinessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}
+      command:`, 1)
+	apply(t, yaml+`
+apiVersion: v1
+kind: Service
+metadata: {name: alone, namespace: default}
+spec: {type: NodePort, selector: {app: alone}, ports: [{port: 80, targetPort: 8080, nodePort: 30081}]}
+---`)
 	waitReady(t, "alone")
 	if ip := kubectl(t, "", "get", "pod", "alone", "-o", "jsonpath={.status.podIP}"); ip != "192.168.130.1" {
 		t.Errorf("the pod's address is %s", ip)
@@ -159,4 +165,5 @@ func TestMacvlanAlone(t *testing.T) {
 	node := strings.TrimSpace(kubectl(t, "", "get", "node", "vm1", "-o", `jsonpath={.status.addresses[?(@.type=="InternalIP")].address}`))
 	pings(t, "alone", node)
 	kubectl(t, "", "exec", "alone", "--", "sh", "-c", "nc -w 5 10.96.0.1 443 < /dev/null")
+	fromOutside(t, 0, 30081)
 }

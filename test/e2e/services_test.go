@@ -13,6 +13,9 @@ import (
 	"github.com/sluice-network/sluice/test/lab/guest"
 )
 
+// page serves a page with the pod's name.
+const page = "mkdir -p /tmp/www && hostname >/tmp/www/index.html && exec httpd -f -p 8080 -h /tmp/www"
+
 // served makes a pod run httpd, or with dns a name server, before it sleeps.
 func served(pod, command string) string {
 	return strings.Replace(pod, "command: [sleep, infinity]", fmt.Sprintf("command: [sh, -c, %q]", command), 1)
@@ -23,7 +26,6 @@ func served(pod, command string) string {
 func TestServicesAreReachedBesideAHardwareInterface(t *testing.T) {
 	onlyUML(t, "services are the primary network's and do not depend on the NIC")
 	usePools(t)
-	const page = "mkdir -p /tmp/www && hostname >/tmp/www/index.html && exec httpd -f -p 8080 -h /tmp/www"
 	apply(t, network("cluster-net", "left", staticIP, capIPs)+`
 apiVersion: sluice.dev/v1alpha1
 kind: MacvlanNetwork
@@ -84,22 +86,29 @@ spec: {clusterIP: 10.96.0.10, selector: {app: names}, ports: [{port: 53, protoco
 		})
 	}
 	t.Run("from outside, through each node", func(t *testing.T) {
-		for i, node := range nodes {
-			eventually(t, time.Minute, func() error {
-				return guest.InNetns(cluster.Name, func() error {
-					conn, err := net.DialTimeout("tcp", fmt.Sprintf("172.30.0.%d:30080", 11+i), 3*time.Second)
-					if err != nil {
-						return fmt.Errorf("through %s: %w", node, err)
-					}
-					defer conn.Close()
-					_ = conn.SetDeadline(time.Now().Add(3 * time.Second))
-					_, _ = io.WriteString(conn, "GET / HTTP/1.0\r\n\r\n")
-					if answer, err := io.ReadAll(conn); err != nil || !strings.Contains(string(answer), "200 OK") {
-						return fmt.Errorf("through %s: %w: %q", node, err, answer)
-					}
-					return nil
-				})
-			})
+		for i := range nodes {
+			fromOutside(t, i, 30080)
 		}
+	})
+}
+
+// fromOutside has a client that is no node and no pod ask for a page at a port of the
+// node with the number.
+func fromOutside(t *testing.T, node, port int) {
+	t.Helper()
+	eventually(t, time.Minute, func() error {
+		return guest.InNetns(cluster.Name, func() error {
+			conn, err := net.DialTimeout("tcp", fmt.Sprintf("172.30.0.%d:%d", 11+node, port), 3*time.Second)
+			if err != nil {
+				return fmt.Errorf("through %s: %w", nodes[node], err)
+			}
+			defer conn.Close()
+			_ = conn.SetDeadline(time.Now().Add(3 * time.Second))
+			_, _ = io.WriteString(conn, "GET / HTTP/1.0\r\n\r\n")
+			if answer, err := io.ReadAll(conn); err != nil || !strings.Contains(string(answer), "200 OK") {
+				return fmt.Errorf("through %s: %w: %q", nodes[node], err, answer)
+			}
+			return nil
+		})
 	})
 }
