@@ -255,17 +255,9 @@ func usage(pool *sluicev1.IPPool, parsed *sluicev1.Pool, blocks []sluicev1.IPBlo
 		u.Allocated += int64(used.Allocated)
 		u.Resting += int64(used.Resting)
 		if b.Kind == sluicev1.BlockAddresses {
-			r := parsed.Family(first.Is4())
 			made[first.Is4()]++
 			spent[first.Is4()] += int64(used.Allocated) + int64(used.Resting)
-			in := r.CountIn(first, b.Size)
-			for _, text := range b.Excluded {
-				// What is reserved may be none of them anyway: exclude and start leave it out.
-				if a, err := netip.ParseAddr(text); err == nil && r.Usable(a) && in > 0 {
-					in--
-				}
-			}
-			u.Claimed = clamp(uint64(u.Claimed) + in)
+			u.Claimed = clamp(uint64(u.Claimed) + usable(parsed.Family(first.Is4()), first, b))
 		}
 	}
 	for _, n := range slices.SortedFunc(maps.Values(nodes), func(a, b *sluicev1.IPNodeUsage) int {
@@ -295,6 +287,18 @@ func usage(pool *sluicev1.IPPool, parsed *sluicev1.Pool, blocks []sluicev1.IPBlo
 		degraded = why{"NodesGone", fmt.Sprintf("nodes %s are gone and held blocks, which are free after a rest", abbreviate(orphans))}
 	}
 	return s, unready, degraded, fine
+}
+
+// usable counts the addresses of a block that are given out.
+func usable(r *sluicev1.AddressRange, first netip.Addr, b *sluicev1.IPBlockSpec) uint64 {
+	n := r.CountIn(first, b.Size)
+	for _, text := range b.Excluded {
+		// What is reserved may be none of them anyway: exclude and start leave it out.
+		if a, err := netip.ParseAddr(text); err == nil && r.Usable(a) && n > 0 {
+			n--
+		}
+	}
+	return n
 }
 
 func clamp(n uint64) int64 { return int64(min(n, math.MaxInt64)) }
