@@ -257,7 +257,10 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 		}
 		r.peerMaps(side.direction)
 		rules := []rule{
-			on(match{load: ctState, mask: established, op: notEqual, value: none}, accept),
+			// A kernel without CONFIG_NF_CT_PROTO_SCTP knows no ports of SCTP: with one
+			// association all between the two would be established.
+			on(isnt(l4Proto, sctp), match{load: ctState, mask: established, op: notEqual, value: none}, accept),
+			on(is(l4Proto, sctp), isnt(sctpChunk, sctpInit), match{load: ctState, mask: established, op: notEqual, value: none}, accept),
 			on(is(l4Proto, icmp), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
 			on(is(l4Proto, icmp6), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
 		}
