@@ -39,7 +39,6 @@ import (
 	"github.com/sluice-network/sluice/deviceplugin"
 	"github.com/sluice-network/sluice/deviceplugin/config"
 	"github.com/sluice-network/sluice/deviceplugin/podresources"
-	"github.com/sluice-network/sluice/internal/cloud"
 	"github.com/sluice-network/sluice/internal/durable"
 	"github.com/sluice-network/sluice/internal/host"
 	"github.com/sluice-network/sluice/internal/ovsdb"
@@ -227,10 +226,6 @@ func run(ctx context.Context, c *settings) error {
 	if err != nil {
 		return err
 	}
-	var networks func(context.Context) (map[string]string, error)
-	if cloud.IsOpenStack(c.sysfs) {
-		networks = func(ctx context.Context) (map[string]string, error) { return cloud.Networks(ctx, cloud.Metadata) }
-	}
 	pools := config.Open(c.devicePools, filepath.Join(c.stateDir, "device-pools.json"), c.prefix, log.WithName("device-pools"))
 	before, _ := os.Lstat(c.socket) // of an earlier agent, if any
 	recovered := make(chan struct{})
@@ -239,7 +234,7 @@ func run(ctx context.Context, c *settings) error {
 		Kernel: kernel, States: objects, Conditions: conditions(aliasErr, pools), Others: fromFile(pools, ledger, c.prefix),
 		Advertiser: advertiser{plugin, recovered}, Usage: ledger, Attached: cni.Attached, Tell: cni.Tell, Lifeline: lifeline,
 		Switch: &ovsdb.Client{Socket: ovsdb.DefaultSocket},
-		Reboot: func(ctx context.Context) error { return host.Reboot(ctx, c.systemBus) }, BootID: bootID, ModprobeDir: c.modprobeDir, Networks: networks,
+		Reboot: func(ctx context.Context) error { return host.Reboot(ctx, c.systemBus) }, BootID: bootID, ModprobeDir: c.modprobeDir, Networks: networks(c.sysfs),
 		Uninstall: func() error {
 			if err := uninstall(c.cniDir, cni.Attachments()); err != nil {
 				return err

@@ -13,6 +13,7 @@ import (
 
 	"github.com/sluice-network/sluice/deviceplugin"
 	"github.com/sluice-network/sluice/deviceplugin/config"
+	"github.com/sluice-network/sluice/internal/cloud"
 	"github.com/sluice-network/sluice/internal/host"
 	"github.com/sluice-network/sluice/operator/node"
 )
@@ -91,6 +92,14 @@ func exists(vfs *host.Attacher, links *host.Host) func(string) error {
 		}
 		return err
 	}
+}
+
+// networks asks the cloud that the machine is in; nil when that is none known.
+func networks(sysfs string) func(context.Context) (map[string]string, error) {
+	if !cloud.IsOpenStack(sysfs) {
+		return nil
+	}
+	return func(ctx context.Context) (map[string]string, error) { return cloud.Networks(ctx, cloud.Metadata) }
 }
 
 // baselines lets the CNI server be made before those that it asks.
