@@ -3,7 +3,9 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -98,4 +100,50 @@ func TestPoolsFromConfigMap(t *testing.T) {
 	apply(t, pod("filed", "vm1", "[]", "example.com/filed"))
 	waitReady(t, "filed")
 	mentions(t, kubectl(t, "", "exec", "filed", "--", "env"), "PCIDEVICE_EXAMPLE_COM_FILED=0000:02:")
+}
+
+// With useCDI the runtime gives a container its device nodes by a file of the agent's.
+func TestDeviceNodesByCDI(t *testing.T) {
+	onlyUML(t, "device nodes are the runtime's work, whatever the NIC")
+	usePools(t)
+	// The guests' kernel has no vhost_net: another device takes its place.
+	inNode(t, "vm1", "[ -e /dev/vhost-net ] || mknod /dev/vhost-net c 1 3")
+	t.Cleanup(func() { inNodeAfter(t, "vm1", "rm /dev/vhost-net") })
+	withCDI := func(use bool) {
+		if _, err := cluster.Kubectl(context.Background(), "-n", namespace, "patch", "sriovoperatorconfig", "default", "--type=merge", "-p", fmt.Sprintf(`{"spec":{"useCDI":%v}}`, use)); err != nil {
+			t.Error(err)
+		}
+		eventually(t, 3*time.Minute, func() error {
+			out, err := cluster.Kubectl(context.Background(), "-n", namespace, "get", "daemonset", "sluice-agent", "-o", "jsonpath={.spec.template.spec.containers[0].env[*].name}")
+			if err == nil && strings.Contains(out, "CDI_DIR") != use {
+				err = errors.New(out)
+			}
+			if err == nil {
+				_, err = cluster.Kubectl(context.Background(), "-n", namespace, "rollout", "status", "daemonset/sluice-agent", "--timeout=2m")
+			}
+			return err
+		})
+	}
+	withCDI(true)
+	t.Cleanup(func() { withCDI(false) })
+	kubectl(t, policy("right", "right", "ens2f0", 2, "needVhostNet: true"), "apply", "-f", "-")
+	t.Cleanup(func() {
+		if _, err := cluster.KubectlInput(context.Background(), pools, "apply", "-f", "-"); err != nil {
+			t.Error(err)
+		}
+	})
+	waitAllocatable(t, right, "2", "vm1")
+	p := pod("nodes", "vm1", "["+on("right-net", "192.168.101.9/24")+"]", right)
+	files := func() string { return inNode(t, "vm1", "cat /var/run/cdi/sluice-vf-*.json 2>/dev/null || true") }
+	eventually(t, 3*time.Minute, func() error { // until the policy is in effect
+		kubectl(t, p, "apply", "-f", "-")
+		waitReady(t, "nodes")
+		if out := files(); !strings.Contains(out, "/dev/vhost-net") {
+			remove(t, p)
+			return fmt.Errorf("the files are: %s", out)
+		}
+		return nil
+	})
+	t.Cleanup(func() { remove(t, p) })
+	mentions(t, kubectl(t, "", "exec", "nodes", "--", "ls", "-l", "/dev/vhost-net", "/dev/net/tun"), "1,   3", "10, 200")
 }
