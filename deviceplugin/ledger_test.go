@@ -46,7 +46,7 @@ func (a *authorities) open(t *testing.T, path string) *Ledger {
 // giveUp lets the kubelet be asked as often as it takes for it to let go.
 func giveUp(l *Ledger) {
 	for range 2 {
-		time.Sleep(fresh + 1)
+		pass(fresh + 1)
 		l.Holder("none")
 	}
 }
@@ -74,6 +74,12 @@ func TestHolder(t *testing.T) {
 	}
 }
 
+// pass lets time pass, until what happens at its end has happened.
+func pass(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
+}
+
 func TestAnAllocationCountsAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &authorities{}
@@ -85,7 +91,7 @@ func TestAnAllocationCountsAtOnce(t *testing.T) {
 		if _, held := u.Holder(vf1); !held {
 			t.Error("not held when it was just allocated")
 		}
-		time.Sleep(time.Duration(life.Grace))
+		pass(time.Duration(life.Grace))
 		giveUp(u)
 		if _, held := u.Holder(vf1); held {
 			t.Error("held although the kubelet never recorded it")
@@ -103,13 +109,13 @@ func TestHeld(t *testing.T) {
 		if held, err := u.Held(); err != nil || !maps.Equal(held, want) {
 			t.Errorf("%v, %v", held, err)
 		}
-		time.Sleep(time.Duration(life.Grace))
+		pass(time.Duration(life.Grace))
 		giveUp(u)
 		delete(want, "ens1f0-3")
 		if held, err := u.Held(); err != nil || !maps.Equal(held, want) {
 			t.Errorf("the kubelet never recorded it: %v, %v", held, err)
 		}
-		time.Sleep(fresh + 1)
+		pass(fresh + 1)
 		a.err = errors.New("down")
 		if _, err := u.Held(); err == nil {
 			t.Error("the kubelet does not answer, and this is not told")
@@ -127,25 +133,25 @@ func TestACheckpointIsDoubted(t *testing.T) {
 		ctx, stop := context.WithCancel(t.Context())
 		done, repeated := make(chan struct{}), 0
 		go func() { l.Watch(ctx, func() {}, func() { repeated++ }); close(done) }()
-		time.Sleep(recheck + 1)
+		pass(recheck + 1)
 		if repeated != 1 {
 			t.Errorf("the checkpoint is asked for %d times at first", repeated)
 		}
-		time.Sleep(time.Hour)
+		pass(time.Hour)
 		if repeated > 370 || repeated < 350 {
 			t.Errorf("asked for %d times in an hour in which it is the same", repeated)
 		}
 		before := repeated
 		must(t, l.give([]string{vf2}, "p.io/r", false))
 		a.allocated[vf2] = holder.Unnamed("u2")
-		time.Sleep(recheck + 1)
+		pass(recheck + 1)
 		if repeated != before+1 {
 			t.Errorf("asked for %d times when it is another", repeated-before)
 		}
 		delete(a.allocated, vf2)
-		time.Sleep(recheck + 1)
+		pass(recheck + 1)
 		before = repeated
-		time.Sleep(time.Hour)
+		pass(time.Hour)
 		if repeated != before {
 			t.Error("asked for while it tells of nothing else than the kubelet")
 		}
@@ -164,7 +170,7 @@ func TestTheKubeletIsNotAskedForEachVF(t *testing.T) {
 		if a.asked != 1 {
 			t.Errorf("asked %d times", a.asked)
 		}
-		time.Sleep(fresh + 1)
+		pass(fresh + 1)
 		if u.Holder(vf1); a.asked != 2 {
 			t.Errorf("asked %d times, want again after %s", a.asked, fresh)
 		}
@@ -181,29 +187,29 @@ func TestReleasesAreNoticed(t *testing.T) {
 		done := make(chan struct{})
 		go func() { u.Watch(ctx, func() { changes++ }, func() {}); close(done) }()
 
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		if a.asked != 2 || changes != 1 {
 			t.Errorf("all is attached: asked %d times, %d changes", a.asked, changes)
 		}
 		delete(a.attached, vf1) // DEL; the kubelet has it still
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		if a.asked < 10 || changes != 1 {
 			t.Errorf("waiting for the kubelet: asked %d times, %d changes", a.asked, changes)
 		}
 		delete(a.allocated, vf1)
-		time.Sleep(2*recheck + 1)
+		pass(2*recheck + 1)
 		if changes != 2 {
 			t.Errorf("%d changes after the release, want another", changes)
 		}
 		asked := a.asked
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		if a.asked != asked {
 			t.Error("nothing is held: the kubelet is still asked")
 		}
 		a.err = errors.New("down")
 		u.Holder(vf1)
 		a.err = nil
-		time.Sleep(recheck + 1)
+		pass(recheck + 1)
 		if changes != 3 {
 			t.Errorf("%d changes, want one when the kubelet answers again", changes)
 		}
