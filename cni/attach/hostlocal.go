@@ -84,7 +84,7 @@ func (h *HostLocal) call(ctx context.Context, req Request) (*types100.Result, er
 	if err != nil {
 		return nil, err
 	}
-	defer store.Close()
+	defer func() { _ = store.Close() }()
 	unlock, err := h.lock(ctx, filepath.Join(cmp.Or(conf.DataDir, hostLocalDir), conf.Name))
 	if err != nil {
 		return nil, types.NewError(types.ErrTryAgainLater, err.Error(), "")

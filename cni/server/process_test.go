@@ -11,7 +11,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -118,18 +117,6 @@ func (a *agentProcess) call(req wire.Request) ([]byte, error) {
 		err = errors.New(string(resp.Stdout))
 	}
 	return resp.Stdout, err
-}
-
-// insist calls until the agent takes the call: of many callers at once on a busy machine
-// some are too late for it, and a runtime tries again.
-func (a *agentProcess) insist(req wire.Request) (out []byte, err error) {
-	for range 20 {
-		out, err = a.call(req)
-		if !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, io.EOF) {
-			break
-		}
-	}
-	return out, err
 }
 
 func eventually(t testing.TB, what string, ok func() error) {

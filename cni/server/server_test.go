@@ -313,7 +313,7 @@ func TestQueuedDelIsDoneWhileServing(t *testing.T) {
 		_, queued := os.Stat(file)
 		_, leased := os.Stat(lease)
 		if !errors.Is(queued, os.ErrNotExist) || !errors.Is(leased, os.ErrNotExist) {
-			return fmt.Errorf("queued: %v, leased: %v", queued, leased)
+			return fmt.Errorf("queued: %w, leased: %w", queued, leased)
 		}
 		return nil
 	})

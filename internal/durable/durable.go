@@ -9,8 +9,8 @@ import (
 	"syscall"
 )
 
-// OnStep, unless nil, is called before each change to the disk, with its name. Tests end
-// the process in it.
+// OnStep is called, unless nil, before each change to the disk, with its name. Tests
+// end the process in it.
 var OnStep func(step string)
 
 func step(name string) {

@@ -2,7 +2,6 @@ package host
 
 import (
 	"errors"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -28,16 +27,6 @@ func systemd(t *testing.T, start func()) (socket string, calls <-chan *dbus.Mess
 		}
 		return nil, "org.freedesktop.DBus.Error.UnknownObject"
 	})
-}
-
-// modprobes is systemd with its unit modprobe@.service (units/modprobe@.service.in).
-func modprobes(t *testing.T, module string) (socket string) {
-	socket, _ = systemd(t, func() {
-		if out, err := exec.Command("modprobe", "-abq", module).CombinedOutput(); err != nil {
-			t.Logf("modprobe %s: %v %s", module, err, out)
-		}
-	})
-	return socket
 }
 
 func TestMissingDriversAreLoaded(t *testing.T) {

@@ -198,3 +198,13 @@ func TestLabRDMAMode(t *testing.T) {
 		t.Errorf("with another network namespace: %v", err)
 	}
 }
+
+// modprobes is systemd with its unit modprobe@.service (units/modprobe@.service.in).
+func modprobes(t *testing.T, module string) (socket string) {
+	socket, _ = systemd(t, func() {
+		if out, err := exec.Command("modprobe", "-abq", module).CombinedOutput(); err != nil {
+			t.Logf("modprobe %s: %v %s", module, err, out)
+		}
+	})
+	return socket
+}

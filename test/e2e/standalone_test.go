@@ -60,14 +60,14 @@ func TestWithoutMultus(t *testing.T) {
 		}
 	}
 	t.Run("a pod whose annotation is wrong is told so", func(t *testing.T) {
-		apply(t, pod("wrong", "vm1", `[{"name": "left-net", "adress": "192.168.100.7/24"}]`, left))
+		apply(t, pod("wrong", "vm1", `[{"name": "left-net", "ipz": "192.168.100.7/24"}]`, left))
 		eventually(t, time.Minute, func() error {
 			out := kubectl(t, "", "get", "events", "--field-selector=involvedObject.name=wrong", "-o", "jsonpath={.items[*].message}")
-			if !strings.Contains(out, `unknown field`) || !strings.Contains(out, "adress") {
+			if !strings.Contains(out, `unknown field`) || !strings.Contains(out, "ipz") {
 				return fmt.Errorf("its events say: %s", out)
 			}
 			own := kubectl(t, "", "get", "events", "--field-selector=involvedObject.name=wrong,reason=FailedAttach,source=sluice-agent", "-o", "jsonpath={.items[*].message}")
-			if strings.Count(own, "adress") != 1 {
+			if strings.Count(own, "ipz") != 1 {
 				return fmt.Errorf("the agent's own events say: %s", own)
 			}
 			return nil

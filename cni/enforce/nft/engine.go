@@ -78,18 +78,11 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 	old := e.states[key]
 	next := &state{Interface: i, isolated: isolated, verdicts: verdicts, generation: generation, chains: map[string]chain{}}
 	var prepare, flip, sweep []op
-	full := old == nil || old.stale || !old.Interface.equal(i) || old.isolated != isolated
+	full := old == nil || old.stale || !old.equal(i) || old.isolated != isolated
 	if full {
-		var r rendering
-		var there present
-		for again := true; again; again = there.holds(r.prefix) {
-			e.last++
-			if r, err = render(e.last); err == nil {
-				there, err = e.names(r)
-			}
-			if err != nil {
-				return err
-			}
+		r, there, err := e.version(render)
+		if err != nil {
+			return err
 		}
 		next.rendering = r
 		prepare, flip, sweep = r.make(there)
@@ -97,37 +90,12 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 		next.rendering, next.peers = old.rendering, old.peers
 	}
 	for _, d := range []policy.Direction{policy.Ingress, policy.Egress} {
-		if !isolated[d] {
-			continue
-		}
-		names := map[*policy.Ports]string{}
-		families := byFamily(verdicts[d], func(p *policy.Ports) string {
-			name, ok := names[p]
-			if !ok {
-				c := next.ports(d, p)
-				name = c.name
-				names[p], next.chains[name] = name, c
-			}
-			return name
-		})
-		for f, want := range families {
-			var changes [2]change
-			next.peers[d][f], changes = next.peers[d][f].diff(want)
-			for side, c := range changes {
-				s := &set{table: next.table, name: mapName(next.prefix, d, f, side), interval: true}
-				if len(c.del) > 0 {
-					flip = append(flip, op{do: deleteElements, table: s.table, set: s, elements: elements(c.del)})
-				}
-				if len(c.add) == 0 {
-					continue
-				}
-				add := op{do: addElements, table: s.table, set: s, elements: elements(c.add)}
-				if full {
-					prepare = append(prepare, add)
-				} else {
-					flip = append(flip, add)
-				}
-			}
+		del, add := next.lead(d)
+		flip = append(flip, del...)
+		if full {
+			prepare = append(prepare, add...)
+		} else {
+			flip = append(flip, add...)
 		}
 	}
 	var chains []op
@@ -175,6 +143,53 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 		next.stale = true
 	}
 	return nil
+}
+
+// version renders all under the next number that nothing in the kernel has.
+func (e *engine) version(render func(version int) (rendering, error)) (rendering, present, error) {
+	for {
+		e.last++
+		r, err := render(e.last)
+		if err != nil {
+			return rendering{}, present{}, err
+		}
+		there, err := e.names(r)
+		if err != nil || !there.holds(r.prefix) {
+			return r, there, err
+		}
+	}
+}
+
+// lead makes the peers of the direction those of its verdicts, and the chains that they
+// lead to; it returns what that takes out of the maps and puts into them.
+func (s *state) lead(d policy.Direction) (del, add []op) {
+	if !s.isolated[d] {
+		return nil, nil
+	}
+	names := map[*policy.Ports]string{}
+	families := byFamily(s.verdicts[d], func(p *policy.Ports) string {
+		name, ok := names[p]
+		if !ok {
+			c := s.ports(d, p)
+			name = c.name
+			names[p], s.chains[name] = name, c
+		}
+		return name
+	})
+	for f, want := range families {
+		var changes [2]change
+		s.peers[d][f], changes = s.peers[d][f].diff(want)
+		for side, c := range changes {
+			in := &set{table: s.table, name: mapName(s.prefix, d, f, side), interval: true}
+			if len(c.del) > 0 {
+				del = append(del, op{do: deleteElements, table: in.table, set: in, elements: elements(c.del)})
+			}
+			if len(c.add) > 0 {
+				add = append(add, op{do: addElements, table: in.table, set: in, elements: elements(c.add)})
+			}
+		}
+	}
+	return del, add
 }
 
 func (s *state) has(chain string) bool {

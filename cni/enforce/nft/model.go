@@ -158,11 +158,6 @@ const (
 	deleteCounter
 )
 
-// add are the operations that make the chain with its rules.
-func (c chain) add() []op {
-	return append([]op{{do: addChain, table: c.table, chain: &c}}, c.addRules()...)
-}
-
 func (c chain) addRules() []op {
 	var ops []op
 	for _, r := range c.rules {
