@@ -138,11 +138,30 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 		next.stale = true
 		return errors.Join(err, fmt.Errorf("verify rules of %s: generation %d is in force, not %d", key, now, generation))
 	}
-	if err := e.commit(sweep); err != nil {
+	if len(sweep) == 0 {
+		return nil
+	}
+	err = gracePeriod()
+	if err == nil {
+		err = e.commit(sweep)
+	}
+	if err != nil {
 		// What is left leads nowhere, and the next version takes it away.
 		next.stale = true
 	}
 	return nil
+}
+
+// gracePeriod waits until no CPU is in the middle of a packet that it began before. Such a
+// one may be on its way into a chain that is no longer in use, and would find it empty. The
+// kernel waits so for whoever closes a packet socket (packet_release in
+// net/packet/af_packet.c); membarrier(2) would, but refuses where CPUs have no tick.
+func gracePeriod() error {
+	s, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("wait for packets under way: %w", err)
+	}
+	return unix.Close(s)
 }
 
 // version renders all under the next number that nothing in the kernel has.

@@ -288,7 +288,7 @@ func TestUpdatesHaveNoGap(t *testing.T) {
 	}
 	var stop atomic.Bool
 	var wg sync.WaitGroup
-	var sent, lost, leaked atomic.Int64
+	var sent, closed, lost, leaked atomic.Int64
 	for family := range 2 {
 		for _, port := range []uint16{80, 81} {
 			wg.Go(func() {
@@ -299,8 +299,11 @@ func TestUpdatesHaveNoGap(t *testing.T) {
 					if port == 80 && !got {
 						lost.Add(1)
 					}
-					if port == 81 && got {
-						leaked.Add(1)
+					if port == 81 {
+						closed.Add(1)
+						if got {
+							leaked.Add(1)
+						}
 					}
 				}
 			})
@@ -319,9 +322,15 @@ func TestUpdatesHaveNoGap(t *testing.T) {
 	}
 	stop.Store(true)
 	wg.Wait()
-	t.Logf("%d packets over %d changes", sent.Load(), changes)
-	if lost.Load()+leaked.Load() > 0 || sent.Load() < changes {
-		t.Errorf("of %d packets %d were lost and %d leaked", sent.Load(), lost.Load(), leaked.Load())
+	n, err := pod.Dropped(a.iface())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d packets over %d changes, %d of them to a closed port: %+v; %d were lost", sent.Load(), changes, closed.Load(), n, lost.Load())
+	// The rules count what they drop. Now and then a busy machine loses a datagram that
+	// no rule has dropped.
+	if want := (Dropped{Ingress: uint64(closed.Load())}); n != want || leaked.Load() > 0 || lost.Load() > 1+sent.Load()/10000 || sent.Load() < changes {
+		t.Errorf("%d leaked, dropped %+v, want %+v", leaked.Load(), n, want)
 	}
 }
 
