@@ -138,9 +138,6 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 		next.stale = true
 		return errors.Join(err, fmt.Errorf("verify rules of %s: generation %d is in force, not %d", key, now, generation))
 	}
-	if len(sweep) == 0 {
-		return nil
-	}
 	err = gracePeriod()
 	if err == nil {
 		err = e.commit(sweep)
@@ -153,7 +150,8 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 }
 
 // gracePeriod waits until no CPU is in the middle of a packet that it began before. Such a
-// one may be on its way into a chain that is no longer in use, and would find it empty. The
+// one may be on its way into a chain that is no longer in use, and would find it empty; and
+// one that meets two changes may look for its peer where that is just not. The
 // kernel waits so for whoever closes a packet socket (packet_release in
 // net/packet/af_packet.c); membarrier(2) would, but refuses where CPUs have no tick.
 func gracePeriod() error {
