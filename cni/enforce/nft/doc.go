@@ -13,7 +13,8 @@
 // Rules do not grow with peers: addresses are interval maps to one chain for each
 // distinct set of ports. A packet may be in the middle of the rules when they change.
 // So new chains and sets are there before anything leads to them (prepare), one
-// transaction puts the generation in force (flip), and the old go after that (sweep).
+// transaction puts the generation in force (flip), and the old go once packets that
+// were under way are through (sweep).
 // A failure before or in the flip leaves the old generation wholly in force.
 //
 // Peers that change are changed in place. Before Linux 6.17 an interval that waits for
