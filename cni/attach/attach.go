@@ -76,8 +76,9 @@ type Options struct {
 	Kernel    Kernel
 	Baselines Baselines
 	IPAM      IPAM
-	Dir       string // of the journal
-	SriovCNI  string // folder of sriov-cni's state, to take its attachments over; empty for none
+	Enforcer  Enforcer // of network policy; nil for none
+	Dir       string   // of the journal
+	SriovCNI  string   // folder of sriov-cni's state, to take its attachments over; empty for none
 	Log       logr.Logger
 
 	// Allocated returns the pod, as package holder names it, that the kubelet has given
@@ -122,6 +123,9 @@ func New(o Options) (*Attacher, error) {
 		for _, err := range a.adopt(o.SriovCNI) {
 			o.Log.Error(err, "An attachment from before is not known; if its pod runs, its VF is returned as the kernel gives it back")
 		}
+	}
+	if o.Enforcer != nil {
+		o.Enforcer.Load(a.interfaces())
 	}
 	return a, nil
 }
@@ -337,6 +341,10 @@ func (a *Attacher) attach(ctx context.Context, key Key, cfg *Config, req Request
 		}
 	}
 
+	if err = a.definition(ctx, &r, cfg); err != nil {
+		return nil, err
+	}
+
 	a.step("add: write intent")
 	r.Generation = a.journal.next()
 	if err = a.journal.put(r); err != nil {
@@ -359,6 +367,9 @@ func (a *Attacher) attach(ctx context.Context, key Key, cfg *Config, req Request
 
 // make does everything that has to be undone when it fails. undo tells what.
 func (a *Attacher) make(ctx context.Context, undo *Record, r Record, cfg *Config, create create, ns *host.Netns) ([]byte, error) {
+	if err := a.deny(ctx, r, ns); err != nil {
+		return nil, refused("%w", err)
+	}
 	link, err := create(ctx, r, ns)
 	if err != nil {
 		return nil, refused("%w", err)
@@ -393,6 +404,9 @@ func (a *Attacher) make(ctx context.Context, undo *Record, r Record, cfg *Config
 				return nil, refused("%w", err)
 			}
 		}
+	}
+	if err := a.enforce(ctx, r, ns, result.IPs); err != nil {
+		return nil, refused("%w", err)
 	}
 	result.Interfaces = []*types100.Interface{iface}
 	for _, ip := range result.IPs {

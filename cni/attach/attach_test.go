@@ -131,6 +131,7 @@ func TestCheckFindsEveryChange(t *testing.T) {
 		"vlan":          {func(w *world, _ *host.Netdev) { s := w.settings[vf0]; s.VLAN = 7; w.settings[vf0] = s }, "vlan of the VF is 7"},
 		"trust":         {func(w *world, _ *host.Netdev) { s := w.settings[vf0]; s.Trust = false; w.settings[vf0] = s }, "trust of the VF is off, not on"},
 		"VF gone":       {func(w *world, _ *host.Netdev) { delete(w.vfs, vf0) }, "no such VF"},
+		"policy":        {func(w *world, _ *host.Netdev) { clear(w.policed) }, "policy is not in force"},
 		"IPAM disagree": {func(w *world, _ *host.Netdev) { w.failOn = "IPAM CHECK" }, "IPAM"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -18,6 +18,7 @@ const (
 	CodeCheckFailed = 105 // CHECK found the attachment missing or changed
 	CodeNotUndone   = 106 // something failed and could not be undone entirely; DEL will try again
 	CodeConflict    = 107 // another station has the address; its MAC is in the error
+	CodePolicy      = 108 // a network policy selects the pod and cannot be enforced on the interface
 )
 
 // fail makes an error with a CNI error code.

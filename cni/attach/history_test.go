@@ -27,7 +27,7 @@ func TestAnyHistory(t *testing.T) {
 		clear(w.netns)
 		before := w.state()
 		agent := func() *Attacher {
-			a, err := New(Options{Kernel: w, Baselines: w, IPAM: w, Dir: dir, Log: logr.Discard()})
+			a, err := New(Options{Kernel: w, Baselines: w, IPAM: w, Enforcer: w, Dir: dir, Log: logr.Discard()})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -99,6 +99,9 @@ func TestAnyHistory(t *testing.T) {
 					}
 					if s := w.settings[r.Device]; fmt.Sprint(s.VLAN-100) != r.ContainerID {
 						t.Fatalf("VF %s of pod %s has VLAN %d", r.Device, r.ContainerID, s.VLAN)
+					}
+					if p := w.policed[r.Key]; p.generation != r.Generation || !p.enforced {
+						t.Fatalf("pod %s has policy %+v", r.ContainerID, p)
 					}
 					links := w.links[r.Netns]
 					if len(links) != 1 || links[0].PCIAddress != r.Device || !links[0].Up || links[0].Name != "net1" {

@@ -86,6 +86,9 @@ type Record struct {
 
 	Adopted []string `json:"adopted,omitempty"` // sriov-cni's files of the attachment, which is sriov-cni's then
 
+	Definition string `json:"definition,omitempty"` // NetworkAttachmentDefinition, namespace/name
+	Bypass     string `json:"bypass,omitempty"`     // why packets go past the pod's kernel
+
 	Only       bool      `json:"only,omitempty"`       // the pod had no other interface
 	HostLink   string    `json:"hostLink,omitempty"`   // the host's end of the host interface, if one is asked for
 	HostRoutes []network `json:"hostRoutes,omitempty"` // that lead there

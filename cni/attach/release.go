@@ -81,6 +81,7 @@ func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error 
 			return fail(types.ErrIOFailure, "%w", err)
 		}
 	}
+	a.leave(r)
 	owner, owned := a.journal.owner(r.Device)
 	if owned && owner.Generation == r.Generation || r.Device == "" && r.Phase != Returned {
 		if err := a.disconnectHost(r); err != nil {
@@ -92,6 +93,9 @@ func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error 
 		if err := a.unroute(r, ns); err != nil {
 			return refused("%w", err)
 		}
+	}
+	if err := a.unenforce(ctx, r, ns); err != nil {
+		return err
 	}
 	if r.IPAM != "" {
 		a.step("del: ask IPAM")
@@ -221,7 +225,7 @@ func (a *Attacher) Check(ctx context.Context, req Request, ns *host.Netns) error
 		}
 		defer ns.Close()
 	}
-	wrong, err := a.compare(r, ns, prev)
+	wrong, err := a.compare(ctx, r, ns, prev)
 	if err != nil {
 		return fail(CodeKernel, "network %q: %w", cfg.Network, err)
 	}
@@ -247,7 +251,7 @@ func previous(cfg *Config) (*types100.Result, error) {
 }
 
 // compare lists what differs from what was attached.
-func (a *Attacher) compare(r Record, ns *host.Netns, prev *types100.Result) (wrong []error, err error) {
+func (a *Attacher) compare(ctx context.Context, r Record, ns *host.Netns, prev *types100.Result) (wrong []error, err error) {
 	differs := func(format string, args ...any) { wrong = append(wrong, fmt.Errorf(format, args...)) }
 	k := a.kind(r.Macvlan)
 	if wrong, err = k.differences(r); err != nil || r.Userspace {
@@ -296,6 +300,7 @@ func (a *Attacher) compare(r Record, ns *host.Netns, prev *types100.Result) (wro
 		return nil, fmt.Errorf("read journal: %w", err)
 	}
 	for _, differences := range []func() ([]error, error){
+		func() ([]error, error) { return a.policyDifferences(ctx, r, ns) },
 		func() ([]error, error) { return a.routeDifferences(r, ns, link, &own) },
 		func() ([]error, error) { return a.hostDifferences(r, ns, &own) },
 	} {

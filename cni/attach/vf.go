@@ -26,6 +26,11 @@ func (a vfs) prepare(cfg *Config, ns *host.Netns, r *Record) (create, error) {
 		return nil, err
 	}
 	r.Userspace = vf.Userspace
+	if vf.Userspace {
+		r.Bypass = "driver " + vf.Driver + " gives the VF to user space"
+	} else if cfg.RDMA {
+		r.Bypass = "rdma is true"
+	}
 	if r.Baseline, err = a.baseline(vf, link); err != nil {
 		return nil, refusal(cfg, CodeKernel, "%w", err)
 	}

@@ -39,6 +39,9 @@ type world struct {
 	stations map[string]string       // MAC by address, of other stations
 	rdma     map[string]host.NetnsID // where the RDMA device of a VF is
 	shared   bool                    // all namespaces see all RDMA devices
+	policed  map[Key]policed
+	loaded   []Interface // by an Enforcer, from before
+	left     []Key
 	index    int
 	blind    bool // namespaces cannot be opened
 
@@ -62,7 +65,7 @@ func newWorld() *world {
 		vfs: map[string]*host.VFRef{}, settings: map[string]host.VFSettings{}, links: map[host.NetnsID][]host.Netdev{},
 		addrs: map[int][]net.IPNet{}, routes: map[int][]host.Route{},
 		netns:  map[string]host.NetnsID{pod1: {Dev: 4, Inode: 11}, pod2: {Dev: 4, Inode: 12}},
-		leases: map[string]bool{}, rules: map[host.NetnsID][]string{}, kept: map[int]bool{}, neighs: map[int][]string{}, index: 100, failAt: -1, errno: syscall.EIO,
+		leases: map[string]bool{}, rules: map[host.NetnsID][]string{}, policed: map[Key]policed{}, kept: map[int]bool{}, neighs: map[int][]string{}, index: 100, failAt: -1, errno: syscall.EIO,
 	}
 	for i, pci := range []string{vf0, vf1} {
 		mac := net.HardwareAddr{2, 0, 0, 0, 0, byte(0x10 + i)}
@@ -105,7 +108,7 @@ func (w *world) state() string {
 			fmt.Fprintf(&b, "ns %d rules %q\n", ns.Inode, rules)
 		}
 	}
-	fmt.Fprintf(&b, "leases %v\n", w.leases)
+	fmt.Fprintf(&b, "leases %v\npolicy %v\n", w.leases, w.policed)
 	return b.String()
 }
 
@@ -551,7 +554,7 @@ func newAttacher(t *testing.T, w *world, dir string, onStep func(string)) *Attac
 	if testing.Verbose() {
 		log = testr.New(t)
 	}
-	a, err := New(Options{Kernel: w, Baselines: w, IPAM: w, Dir: dir, Log: log, OnStep: onStep})
+	a, err := New(Options{Kernel: w, Baselines: w, IPAM: w, Enforcer: w, Dir: dir, Log: log, OnStep: onStep})
 	if err != nil {
 		t.Fatal(err)
 	}

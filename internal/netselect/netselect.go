@@ -2,6 +2,7 @@ package netselect
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -214,4 +215,33 @@ func (s *Selection) checkRates() error {
 		return fmt.Errorf("bandwidth %s has a negative number", text)
 	}
 	return nil
+}
+
+// Network returns the NetworkAttachmentDefinition, as namespace/name, that an annotation
+// names for the interface; empty when it names none. It reads what meta plugins accept:
+// keys and values of the others that Parse refuses do not matter to it.
+func Network(annotation, namespace, ifName string) (string, error) {
+	if strings.TrimSpace(annotation) == "" {
+		return "", nil
+	}
+	var elements []element
+	var err error
+	if strings.ContainsAny(annotation, `[{"`) {
+		var named []struct{ Name, Namespace, Interface, InterfaceRequest string }
+		err = json.Unmarshal([]byte(annotation), &named)
+		for _, n := range named {
+			elements = append(elements, element{Name: n.Name, Namespace: n.Namespace, Interface: n.Interface, InterfaceRequest: n.InterfaceRequest})
+		}
+	} else {
+		elements, err = short(annotation)
+	}
+	if err != nil {
+		return "", fmt.Errorf("annotation %s: is not a list of networks: %w", Annotation, err)
+	}
+	for i, e := range elements {
+		if cmp.Or(e.Interface, e.InterfaceRequest, fmt.Sprintf("net%d", i+1)) == ifName {
+			return cmp.Or(e.Namespace, namespace) + "/" + e.Name, nil
+		}
+	}
+	return "", nil
 }

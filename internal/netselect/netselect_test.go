@@ -91,3 +91,25 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// What makes an interface is read as meta plugins read it, whatever else is written.
+func TestNetwork(t *testing.T) {
+	for _, c := range []struct{ annotation, ifName, want string }{
+		{"", "net1", ""},
+		{"blue, other/red@eth5", "net1", "ns/blue"},
+		{"blue, other/red@eth5", "eth5", "other/red"},
+		{"blue, other/red@eth5", "net2", ""},
+		{`[{"name":"blue","nosuch":1,"mac":"x"},{"name":"red","namespace":"other","interface":"eth5"}]`, "net1", "ns/blue"},
+		{`[{"name":"blue","nosuch":1,"mac":"x"},{"name":"red","namespace":"other","interface":"eth5"}]`, "eth5", "other/red"},
+		{`[{"name":"blue","interfaceRequest":"eth7"}]`, "eth7", "ns/blue"},
+	} {
+		if got, err := Network(c.annotation, "ns", c.ifName); err != nil || got != c.want {
+			t.Errorf("%s of %s: %q, %v; want %q", c.ifName, c.annotation, got, err, c.want)
+		}
+	}
+	for _, bad := range []string{"[{", "blue@", `{"name":"blue"}`} {
+		if got, err := Network(bad, "ns", "net1"); err == nil {
+			t.Errorf("%s: %q", bad, got)
+		}
+	}
+}
