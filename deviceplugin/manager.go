@@ -240,6 +240,18 @@ func (m *Manager) Offers(id string) bool {
 	return offers
 }
 
+// RDMA tells whether containers that have the device have its RDMA devices.
+func (m *Manager) RDMA(id string) bool {
+	rdma := false
+	m.each(func(r *resource) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		_, ok := r.devices[id]
+		rdma = rdma || ok && r.pool.RDMA
+	})
+	return rdma
+}
+
 // Status is the state of one resource towards the kubelet.
 type Status struct {
 	Resource string // with prefix

@@ -111,7 +111,7 @@ func agent(dir string) int {
 	var taken atomic.Int64
 	s, err := New(Options{
 		Socket: filepath.Join(dir, "cni.sock"), StateDir: dir, Kernel: kernel, Baselines: noBaselines{}, Log: logr.Discard(),
-		Changes: links.Watch,
+		Changes: links.Watch, Enforcer: policies(dir, kernel),
 		OnStep: func(step string) {
 			if taken.Add(1)-1 == dieAt {
 				_ = os.WriteFile(filepath.Join(dir, "died-at"), []byte(step), 0o600)

@@ -134,3 +134,31 @@ func (i timedIPAM) Exec(ctx context.Context, plugin string, req attach.Request) 
 	defer i.took("IPAM", time.Now())
 	return i.IPAM.Exec(ctx, plugin, req)
 }
+
+// timed times the calls of the Enforcer that ADD waits for.
+type timed struct {
+	attach.Enforcer
+	metrics
+}
+
+func timedEnforcer(e attach.Enforcer, m metrics) attach.Enforcer {
+	if e == nil {
+		return nil
+	}
+	return timed{e, m}
+}
+
+func (t timed) Definition(ctx context.Context, pod, uid, ifName string) (string, error) {
+	defer t.took("read pod", time.Now())
+	return t.Enforcer.Definition(ctx, pod, uid, ifName)
+}
+
+func (t timed) Deny(ctx context.Context, i attach.Interface, ns *host.Netns) error {
+	defer t.took("deny all", time.Now())
+	return t.Enforcer.Deny(ctx, i, ns)
+}
+
+func (t timed) Enforce(ctx context.Context, i attach.Interface, ns *host.Netns) error {
+	defer t.took("enforce policy", time.Now())
+	return t.Enforcer.Enforce(ctx, i, ns)
+}

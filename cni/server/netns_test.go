@@ -19,6 +19,7 @@ import (
 
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-network/sluice/cni/wire"
@@ -218,6 +219,19 @@ func (n *node) rules(netns string) (more int) {
 	return more
 }
 
+// tables counts the tables of nf_tables in a namespace.
+func (n *node) tables(netns string) int {
+	n.Helper()
+	var messages [][]byte
+	n.ok(in(netns, func() (err error) {
+		r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETTABLE, unix.NLM_F_DUMP)
+		r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.NFPROTO_UNSPEC, Version: nl.NFNETLINK_V0})
+		messages, err = r.Execute(unix.NETLINK_NETFILTER, 0)
+		return err
+	}))
+	return len(messages)
+}
+
 // clean fails unless nothing of any attachment is left.
 func (n *node) clean(when string) {
 	n.Helper()
@@ -232,13 +246,16 @@ func (n *node) clean(when string) {
 			n.Errorf("%s: link %s is left", when, l)
 		}
 	}
+	if tables := n.tables("/proc/self/ns/net"); tables > 0 {
+		n.Errorf("%s: the host has %d tables of nf_tables", when, tables)
+	}
 	pods, _ := filepath.Glob(filepath.Join(n.pods, "*"))
 	for _, pod := range pods {
 		if pod == n.station {
 			continue
 		}
-		if links, rules := n.links(pod), n.rules(pod); len(links) > 0 || rules > 0 {
-			n.Errorf("%s: pod %s has links %v and %d rules", when, filepath.Base(pod), links, rules)
+		if links, rules, tables := n.links(pod), n.rules(pod), n.tables(pod); len(links) > 0 || rules > 0 || tables > 0 {
+			n.Errorf("%s: pod %s has links %v, %d rules and %d tables of nf_tables", when, filepath.Base(pod), links, rules, tables)
 		}
 	}
 }
@@ -615,6 +632,7 @@ func TestNetnsAgentKilledAtEachStep(t *testing.T) {
 		return
 	}
 	n := newNode(t)
+	n.policies(`[{"metadata":{"namespace":"ns","name":"p"},"spec":{"policyTypes":["Ingress","Egress"]}}]`)
 	for at, done := 0, false; !done; at++ {
 		container := fmt.Sprintf("pod%d", at)
 		add := n.request(container, `"deviceID":"p0-0","conflictProbe":2,"hostInterface":{"routes":["10.96.0.0/12"]}`, "10.20.1.1/16", "fd20::11/64")

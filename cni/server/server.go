@@ -29,15 +29,16 @@ import (
 	"github.com/sluice-network/sluice/internal/host"
 )
 
-// Options are what a Server stands on. All fields but Addresses, Allocated and OnStep are needed.
+// Options are what a Server stands on. All fields but Addresses, Enforcer, Allocated and OnStep are needed.
 type Options struct {
 	Socket    string // path of the unix socket, usually wire.Socket
 	StateDir  string // holds the journal (attachments) and the shim's queue (del-queue)
 	Kernel    attach.Kernel
 	Baselines attach.Baselines
-	SriovCNI  string     // see attach.Options
-	IPAMDirs  []string   // where IPAM plugins are looked for besides CNI_PATH
-	Addresses *ipam.Node // the agent's own IPAM; nil for none
+	SriovCNI  string          // see attach.Options
+	IPAMDirs  []string        // where IPAM plugins are looked for besides CNI_PATH
+	Addresses *ipam.Node      // the agent's own IPAM; nil for none
+	Enforcer  attach.Enforcer // of network policy; nil for none
 	Log       logr.Logger
 
 	Allocated func(ctx context.Context, pciAddress string) (pod string, ok bool, err error) // see attach.Options
@@ -89,7 +90,7 @@ func New(o Options) (*Server, error) {
 		plugins = attach.ByType{Own: o.Addresses, Others: plugins}
 	}
 	a, err := attach.New(attach.Options{
-		Kernel: timedKernel{o.Kernel, m}, Baselines: o.Baselines, IPAM: timedIPAM{plugins, m},
+		Kernel: timedKernel{o.Kernel, m}, Baselines: o.Baselines, IPAM: timedIPAM{plugins, m}, Enforcer: timedEnforcer(o.Enforcer, m),
 		Dir: filepath.Join(o.StateDir, "attachments"), SriovCNI: o.SriovCNI, Log: o.Log,
 		Allocated: o.Allocated, OnStep: o.OnStep, Ready: lasting(o.Ready, time.Now),
 	})

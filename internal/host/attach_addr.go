@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -156,6 +157,29 @@ func (a *Attacher) Addresses(ns *Netns, index int) ([]net.IPNet, error) {
 		out[i] = *addr.IPNet
 	}
 	return out, nil
+}
+
+// OwnAddresses lists the addresses by which others know the host.
+func (a *Attacher) OwnAddresses() ([]netip.Addr, error) {
+	conn, err := a.rtnl(nil)
+	if err != nil {
+		return nil, err
+	}
+	handle, err := conn.library()
+	if err != nil {
+		return nil, err
+	}
+	all, err := handle.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list the host's addresses: %w", err)
+	}
+	var own []netip.Addr
+	for _, a := range all {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok && ip.IsGlobalUnicast() {
+			own = append(own, ip.Unmap())
+		}
+	}
+	return own, nil
 }
 
 // AddRoute adds a route through a link of ns.

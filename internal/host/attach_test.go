@@ -517,3 +517,24 @@ func TestDoNeverLeaksAThread(t *testing.T) {
 		<-done
 	}
 }
+
+func TestOwnAddresses(t *testing.T) {
+	a, _ := twoNetns(t)
+	l := veth(t, a, "own0")
+	if err := a.ChangeLink(t.Context(), nil, l.Index, LinkChange{State: SetUp}); err != nil {
+		t.Fatal(err)
+	}
+	for _, cidr := range []string{"10.7.0.5/24", "fd07::5/64", "fe80::7/64", "127.0.0.7/8"} {
+		ip, n, err := net.ParseCIDR(cidr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := a.AddAddress(nil, l.Index, net.IPNet{IP: ip, Mask: n.Mask}, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	own, err := a.OwnAddresses()
+	if err != nil || !slices.Equal(own, []netip.Addr{netip.MustParseAddr("10.7.0.5"), netip.MustParseAddr("fd07::5")}) {
+		t.Errorf("%v, %v", own, err)
+	}
+}

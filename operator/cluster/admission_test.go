@@ -128,7 +128,7 @@ func TestAgentWritesOnlyItsOwnNodesState(t *testing.T) {
 			Source:         corev1.EventSource{Component: "sluice-agent", Host: host},
 		}
 	}
-	for _, e := range []*corev1.Event{event(operatorNamespace, "SriovNetworkNodeState", "adm-1", ""), event("default", "Pod", "p", "adm-1")} {
+	for _, e := range []*corev1.Event{event(operatorNamespace, "SriovNetworkNodeState", "adm-1", ""), event("default", "Pod", "p", "adm-1"), event("default", "MultiNetworkPolicy", "p", "adm-1")} {
 		if err := agent.Create(t.Context(), e); err != nil {
 			t.Errorf("make an event about %s %s: %v", e.InvolvedObject.Kind, e.InvolvedObject.Name, err)
 			continue
@@ -139,10 +139,10 @@ func TestAgentWritesOnlyItsOwnNodesState(t *testing.T) {
 			t.Errorf("count an event about %s %s: %v", e.InvolvedObject.Kind, e.InvolvedObject.Name, err)
 		}
 	}
-	const only = "an agent makes events about its own node's SriovNetworkNodeState, and about pods in its own node's name, and no others"
+	const only = "an agent makes events about its own node's SriovNetworkNodeState, and about pods and policies in its own node's name, and no others"
 	for _, e := range []*corev1.Event{
 		event(operatorNamespace, "SriovNetworkNodeState", "adm-2", "adm-1"), event(operatorNamespace, "SriovNetworkNodePolicy", "adm-1", "adm-1"),
-		event("default", "Pod", "p", "adm-2"), event("default", "Pod", "p", ""), event("default", "Service", "s", "adm-1"),
+		event("default", "Pod", "p", "adm-2"), event("default", "NetworkPolicy", "p", "adm-2"), event("default", "Pod", "p", ""), event("default", "Service", "s", "adm-1"),
 	} {
 		if err := refusedWith(agent.Create(t.Context(), e), only); err != nil {
 			t.Errorf("an event about %s %s of %q: %v", e.InvolvedObject.Kind, e.InvolvedObject.Name, e.Source.Host, err)
@@ -228,13 +228,16 @@ func TestAgentWritesOnlyTheNetworkStatusOfItsPods(t *testing.T) {
 	if err := write(own, status); err != nil {
 		t.Errorf("the network status of its own pod: %v", err)
 	}
+	if err := write(own, func(p *corev1.Pod) { p.Annotations["sluice.dev/enforcement"] = "{}" }); err != nil {
+		t.Errorf("what policy is in force on its own pod: %v", err)
+	}
 	for name, change := range map[string]func(*corev1.Pod){
 		"another annotation": func(p *corev1.Pod) { p.Annotations["b"] = "1" },
 		"an annotation less": func(p *corev1.Pod) { delete(p.Annotations, "a") },
 		"a label":            func(p *corev1.Pod) { p.Labels = map[string]string{"app": "other"} },
 		"the status":         func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded },
 	} {
-		if err := refusedWith(write(own, change), "an agent writes the annotation "+networkStatus+", and nothing else of a pod"); err != nil {
+		if err := refusedWith(write(own, change), "an agent writes the annotations "+networkStatus+" and sluice.dev/enforcement, and nothing else of a pod"); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -249,8 +252,8 @@ func TestAgentWritesOnlyTheNetworkStatusOfItsPods(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if err := own.List(t.Context(), &corev1.PodList{}); !apierrors.IsForbidden(err) {
-		t.Errorf("list pods: %v", err)
+	if err := own.List(t.Context(), &corev1.SecretList{}); !apierrors.IsForbidden(err) {
+		t.Errorf("list secrets: %v", err)
 	}
 }
 

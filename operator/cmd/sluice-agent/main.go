@@ -191,7 +191,8 @@ func run(ctx context.Context, c *settings) error {
 	}
 
 	claims, err := ipam.Connect(apiServer, c.namespace)
-	if err != nil {
+	enforcer, policies, policyErr := enforcement(apiServer, c.node, objects.Recorder(), attacher, func(id string) bool { return plugin.RDMA(id) }, log.WithName("policy"))
+	if err = errors.Join(err, policyErr); err != nil {
 		return err
 	}
 	addresses := ipam.New(ipam.Options{
@@ -202,7 +203,7 @@ func run(ctx context.Context, c *settings) error {
 	// holds a device to the ledger, what a VF goes back to to the node's configuration.
 	var agent *node.Agent
 	cni, err := server.New(server.Options{
-		Socket: c.socket, StateDir: c.stateDir, SriovCNI: c.sriovCNIDir, Kernel: attacher, IPAMDirs: []string{c.cniDir}, Addresses: addresses, Log: log.WithName("cni"),
+		Socket: c.socket, StateDir: c.stateDir, SriovCNI: c.sriovCNIDir, Kernel: attacher, IPAMDirs: []string{c.cniDir}, Addresses: addresses, Enforcer: enforcer, Log: log.WithName("cni"),
 		Baselines: baselines(func(id string) (net.HardwareAddr, int, bool) {
 			mac, mtu, ok := agent.Baseline(id)
 			return mac, mtu, ok || plugin.Offers(id) // as it was found, when it is not ours
@@ -244,7 +245,7 @@ func run(ctx context.Context, c *settings) error {
 	})
 
 	metrics := prometheus.NewRegistry()
-	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), plugin, pools, cni)
+	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), plugin, pools, cni, enforcer)
 	health := handler([]check{
 		{"nics", closed(agent.Looked(), "have not been read yet")},
 		{"cni", closed(recovered, "attachments of an earlier agent are being finished")},
@@ -260,6 +261,11 @@ func run(ctx context.Context, c *settings) error {
 		return nil
 	})
 	group.Go(func() error { return agent.Run(ctx) })
+	group.Go(func() error {
+		policies.Run(ctx)
+		return nil
+	})
+	group.Go(func() error { return enforcer.Run(ctx) })
 	group.Go(func() error { return pools.Watch(ctx, agent.HolderChanged) })
 	group.Go(func() error {
 		ledger.Watch(ctx, agent.HolderChanged, plugin.Repeat)

@@ -9,8 +9,13 @@ import (
 	"strings"
 	"time"
 
+	"github.com/go-logr/logr"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/record"
 
+	"github.com/sluice-network/sluice/cni/enforce"
+	"github.com/sluice-network/sluice/cni/enforce/cluster"
 	"github.com/sluice-network/sluice/deviceplugin"
 	"github.com/sluice-network/sluice/deviceplugin/config"
 	"github.com/sluice-network/sluice/internal/cloud"
@@ -194,4 +199,22 @@ func aliasCondition(err error) metav1.Condition {
 		c.Status, c.Reason, c.Message = metav1.ConditionFalse, "ForeignPlugin", err.Error()
 	}
 	return c
+}
+
+// enforcement makes what puts network policy in force on the node, and what follows the
+// policies for it.
+func enforcement(apiServer *rest.Config, node string, events record.EventRecorder, kernel *host.Attacher, rdma func(string) bool, log logr.Logger) (*enforce.Enforcer, *cluster.Cluster, error) {
+	shown, err := enforce.Connect(apiServer, events)
+	if err != nil {
+		return nil, nil, err
+	}
+	enforcer := enforce.New(enforce.Options{
+		Node: node, Engine: enforce.NewEngine(kernel), OpenNetns: kernel.OpenNetns, Addresses: kernel.OwnAddresses, RDMA: rdma, API: shown, Log: log,
+	})
+	policies, err := cluster.New(apiServer, node, []string{enforce.Annotation}, enforcer, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	enforcer.Cluster = policies
+	return enforcer, policies, nil
 }

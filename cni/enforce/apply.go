@@ -1,0 +1,166 @@
+package enforce
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"k8s.io/client-go/util/workqueue"
+
+	"github.com/sluice-network/sluice/cni/attach"
+	"github.com/sluice-network/sluice/cni/policy"
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// work does what is in the queue, again where it fails, until the queue ends.
+func work[T comparable](ctx context.Context, queue workqueue.TypedRateLimitingInterface[T], do func(context.Context, T) error) {
+	for {
+		item, end := queue.Get()
+		if end {
+			return
+		}
+		if err := do(ctx, item); err != nil {
+			queue.AddRateLimited(item)
+		} else {
+			queue.Forget(item)
+		}
+		queue.Done(item)
+	}
+}
+
+// follow brings an interface to what policy says now.
+func (e *Enforcer) follow(_ context.Context, key attach.Key) error {
+	e.mu.Lock()
+	f := e.faces[key]
+	if f == nil || !f.ready || !e.synced {
+		e.mu.Unlock()
+		return nil
+	}
+	e.resolve(f)
+	i, known := f.Interface, e.stateOf(f) != [2]*policy.State{}
+	e.mu.Unlock()
+	if !known {
+		return nil // the pod is gone, and what is in force stays until the interface is
+	}
+	ns, err := e.OpenNetns(i.NetnsPath)
+	if err == nil && ns.ID != i.Netns {
+		ns.Close()
+		err = fmt.Errorf("%s is another namespace's path by now", i.NetnsPath)
+	}
+	if err != nil {
+		return nil //nolint:nilerr // the attachment is ended by whoever sees that the namespace is gone
+	}
+	defer ns.Close()
+	err = e.apply(f, ns)
+	if err != nil {
+		e.Log.Error(err, "Cannot enforce policy; it is tried again", "pod", i.Pod, "interface", i.IfName)
+	}
+	return err
+}
+
+// apply puts in force on an interface what policy says now.
+func (e *Enforcer) apply(f *face, ns *host.Netns) error {
+	f.work.Lock()
+	defer f.work.Unlock()
+	e.mu.Lock()
+	states, i, since, before := e.stateOf(f), f.Interface, f.changed, f.status
+	f.changed = time.Time{}
+	gone := e.faces[f.Key] != f || !f.ready
+	e.mu.Unlock()
+	if gone || f.applied == states {
+		return nil
+	}
+	f.applied = [2]*policy.State{}
+	status := InterfaceStatus{Network: i.Definition, Ingress: direction(states[policy.Ingress]), Egress: direction(states[policy.Egress])}
+	var err error
+	worked := true
+	switch why := e.bypass(i); {
+	case !isolated(states):
+		if worked = f.rules; f.rules {
+			if err = e.Engine.Remove(i, ns); err == nil {
+				f.rules = false
+			} else {
+				status.Ingress, status.Egress = before.Ingress, before.Egress
+			}
+		}
+	case why != "":
+		worked = false
+		// Nobody can filter it, and cutting the pod off is not ours to decide.
+		status.each(func(d *DirectionStatus) { d.Engine, d.Problem = EngineNone, "not enforced, because "+why })
+	default:
+		verdicts := [2]*policy.Verdicts{{}, {}}
+		for d, s := range states {
+			if s != nil {
+				verdicts[d] = s.Verdicts
+			}
+		}
+		err = e.put(f, i, ns, verdicts, &status, before)
+	}
+	if err == nil {
+		f.applied = states
+	}
+	e.mu.Lock()
+	f.status = status
+	if err != nil && f.changed.IsZero() {
+		f.changed = since // still waits
+	}
+	shown, id := e.faces[f.Key] == f, f.id
+	e.mu.Unlock()
+	if worked {
+		e.metrics.applied(err, since)
+	}
+	if shown && !status.equal(before) {
+		e.tell(id, before, status)
+		e.pods.Add(i.Pod)
+	}
+	if err != nil {
+		return fmt.Errorf("enforce %s: %w", strings.Join(policies(states), ", "), err)
+	}
+	return nil
+}
+
+// put makes a new generation of the interface's rules and says in status what came of it.
+func (e *Enforcer) put(f *face, i attach.Interface, ns *host.Netns, verdicts [2]*policy.Verdicts, status *InterfaceStatus, before InterfaceStatus) error {
+	had := f.rules
+	f.rules = true
+	var err error
+	if f.loaded { // its generations go on from the earlier agent's
+		before.Generation, had, err = e.Engine.Generation(i, ns)
+		f.loaded = err != nil
+	}
+	if err == nil {
+		err = e.Engine.Apply(i, ns, verdicts, before.Generation+1)
+	}
+	if err == nil {
+		status.Generation = before.Generation + 1
+		status.each(func(d *DirectionStatus) { d.Engine = engineOf(i) })
+		return nil
+	}
+	status.Generation = before.Generation
+	problem, engine := fmt.Sprintf("closed, because the rules cannot be made: %v", err), engineOf(i)
+	if had {
+		problem = fmt.Sprintf("what was in force before stays so, because the rules cannot be made: %v", err)
+	} else if closed := e.Engine.DenyAll(i, ns); closed != nil {
+		err = errors.Join(err, closed)
+		problem, engine = fmt.Sprintf("not enforced, because the rules cannot be made: %v", err), EngineNone
+	}
+	status.each(func(d *DirectionStatus) { d.Engine, d.Problem = engine, problem })
+	return err
+}
+
+// resolve finds out what an interface from before this agent lacks. mu is held.
+func (e *Enforcer) resolve(f *face) {
+	p := e.own[f.Pod]
+	if p == nil || !p.Is(f.PodUID) || f.id.UID == p.UID && f.id.Network != "" {
+		return
+	}
+	if f.Definition == "" {
+		f.Definition, _ = definition(p, f.IfName)
+	}
+	if f.id.UID, f.id.Network = p.UID, f.Definition; f.Definition != "" {
+		e.setPod(p)
+		e.take()
+	}
+}

@@ -1,0 +1,498 @@
+package enforce
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/go-logr/logr/testr"
+	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/sluice-network/sluice/cni/attach"
+	"github.com/sluice-network/sluice/cni/enforce/cluster"
+	"github.com/sluice-network/sluice/cni/enforce/nft"
+	"github.com/sluice-network/sluice/cni/policy"
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// node is a node in memory: an API server, an engine, and the Enforcer between.
+type node struct {
+	t *testing.T
+	*Enforcer
+
+	mu          sync.Mutex
+	unsynced    bool
+	known       map[string]*cluster.Pod
+	rules       map[attach.Key]string // in force: "denied", or what may talk to it
+	refuse      map[string]error      // by method of Engine
+	calls       []string
+	annotations map[string]string
+	events      []string
+	tamper      func(attach.Interface, nft.Tampering)
+}
+
+func newNode(t *testing.T) *node {
+	n := &node{t: t, known: map[string]*cluster.Pod{}, rules: map[attach.Key]string{}, refuse: map[string]error{}, annotations: map[string]string{}}
+	n.Enforcer = New(Options{
+		Node: "here", Cluster: n, Engine: n, API: n, Log: testr.New(t),
+		OpenNetns: func(string) (*host.Netns, error) { return &host.Netns{}, nil },
+		Addresses: func() ([]netip.Addr, error) { return []netip.Addr{netip.MustParseAddr("192.0.2.1")}, nil },
+		RDMA:      func(id string) bool { return id == "0000:01:10.7" },
+	})
+	return n
+}
+
+// run starts the Enforcer.
+func (n *node) run() *node {
+	ctx, cancel := context.WithCancel(n.t.Context())
+	done := make(chan error)
+	go func() { done <- n.Run(ctx) }()
+	n.t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			n.t.Error(err)
+		}
+	})
+	return n
+}
+
+func (n *node) call(method string, key attach.Key, now string) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.calls = append(n.calls, method)
+	if err := n.refuse[method]; err != nil {
+		return err
+	}
+	if now == "" {
+		delete(n.rules, key)
+	} else {
+		n.rules[key] = now
+	}
+	return nil
+}
+
+func (n *node) DenyAll(i attach.Interface, _ *host.Netns) error {
+	return n.call("DenyAll", i.Key, "denied")
+}
+
+func (n *node) Apply(i attach.Interface, _ *host.Netns, verdicts [2]*policy.Verdicts, _ uint64) error {
+	var all []string
+	for d, v := range verdicts {
+		text := "open"
+		if v.Isolated {
+			var from []string
+			for _, p := range v.Peers {
+				from = append(from, p.First.String())
+			}
+			text = strings.Join(from, " ")
+		}
+		all = append(all, policy.Direction(d).String()+": "+text)
+	}
+	return n.call("Apply", i.Key, strings.Join(all, ", "))
+}
+
+func (n *node) Remove(i attach.Interface, _ *host.Netns) error {
+	if i.Key == (attach.Key{}) {
+		n.t.Error("remove from nothing")
+	}
+	return n.call("Remove", i.Key, "")
+}
+
+func (n *node) Generation(attach.Interface, *host.Netns) (uint64, bool, error) { return 7, true, nil }
+
+func (n *node) Close(attach.Interface) {}
+
+func (n *node) Report(f func(attach.Interface, nft.Tampering)) { n.tamper = f }
+
+func (n *node) Synced() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return !n.unsynced
+}
+
+func (n *node) Known(namespace, name string) (*cluster.Pod, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	p, ok := n.known[namespace+"/"+name]
+	return p, ok
+}
+
+func (n *node) Pod(_ context.Context, namespace, name, uid string, _ time.Duration) (*cluster.Pod, error) {
+	if p, ok := n.Known(namespace, name); ok && p.Is(uid) {
+		return p, nil
+	}
+	return nil, errors.New("there is no such pod")
+}
+
+// Annotate changes the pod, which the API server tells in its turn.
+func (n *node) Annotate(_ context.Context, namespace, name, uid, value string) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.annotations[namespace+"/"+name] = value
+	p := *n.known[namespace+"/"+name]
+	if p.UID != uid {
+		n.t.Errorf("annotate %s, which is %s", uid, p.UID)
+	}
+	p.Annotations = maps.Clone(p.Annotations)
+	p.Annotations[Annotation] = value
+	n.known[namespace+"/"+name] = &p
+	go n.SetPod(&p)
+	return nil
+}
+
+func (n *node) Event(about corev1.ObjectReference, _ bool, reason, message string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.events = append(n.events, fmt.Sprintf("%s %s/%s %s: %s", about.Kind, about.Namespace, about.Name, reason, message))
+}
+
+// pod tells of a pod in namespace ns, with an address on ns/blue when ip is given.
+func (n *node) pod(name, where, ip string, labels map[string]string) {
+	p := &cluster.Pod{Pod: policy.Pod{Namespace: "ns", Name: name, UID: "uid-" + name, Node: where, Labels: labels}}
+	if ip != "" {
+		p.Interfaces = []policy.Interface{{Network: "ns/blue", Name: "net1", IPs: []netip.Addr{netip.MustParseAddr(ip)}}}
+	}
+	if where == n.Node {
+		p.Annotations = map[string]string{nadv1.NetworkAttachmentAnnot: "blue"}
+	}
+	n.mu.Lock()
+	n.known["ns/"+name] = p
+	n.mu.Unlock()
+	n.SetPod(p)
+}
+
+// policy tells of a NetworkPolicy that lets pods with label from=<name> talk to those with
+// the label to=<name>.
+func (n *node) policy(name string) {
+	to, from := metav1.LabelSelector{MatchLabels: map[string]string{"to": name}}, &metav1.LabelSelector{MatchLabels: map[string]string{"from": name}}
+	n.SetPolicy(cluster.Policy{Policy: policy.ReadNetworkPolicy(&networkingv1.NetworkPolicy{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name},
+		Spec:       networkingv1.NetworkPolicySpec{PodSelector: to, Ingress: []networkingv1.NetworkPolicyIngressRule{{From: []networkingv1.NetworkPolicyPeer{{PodSelector: from}}}}},
+	})})
+}
+
+func (n *node) unpolicy(name string) {
+	n.DeletePolicy(cluster.Policy{Policy: &policy.Policy{Kind: "NetworkPolicy", Namespace: "ns", Name: name}})
+}
+
+func face1(pod string) attach.Interface {
+	return attach.Interface{
+		Key: attach.Key{Network: "blue", ContainerID: "c-" + pod, IfName: "net1"}, Generation: 1, Pod: "ns/" + pod, PodUID: "uid-" + pod,
+		Device: "0000:01:10.0", MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, NetnsPath: "/tmp/" + pod,
+	}
+}
+
+// add is what an ADD asks for, up to the first error.
+func (n *node) add(i attach.Interface, ip string) (err error) {
+	ctx, ns := n.t.Context(), &host.Netns{}
+	if i.Definition, err = n.Definition(ctx, i.Pod, i.PodUID, i.IfName); err != nil {
+		return err
+	}
+	if err = n.Deny(ctx, i, ns); err != nil {
+		return errors.Join(err, n.Enforcer.Remove(ctx, i, ns))
+	}
+	i.IPs = []netip.Addr{netip.MustParseAddr(ip)}
+	if err = n.Enforce(ctx, i, ns); err != nil {
+		return errors.Join(err, n.Enforcer.Remove(ctx, i, ns))
+	}
+	return nil
+}
+
+func (n *node) force(pod string) string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.rules[face1(pod).Key]
+}
+
+func (n *node) becomes(what string, is func() string, want string) {
+	n.t.Helper()
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+		got := is()
+		if got == want {
+			return
+		}
+		if time.Now().After(end) {
+			n.t.Fatalf("%s is %q, not %q; calls %v", what, got, want, n.calls)
+		}
+	}
+}
+
+func (n *node) inForce(pod, want string) {
+	n.t.Helper()
+	n.becomes("rules of "+pod, func() string { return n.force(pod) }, want)
+}
+
+func (n *node) status(pod string) string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.annotations["ns/"+pod]
+}
+
+func codeOf(err error) uint {
+	if err == nil {
+		return 0
+	}
+	return attach.CNIError(err).Code
+}
+
+const optedIn = "ns/blue"
+
+// TestLifeOfAnInterface follows an interface from its ADD over policies that come, change
+// and go, to its DEL.
+func TestLifeOfAnInterface(t *testing.T) {
+	n := newNode(t).run()
+	n.SetNamespace(policy.Namespace{Name: "ns"})
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	if err := n.add(face1("a"), "10.0.0.1"); err != nil {
+		t.Fatal(err)
+	}
+	if len(n.calls) > 0 || n.status("a") != "" {
+		t.Errorf("an interface that no policy isolates cost %v, %q", n.calls, n.status("a"))
+	}
+
+	n.policy("p")
+	n.inForce("a", "ingress: 192.0.2.1, egress: open")
+	n.pod("b", "there", "10.0.0.2", map[string]string{"from": "p"})
+	n.inForce("a", "ingress: 10.0.0.2 192.0.2.1, egress: open")
+	n.becomes("annotation", func() string { return n.status("a") },
+		`{"net1":{"network":"ns/blue","generation":2,"ingress":{"engine":"nft-pod","policies":["NetworkPolicy ns/p"]}}}`)
+	n.pod("b", "there", "10.0.0.2", nil)
+	n.inForce("a", "ingress: 192.0.2.1, egress: open")
+
+	n.unpolicy("p")
+	n.inForce("a", "")
+	n.becomes("annotation", func() string { return n.status("a") }, "")
+
+	n.policy("p")
+	n.inForce("a", "ingress: 192.0.2.1, egress: open")
+	i := face1("a")
+	i.Definition = optedIn
+	if err := n.Enforcer.Remove(t.Context(), i, nil); err != nil || n.force("a") != "" || len(n.faces) > 0 || len(n.of) > 0 {
+		t.Errorf("%v, left %v, %v", err, n.rules, n.faces)
+	}
+	n.pod("b", "there", "10.0.0.2", map[string]string{"from": "p"})
+	time.Sleep(20 * time.Millisecond)
+	if n.force("a") != "" {
+		t.Errorf("came again: %v", n.rules)
+	}
+}
+
+// The interface is closed before it is in the pod, and what it is opened to is what policy
+// says then, also of pods on this node whose annotation is not written yet.
+func TestClosedFromTheFirstPacket(t *testing.T) {
+	n := newNode(t)
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	n.pod("b", "here", "", map[string]string{"from": "p"})
+	n.policy("p")
+	if err := n.add(face1("b"), "10.0.0.2"); err != nil || len(n.calls) > 0 {
+		t.Fatalf("%v, %v", err, n.calls)
+	}
+	if err := n.add(face1("a"), "10.0.0.1"); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(n.calls, []string{"DenyAll", "Apply"}) || n.force("a") != "ingress: 10.0.0.2, egress: open" {
+		t.Errorf("calls %v, in force %v", n.calls, n.rules)
+	}
+}
+
+func TestRefused(t *testing.T) {
+	for name, c := range map[string]struct {
+		prepare func(*node, *attach.Interface)
+		code    uint
+		says    string
+	}{
+		"userspace driver": {func(_ *node, i *attach.Interface) { i.Bypass = "driver vfio-pci gives the VF to user space" }, attach.CodePolicy, "NetworkPolicy ns/p, and this cannot be enforced on net1, because driver vfio-pci"},
+		"RDMA pool":        {func(_ *node, i *attach.Interface) { i.Device = "0000:01:10.7" }, attach.CodePolicy, "isRdma: take the pod out of the policy"},
+		"not known yet":    {func(n *node, _ *attach.Interface) { n.unsynced = true }, types.ErrTryAgainLater, "has not told"},
+		"another pod":      {func(_ *node, i *attach.Interface) { i.PodUID = "other" }, types.ErrTryAgainLater, "no such pod"},
+		"annotation": {func(n *node, _ *attach.Interface) {
+			n.known["ns/a"].Annotations[nadv1.NetworkAttachmentAnnot] = "[{"
+		}, attach.CodePolicy, "cannot be read"},
+		"kernel, deny": {func(n *node, _ *attach.Interface) { n.refuse["DenyAll"] = errors.New("ENOMEM") }, types.ErrInternal, "ENOMEM"},
+		"kernel":       {func(n *node, _ *attach.Interface) { n.refuse["Apply"] = errors.New("ENOMEM") }, types.ErrInternal, "enforce NetworkPolicy ns/p: ENOMEM"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+			n.pod("a", "here", "", map[string]string{"to": "p"})
+			n.policy("p")
+			i := face1("a")
+			c.prepare(n, &i)
+			err := n.add(i, "10.0.0.1")
+			if codeOf(err) != c.code || !strings.Contains(err.Error(), c.says) {
+				t.Errorf("code %d, %v", codeOf(err), err)
+			}
+			if len(n.rules)+len(n.faces)+len(n.of) > 0 {
+				t.Errorf("left %v, %v", n.rules, n.faces)
+			}
+		})
+	}
+}
+
+// What cannot be filtered and no policy isolates is attached as ever; a policy that comes
+// later is told.
+func TestPolicyThatComesToRDMA(t *testing.T) {
+	n := newNode(t).run()
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	i := face1("a")
+	i.Bypass = "rdma is true"
+	if err := n.add(i, "10.0.0.1"); err != nil {
+		t.Fatal(err)
+	}
+	n.policy("p")
+	n.becomes("annotation", func() string { return n.status("a") },
+		`{"net1":{"network":"ns/blue","ingress":{"engine":"none","policies":["NetworkPolicy ns/p"],"problem":"not enforced, because rdma is true"}}}`)
+	n.becomes("events", func() string { n.mu.Lock(); defer n.mu.Unlock(); return strings.Join(n.events, "\n") },
+		"Pod ns/a PolicyNotEnforced: interface net1: not enforced, because rdma is true")
+	if len(n.calls) > 0 {
+		t.Errorf("%v", n.calls)
+	}
+}
+
+// A generation that the kernel refuses is tried again, and leaves the one before.
+func TestRefusedGeneration(t *testing.T) {
+	n := newNode(t).run()
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	if err := n.add(face1("a"), "10.0.0.1"); err != nil {
+		t.Fatal(err)
+	}
+	set := func(method string, err error) {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		n.refuse[method] = err
+	}
+	problem := func() string {
+		var s PodStatus
+		_ = json.Unmarshal([]byte(n.status("a")), &s)
+		if d := s["net1"].Ingress; d != nil {
+			return d.Engine + " " + d.Problem
+		}
+		return ""
+	}
+	set("Apply", errors.New("ENOMEM"))
+	n.policy("p")
+	n.inForce("a", "denied")
+	n.becomes("problem", problem, "nft-pod closed, because the rules cannot be made: ENOMEM")
+	set("Apply", nil)
+	n.inForce("a", "ingress: 192.0.2.1, egress: open")
+	n.becomes("problem", problem, "nft-pod ")
+
+	set("Apply", errors.New("ENOMEM"))
+	n.pod("b", "there", "10.0.0.2", map[string]string{"from": "p"})
+	n.becomes("problem", problem, "nft-pod what was in force before stays so, because the rules cannot be made: ENOMEM")
+	n.inForce("a", "ingress: 192.0.2.1, egress: open")
+	set("Apply", nil)
+	n.inForce("a", "ingress: 10.0.0.2 192.0.2.1, egress: open")
+	n.becomes("problem", problem, "nft-pod ")
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if len(n.events) != 4 || !strings.Contains(n.events[0], "PolicyNotEnforced") || !strings.Contains(n.events[3], "PolicyEnforced") {
+		t.Errorf("%q", n.events)
+	}
+}
+
+// An agent that starts leaves what is in force until it knows all policies, and then
+// brings it up to date.
+func TestRestart(t *testing.T) {
+	n := newNode(t)
+	n.unsynced = true
+	selected, free := face1("a"), face1("b")
+	selected.Definition, free.Definition = "", optedIn // a record of an agent that knew of no policy
+	n.rules[selected.Key], n.rules[free.Key] = "old", "old"
+	selected.IPs = []netip.Addr{netip.MustParseAddr("10.0.0.1")}
+	n.Load([]attach.Interface{selected, free})
+	n.run()
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	n.pod("b", "here", "", nil)
+	n.pod("c", "there", "10.0.0.3", map[string]string{"from": "p"})
+	time.Sleep(50 * time.Millisecond)
+	if n.force("a") != "old" || n.force("b") != "old" {
+		t.Errorf("touched before all was known: %v", n.rules)
+	}
+	n.policy("p")
+	n.mu.Lock()
+	n.unsynced = false
+	n.mu.Unlock()
+	n.inForce("a", "ingress: 10.0.0.3 192.0.2.1, egress: open")
+	n.inForce("b", "")
+	n.becomes("annotation", func() string { return n.status("a") },
+		`{"net1":{"network":"ns/blue","generation":8,"ingress":{"engine":"nft-pod","policies":["NetworkPolicy ns/p"]}}}`)
+}
+
+func TestOptedOutIsShown(t *testing.T) {
+	n := newNode(t).run()
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceNone})
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	n.policy("p")
+	if err := n.add(face1("a"), "10.0.0.1"); err != nil {
+		t.Fatal(err)
+	}
+	n.becomes("annotation", func() string { return n.status("a") },
+		`{"net1":{"network":"ns/blue","ingress":{"engine":"none","notes":["the network is annotated sluice.dev/network-policy=none"]},"egress":{"engine":"none","notes":["the network is annotated sluice.dev/network-policy=none"]}}}`)
+	if len(n.calls) > 0 {
+		t.Errorf("%v", n.calls)
+	}
+}
+
+// A policy that is not valid isolates, and says so at itself and at the pod.
+func TestPolicyThatIsNotValid(t *testing.T) {
+	n := newNode(t).run()
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	n.pod("a", "here", "", nil)
+	n.SetPolicy(cluster.Policy{Policy: policy.ReadNetworkPolicy(&networkingv1.NetworkPolicy{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "bad"}, Spec: networkingv1.NetworkPolicySpec{PolicyTypes: []networkingv1.PolicyType{"Sideways"}},
+	})})
+	if err := n.add(face1("a"), "10.0.0.1"); err != nil {
+		t.Fatal(err)
+	}
+	n.inForce("a", "ingress: 192.0.2.1, egress: 192.0.2.1")
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if len(n.events) < 2 || !strings.Contains(n.events[0], `Pod ns/a PolicyNotValid: interface net1 is closed more than was meant: NetworkPolicy ns/bad: spec.policyTypes[0] is "Sideways"`) ||
+		!strings.HasPrefix(n.events[1], "NetworkPolicy ns/bad PolicyNotValid: ") {
+		t.Errorf("%q", n.events)
+	}
+}
+
+// Rules that somebody changes are told, and made again if the engine could not.
+func TestTampering(t *testing.T) {
+	n := newNode(t).run()
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	n.policy("p")
+	if err := n.add(face1("a"), "10.0.0.1"); err != nil {
+		t.Fatal(err)
+	}
+	n.tamper(face1("a"), nft.Tampering{Process: "nft"})
+	n.mu.Lock()
+	n.rules[face1("a").Key] = "tampered"
+	n.mu.Unlock()
+	n.tamper(face1("a"), nft.Tampering{Err: errors.New("ENOMEM")})
+	n.inForce("a", "ingress: 192.0.2.1, egress: open")
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if want := []string{
+		"Pod ns/a PolicyTampered: interface net1: nft changed the rules of network policy, and they were put right",
+		"Pod ns/a PolicyTampered: interface net1: somebody changed the rules of network policy, and they cannot be put right: ENOMEM",
+	}; !slices.Equal(n.events, want) {
+		t.Errorf("%q", n.events)
+	}
+}

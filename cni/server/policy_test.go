@@ -1,0 +1,177 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/go-logr/logr"
+	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+
+	"github.com/sluice-network/sluice/cni/attach"
+	"github.com/sluice-network/sluice/cni/enforce"
+	"github.com/sluice-network/sluice/cni/enforce/cluster"
+	"github.com/sluice-network/sluice/cni/policy"
+	"github.com/sluice-network/sluice/cni/wire"
+	"github.com/sluice-network/sluice/internal/host"
+)
+
+// policies makes the agent of a test enforce the NetworkPolicies in the file
+// policies.json of its directory, which it follows, if it is there at the start.
+func policies(dir string, kernel *host.Attacher) attach.Enforcer {
+	path := filepath.Join(dir, "policies.json")
+	if _, err := os.Stat(path); err != nil {
+		return nil
+	}
+	e := enforce.New(enforce.Options{
+		Node: "node", Cluster: anyPod{}, Engine: enforce.NewEngine(kernel), OpenNetns: kernel.OpenNetns, Log: logr.Discard(),
+		Addresses: func() ([]netip.Addr, error) { return nil, nil }, RDMA: func(string) bool { return false },
+	})
+	e.SetNetwork(policy.Network{Name: "ns/blue", Enforcement: policy.EnforceAll})
+	for _, name := range []string{"a", "b", "c"} { // those that an earlier agent may have had
+		p, _ := anyPod{}.Known("ns", name)
+		e.SetPod(p)
+	}
+	var known []byte
+	var before []networkingv1.NetworkPolicy
+	read := func() {
+		b, err := os.ReadFile(path)
+		if err != nil || bytes.Equal(b, known) {
+			return
+		}
+		var now []networkingv1.NetworkPolicy
+		if err := json.Unmarshal(b, &now); err != nil {
+			return // half written
+		}
+		for i := range before {
+			e.DeletePolicy(cluster.Policy{Policy: policy.ReadNetworkPolicy(&before[i])})
+		}
+		for i := range now {
+			e.SetPolicy(cluster.Policy{Policy: policy.ReadNetworkPolicy(&now[i])})
+		}
+		known, before = b, now
+	}
+	read()
+	go func() { _ = e.Run(context.Background()) }()
+	go func() {
+		for range time.Tick(10 * time.Millisecond) {
+			read()
+		}
+	}()
+	return e
+}
+
+// anyPod is an API server that has every pod of the namespace ns, whose label pod is its
+// name, and whose interfaces are all on network blue.
+type anyPod struct{}
+
+func (anyPod) Synced() bool { return true }
+
+func (anyPod) Known(namespace, name string) (*cluster.Pod, bool) {
+	return &cluster.Pod{
+		Pod:         policy.Pod{Namespace: namespace, Name: name, UID: "uid", Node: "node", Labels: map[string]string{"pod": name}},
+		Annotations: map[string]string{nadv1.NetworkAttachmentAnnot: "blue,blue,blue@p0"},
+	}, true
+}
+
+func (a anyPod) Pod(_ context.Context, namespace, name, _ string, _ time.Duration) (*cluster.Pod, error) {
+	p, _ := a.Known(namespace, name)
+	return p, nil
+}
+
+// policies writes what the node's agent enforces.
+func (n *node) policies(list string) {
+	n.Helper()
+	n.ok(os.WriteFile(filepath.Join(n.dir, "policies.json"), []byte(list), 0o600))
+}
+
+// ingress is a list with one NetworkPolicy, by which only the pod from may talk to pod to,
+// and only by UDP on port 7.
+func ingress(to, from string) string {
+	return fmt.Sprintf(`[{"metadata":{"namespace":"ns","name":"p"},"spec":{"podSelector":{"matchLabels":{"pod":%q}},
+		"ingress":[{"from":[{"podSelector":{"matchLabels":{"pod":%q}}}],"ports":[{"protocol":"UDP","port":7}]}]}}]`, to, from)
+}
+
+// TestNetnsPolicy has packets pass, or not, as the policies say that come, change and go
+// while pods run.
+func TestNetnsPolicy(t *testing.T) {
+	if !netnsTest(t) {
+		return
+	}
+	n := newNode(t)
+	n.policies(ingress("a", "b"))
+	n.agent = startAgent(t, n.dir, -1)
+	a := n.request("a", `"deviceID":"p0-0"`, "10.20.1.1/16", "fd20::11/64")
+	b := n.request("b", `"deviceID":"p0-1"`, "10.20.1.2/16", "fd20::12/64")
+	c := n.request("c", `"deviceID":"p1-0"`, "10.20.1.3/16", "fd20::13/64")
+	for _, req := range []wire.Request{a, b, c} {
+		r, err := n.pod(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, ip := range r.IPs {
+			n.echo(req.Netns, ip.Address.IP.String())
+		}
+	}
+	n.echo(n.station, "10.20.0.1")
+	passes := func(when, from, to string, want bool) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("%s: %s from %s: %t", when, to, filepath.Base(from), want), func() error {
+			err := ask(from, to)
+			if want {
+				return err
+			}
+			if err == nil {
+				return errors.New("it passes")
+			}
+			return nil
+		})
+	}
+	for _, family := range []string{"10.20.1.1", "fd20::11"} {
+		passes("b may", b.Netns, family, true)
+		passes("b may", c.Netns, family, false)
+		passes("b may", n.station, family, false)
+	}
+	passes("egress is not isolated", a.Netns, "10.20.0.1", true)
+	passes("another pod", c.Netns, "10.20.1.2", true)
+	if a, b, c := n.tables(a.Netns), n.tables(b.Netns), n.tables(c.Netns); a == 0 || b+c > 0 {
+		t.Errorf("tables: a %d, b %d, c %d", a, b, c)
+	}
+
+	n.policies(ingress("a", "c"))
+	passes("c may", c.Netns, "10.20.1.1", true)
+	passes("c may", b.Netns, "10.20.1.1", false)
+
+	// The next agent goes on where this one was killed.
+	n.ok(n.agent.cmd.Process.Kill())
+	_ = n.agent.cmd.Wait()
+	passes("no agent", b.Netns, "10.20.1.1", false)
+	n.policies(ingress("a", "b"))
+	n.agent = startAgent(t, n.dir, -1)
+	passes("b may again", b.Netns, "10.20.1.1", true)
+	passes("b may again", c.Netns, "10.20.1.1", false)
+
+	n.policies(`[]`)
+	passes("no policy", c.Netns, "10.20.1.1", true)
+	passes("no policy", n.station, "fd20::11", true)
+	eventually(t, "no rules", func() error {
+		if n.tables(a.Netns) > 0 {
+			return errors.New("there are some")
+		}
+		return nil
+	})
+	n.policies(ingress("a", "b"))
+	passes("b may at last", c.Netns, "10.20.1.1", false)
+	for _, req := range []wire.Request{a, b, c} {
+		n.del(req)
+	}
+	n.clean("DEL")
+}
