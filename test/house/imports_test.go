@@ -72,13 +72,14 @@ var mayImport = map[string][]string{
 	"cni":                {"apis", "internal/holder", "internal/host", "internal/durable", "internal/netselect", "internal/spelling"},
 }
 
-// compositionRoot wires the rooms of the node agent together.
-const compositionRoot = module + "/operator/cmd/sluice-agent"
+// compositionRoots wire rooms together: the node agent, and what people ask by kubectl,
+// which the rooms answer.
+var compositionRoots = []string{module + "/operator/cmd/sluice-agent", module + "/operator/cmd/kubectl-sluice"}
 
 func TestRoomsImportOnlyWhatTheyMay(t *testing.T) {
 	for _, p := range packages(t) {
 		allowed, ruled := mayImport[room(p.ImportPath)]
-		if !ruled || p.ImportPath == compositionRoot {
+		if !ruled || slices.Contains(compositionRoots, p.ImportPath) {
 			continue
 		}
 		for _, i := range p.Imports {
