@@ -11,16 +11,25 @@
 // own table is exact.
 //
 // Rules do not grow with peers: addresses are interval maps to one chain for each
-// distinct set of ports. A packet may be in the middle of the rules when they change.
-// So new chains and sets are there before anything leads to them (prepare), one
-// transaction puts the generation in force (flip), and the old go once packets that
-// were under way are through (sweep).
-// A failure before or in the flip leaves the old generation wholly in force.
+// distinct set of ports. No change has a gap, though a packet may be in the middle of the
+// rules when they change. What the kernel gives for that is little: the rules of a chain
+// are of one generation for all of a packet's walk through a hook (nft_do_chain reads the
+// cursor once), but each lookup reads it anew, and one that read it just before a
+// commit may find neither what was replaced nor what replaces it. So:
+//   - a new version of all has new chains and sets, which are there before anything leads
+//     to them; chains that stay get other rules in one transaction; nothing that packets
+//     look up is changed;
+//   - peers that change are changed in place, by adding first, and taking away after a
+//     grace period, when no packet is under way that looked before. Between the two what
+//     either generation allows passes: what both allow is always found, what neither
+//     allows never. Each is one transaction; if the second fails, the first is undone;
+//   - what has fallen out of use goes after another grace period.
 //
-// Peers that change are changed in place. Before Linux 6.17 an interval that waits for
-// its transaction hides an active one around it; so there are two maps for each
-// family, a and b, and what remains of an interval goes to the other one. The order
-// of lookup is a, b, a: one that moves between two lookups is found.
+// A failure leaves the old generation wholly in force.
+//
+// There are two maps for each family, a and b: what remains of an interval goes to the
+// other one. Before Linux 6.17 an interval that waits for its transaction hides an
+// active one around it.
 //
 // Watch notices what others do to the tables, by the kernel's events, and puts a new
 // version of all in force. Other tables are never touched.

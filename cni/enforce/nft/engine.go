@@ -77,7 +77,7 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 	isolated := [2]bool{verdicts[policy.Ingress].Isolated, verdicts[policy.Egress].Isolated}
 	old := e.states[key]
 	next := &state{Interface: i, isolated: isolated, verdicts: verdicts, generation: generation, chains: map[string]chain{}}
-	var prepare, flip, sweep []op
+	var prepare, flip, sweep, undo []op
 	full := old == nil || old.stale || !old.equal(i) || old.isolated != isolated
 	if full {
 		r, there, err := e.version(render)
@@ -89,32 +89,26 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 	} else {
 		next.rendering, next.peers = old.rendering, old.peers
 	}
+	var del, add []op
 	for _, d := range []policy.Direction{policy.Ingress, policy.Egress} {
-		del, add := next.lead(d)
-		flip = append(flip, del...)
-		if full {
-			prepare = append(prepare, add...)
-		} else {
-			flip = append(flip, add...)
-		}
+		out, in := next.lead(d)
+		del, add = append(del, out...), append(add, in...)
 	}
-	var chains []op
 	for name, c := range next.chains {
 		if full || !old.has(name) {
-			chains = append(chains, c.replace()...)
+			prepare = append(prepare, c.replace()...)
 		}
 	}
-	// Elements lead to the chains.
-	at := slices.IndexFunc(prepare, func(o op) bool { return o.do == addElements && o.set.interval })
-	if at < 0 {
-		at = len(prepare)
-	}
-	prepare = slices.Insert(prepare, at, chains...)
+	prepare, flip = append(prepare, add...), append(flip, del...)
 	if !full {
 		for name, c := range old.chains {
 			if _, ok := next.chains[name]; !ok {
 				sweep = append(sweep, op{do: flushChain, table: c.table, chain: &c}, op{do: deleteChain, table: c.table, chain: &c})
 			}
+		}
+		for _, o := range add {
+			o.do = deleteElements
+			undo = append(undo, o)
 		}
 	}
 	record := &set{table: next.table, name: generations, key: etherAddr}
@@ -122,25 +116,24 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 		flip = append(flip, op{do: deleteElements, table: next.table, set: record, elements: []element{{key: string(i.MAC[:]), comment: strconv.FormatUint(was, 10)}}})
 	}
 	flip = append(flip, op{do: addElements, table: next.table, set: record, elements: []element{{key: string(i.MAC[:]), comment: strconv.FormatUint(generation, 10)}}})
-	for _, step := range []struct {
-		what string
-		ops  []op
-	}{{"prepare", prepare}, {"put in force", flip}} {
-		if err := e.commit(step.ops); err != nil {
-			if old != nil {
-				old.stale = true // somebody else may have changed it
-			}
-			return fmt.Errorf("%s generation %d of the rules of %s: %w", step.what, generation, key, err)
+	if !full && (len(add) == 0 || len(del) == 0) {
+		prepare, flip = nil, append(prepare, flip...)
+	}
+	if err := e.force(prepare, flip, undo); err != nil {
+		if old != nil {
+			old.stale = true // somebody else may have changed it
 		}
+		return fmt.Errorf("put generation %d of the rules of %s in force: %w", generation, key, err)
 	}
 	e.states[key] = next
 	if now, held, err := e.generation(next.table, i.MAC); err != nil || !held || now != generation {
 		next.stale = true
 		return errors.Join(err, fmt.Errorf("verify rules of %s: generation %d is in force, not %d", key, now, generation))
 	}
-	err = gracePeriod()
-	if err == nil {
-		err = e.commit(sweep)
+	if len(sweep) > 0 {
+		if err = gracePeriod(); err == nil {
+			err = e.commit(sweep)
+		}
 	}
 	if err != nil {
 		// What is left leads nowhere, and the next version takes it away.
@@ -149,11 +142,34 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 	return nil
 }
 
+// force does the two transactions of a generation. There is an undo if the first one has
+// effect already: if the second fails, it takes that back.
+func (e *engine) force(prepare, flip, undo []op) error {
+	err := e.commit(prepare)
+	if err != nil {
+		return err
+	}
+	started := len(prepare) > 0 && len(undo) > 0
+	if started {
+		err = gracePeriod()
+	}
+	if err == nil {
+		err = e.commit(flip)
+	}
+	if err == nil || !started {
+		return err
+	}
+	if failed := e.commit(undo); failed != nil {
+		err = errors.Join(err, fmt.Errorf("take back what it adds, which is allowed until policy is put in force again: %w", failed))
+	}
+	return err
+}
+
 // gracePeriod waits until no CPU is in the middle of a packet that it began before. Such a
-// one may be on its way into a chain that is no longer in use, and would find it empty; and
-// one that meets two changes may look for its peer where that is just not. The
-// kernel waits so for whoever closes a packet socket (packet_release in
-// net/packet/af_packet.c); membarrier(2) would, but refuses where CPUs have no tick.
+// one may have looked where a peer was not yet, or be on its way into a chain that is no
+// longer in use, and would find it empty. The kernel waits so for whoever closes a packet
+// socket (packet_release in net/packet/af_packet.c); membarrier(2) would, but refuses where
+// CPUs have no tick.
 func gracePeriod() error {
 	s, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

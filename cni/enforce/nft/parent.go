@@ -2,6 +2,7 @@ package nft
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/hex"
 	"maps"
 	"slices"
@@ -71,12 +72,18 @@ func (p *Parent) put(i Interface, verdicts [2]*policy.Verdicts, generation uint6
 	return err
 }
 
-// leads are those of the maps that have the MAC.
-func (p *Parent) leads(mac [6]byte) (map[string]bool, error) {
-	found := map[string]bool{}
+// leads are the verdicts that the maps have for the MAC.
+func (p *Parent) leads(mac [6]byte) (map[string]verdict, error) {
+	found := map[string]verdict{}
 	for _, name := range []string{fromPods, toPods, generations} {
-		if err := p.elements(p.table(), name, func(key [6]byte, _ map[uint16][]byte) {
-			found[name] = found[name] || key == mac
+		if err := p.elements(p.table(), name, func(key [6]byte, a map[uint16][]byte) {
+			if key == mac {
+				v := attributes(attributes(a[unix.NFTA_SET_ELEM_DATA])[unix.NFTA_DATA_VERDICT])
+				found[name] = verdict{chain: text(v[unix.NFTA_VERDICT_CHAIN])}
+				if code := v[unix.NFTA_VERDICT_CODE]; len(code) == 4 {
+					found[name] = verdict{int32(binary.BigEndian.Uint32(code)), found[name].chain}
+				}
+			}
 		}); err != nil {
 			return nil, err
 		}
@@ -143,9 +150,6 @@ func (p *Parent) Remove(mac [6]byte) error {
 	}
 	var ops []op
 	for name := range leads {
-		if !leads[name] {
-			continue
-		}
 		ops = append(ops, op{do: deleteElements, table: t, set: &set{table: t, name: name}, elements: []element{{key: string(mac[:])}}})
 	}
 	_, _, sweep := r.make(present)
@@ -173,7 +177,7 @@ func ownedBy(mac [6]byte) func(string) bool {
 	return func(name string) bool { return strings.HasPrefix(name, macPrefix(mac)) }
 }
 
-func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, version int, leads map[string]bool, assert bool) rendering {
+func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, version int, leads map[string]verdict, assert bool) rendering {
 	r := renderer{Interface: i, prefix: macPrefix(i.MAC) + "v" + strconv.Itoa(version) + ".", table: table{unix.NFPROTO_NETDEV, TablePrefix + parent}, tally: macPrefix(i.MAC)}
 	r.layout = layout{
 		tables: []table{r.table}, fill: map[string][]element{},
@@ -203,8 +207,8 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 		in, name, counter string
 		peer              [2]load
 	}{
-		policy.Ingress: {toPods, r.name("to"), droppedIn, sources},
-		policy.Egress:  {fromPods, r.name("from"), droppedOut, destinations},
+		policy.Ingress: {toPods, macPrefix(i.MAC) + toPods, droppedIn, sources},
+		policy.Egress:  {fromPods, macPrefix(i.MAC) + fromPods, droppedOut, destinations},
 	} {
 		d := policy.Direction(d)
 		var rules []rule
@@ -234,13 +238,17 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 			rules = append(rules, on(r.family(1), is(l4Proto, icmp6), between(icmpType, "\x01", "\x04"), accept))
 			rules = append(rules, on(count{r.tally + side.counter}, drop))
 		}
-		r.layout.chains = append(r.layout.chains, chain{table: r.table, name: side.name, rules: rules})
-		m := &set{table: r.table, name: side.in, key: etherAddr, verdicts: true}
-		if leads[side.in] {
-			rendered.flip = append(rendered.flip, op{do: deleteElements, table: r.table, set: m, elements: []element{{key: string(i.MAC[:])}}})
+		// The chain that the MAC leads to stays, and its rules are replaced: while an element
+		// is replaced, a kernel may find neither (before Linux 6.17), and all would pass.
+		r.layout.base = append(r.layout.base, chain{table: r.table, name: side.name, rules: rules})
+		lead, led := leads[side.in]
+		if v := jump(side.name); lead != v {
+			m := &set{table: r.table, name: side.in, key: etherAddr, verdicts: true}
+			if led { // by somebody else
+				rendered.flip = append(rendered.flip, op{do: deleteElements, table: r.table, set: m, elements: []element{{key: string(i.MAC[:])}}})
+			}
+			rendered.flip = append(rendered.flip, op{do: addElements, table: r.table, set: m, elements: []element{{key: string(i.MAC[:]), verdict: &v}}})
 		}
-		v := jump(side.name)
-		rendered.flip = append(rendered.flip, op{do: addElements, table: r.table, set: m, elements: []element{{key: string(i.MAC[:]), verdict: &v}}})
 	}
 	rendered.layout = r.layout
 	return rendered

@@ -3,6 +3,7 @@ package nft
 import (
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -76,6 +77,15 @@ func TestPeersChangeInPlace(t *testing.T) {
 			}
 			for i := range space {
 				a := addressAt(i)
+				// Between adding and taking away both what was and what will be is found.
+				before, after := chainAt(now[0], a)+chainAt(now[1], a), chainAt(want, a)
+				both := chainAt(now[0], a) + chainAt(now[1], a) + chainAt(changes[0].add, a) + chainAt(changes[1].add, a)
+				if both != before && both != after && both != before+after && both != after+before {
+					t.Fatalf("%s: while it changes from %q to %q it is %q", a, before, after, both)
+				}
+				if !strings.Contains(both, before) || !strings.Contains(both, after) {
+					t.Fatalf("%s: while it changes from %q to %q only %q is found", a, before, after, both)
+				}
 				in := []string{chainAt(next[0], a), chainAt(next[1], a)}
 				if got := in[0] + in[1]; got != chainAt(want, a) {
 					t.Fatalf("%s: maps have %q, wanted %q", a, in, chainAt(want, a))

@@ -185,12 +185,11 @@ func (r *renderer) dhcp(d policy.Direction) []rule {
 	}
 }
 
-// peers looks the peer's address up in the maps of a direction. The order is told in
-// the package's doc.
+// peers looks the peer's address up in the maps of a direction.
 func (r *renderer) peers(d policy.Direction, addresses [2]load) []rule {
 	var rules []rule
 	for f := range addresses {
-		for _, side := range []int{0, 1, 0} {
+		for side := range 2 {
 			rules = append(rules, on(r.family(f), dispatch{addresses[f], mapName(r.prefix, d, f, side)}))
 		}
 	}
