@@ -11,7 +11,8 @@
 // own table is exact.
 //
 // Rules do not grow with peers: addresses are interval maps to one chain for each
-// distinct set of ports. No change has a gap, though a packet may be in the middle of the
+// distinct set of ports; on the parent, of ports and of those that answers come from, so
+// that one lookup judges a packet. No change has a gap, though a packet may be in the middle of the
 // rules when they change. What the kernel gives for that is little: the rules of a chain
 // are of one generation for all of a packet's walk through a hook (nft_do_chain reads the
 // cursor once), but each lookup reads it anew, and one that read it just before a

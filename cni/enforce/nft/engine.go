@@ -47,9 +47,12 @@ type rendering struct {
 	layout
 	prefix string // of all names that are of the version
 	table  table  // of the peers and the generation
-	ports  func(policy.Direction, *policy.Ports) chain
-	flip   []op // besides the base chains
-	owns   func(name string) bool
+	// replies says that the maps of a direction have the peers of the other one too,
+	// whose answers are judged by shape.
+	replies bool
+	ports   func(policy.Direction, allowed) chain
+	flip    []op // besides the base chains
+	owns    func(name string) bool
 }
 
 func openEngine(ns *host.Netns) (*engine, error) {
@@ -199,17 +202,7 @@ func (s *state) lead(d policy.Direction) (del, add []op) {
 	if !s.isolated[d] {
 		return nil, nil
 	}
-	names := map[*policy.Ports]string{}
-	families := byFamily(s.verdicts[d], func(p *policy.Ports) string {
-		name, ok := names[p]
-		if !ok {
-			c := s.ports(d, p)
-			name = c.name
-			names[p], s.chains[name] = name, c
-		}
-		return name
-	})
-	for f, want := range families {
+	for f, want := range s.peersOf(d, s.verdicts, s.chains) {
 		var changes [2]change
 		s.peers[d][f], changes = s.peers[d][f].diff(want)
 		for side, c := range changes {
@@ -223,6 +216,25 @@ func (s *state) lead(d policy.Direction) (del, add []op) {
 		}
 	}
 	return del, add
+}
+
+// peersOf are the peers of a direction, by family, and puts the chains that they lead to
+// into chains.
+func (r *rendering) peersOf(d policy.Direction, verdicts [2]*policy.Verdicts, chains map[string]chain) [2][]peer {
+	var answered []policy.PeerRange
+	if r.replies {
+		answered = verdicts[1-d].Peers
+	}
+	names := map[allowed]string{}
+	return byFamily(verdicts[d].Peers, answered, func(a allowed) string {
+		name, ok := names[a]
+		if !ok {
+			c := r.ports(d, a)
+			name = c.name
+			names[a], chains[name] = name, c
+		}
+		return name
+	})
 }
 
 func (s *state) has(chain string) bool {

@@ -406,11 +406,7 @@ func versions(t failer, k kernel, r rendering, verdicts [2]*policy.Verdicts) {
 		if !v.Isolated {
 			continue
 		}
-		for f, want := range byFamily(v, func(p *policy.Ports) string {
-			c := r.ports(policy.Direction(d), p)
-			chains[c.name] = c
-			return c.name
-		}) {
+		for f, want := range r.peersOf(policy.Direction(d), verdicts, chains) {
 			next, _ := sides{}.diff(want)
 			for side, peers := range next {
 				fill = append(fill, op{do: addElements, table: r.table, set: &set{name: mapName(r.prefix, policy.Direction(d), f, side), interval: true}, elements: elements(peers)})

@@ -195,14 +195,8 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 		at("receivers", unix.NF_NETDEV_INGRESS, 1, linkDestination, toPods)
 		at("egress", unix.NF_NETDEV_EGRESS, 0, linkSource, fromPods)
 	}
-	r.spoofing()
 	node := r.addressSets("node", i.Node)
-	for d, v := range verdicts {
-		if v.Isolated {
-			r.peerMaps(policy.Direction(d))
-		}
-	}
-	rendered := rendering{prefix: r.prefix, table: r.table, owns: ownedBy(i.MAC), ports: func(d policy.Direction, p *policy.Ports) chain { return r.guardPorts(d, p) }}
+	rendered := rendering{prefix: r.prefix, table: r.table, owns: ownedBy(i.MAC), replies: true, ports: r.guardPorts}
 	for d, side := range [...]struct {
 		in, name, counter string
 		peer              [2]load
@@ -211,19 +205,23 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 		policy.Egress:  {fromPods, macPrefix(i.MAC) + fromPods, droppedOut, destinations},
 	} {
 		d := policy.Direction(d)
+		peers := [2]verdict{accept, accept}
+		if verdicts[d].Isolated {
+			peers = r.peers(d, side.peer)
+		}
 		var rules []rule
 		if d == policy.Egress {
-			rules = append(rules, on(jump(r.name("spoofing"))))
+			rules = r.spoofing(peers)
 		}
 		if !verdicts[d].Isolated {
 			rules = append(rules, on(accept))
 		} else {
-			// What comes most often first: all of them accept.
-			rules = append(rules, r.peers(d, side.peer)...)
-			if other := 1 - d; verdicts[other].Isolated {
-				rules = append(rules, r.peers(other, side.peer)...)
-			} else {
-				rules = append(rules, r.replies(nil, &policy.Ports{All: true})...)
+			for f := range peers {
+				rules = append(rules, on(r.family(f), peers[f]))
+			}
+			if !verdicts[1-d].Isolated {
+				rules = append(rules, r.replies(&policy.Ports{All: true})...)
+				rules = append(rules, r.fragments()...)
 			}
 			for f := range node {
 				rules = append(rules, on(r.family(f), lookup{load: side.peer[f], set: node[f]}, accept))
@@ -254,53 +252,51 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 	return rendered
 }
 
-// guardPorts renders the chain of a set of ports that a direction's peers have. It is
-// for both ways: packets of new connections in the direction, and replies in the other.
-func (r *renderer) guardPorts(d policy.Direction, p *policy.Ports) chain {
-	mac := string(r.MAC[:])
-	to, from := []expr{is(linkDestination, mac)}, []expr{is(linkSource, mac)}
-	if d == policy.Egress {
-		to, from = from, to
+// guardPorts renders the chain of what peers of a direction are allowed.
+func (r *renderer) guardPorts(d policy.Direction, a allowed) chain {
+	c := chain{table: r.table, name: portsName(r.prefix, d, a)}
+	switch {
+	case a.new != nil && a.new.All:
+		c.rules = []rule{on(accept)}
+		return c
+	case a.new != nil:
+		c.rules = ports(a.new, destinationPort, anything)
 	}
-	c := chain{table: r.table, name: portsName(r.prefix, d, p)}
-	if p.All {
-		c.rules = append(c.rules, on(to, accept))
-	} else {
-		c.rules = append(ports(p, destinationPort, func(string) []expr { return to }), r.fragments(to)...)
+	if a.replies != nil {
+		c.rules = append(c.rules, r.replies(a.replies)...)
 	}
-	c.rules = append(c.rules, r.replies(from, p)...)
+	c.rules = append(c.rules, r.fragments()...)
 	return c
 }
 
 // fragments are those that are not the first, and so have no ports. Without a first
 // one nobody can do anything with them, and that is judged.
-func (r *renderer) fragments(of []expr) []rule {
+func (r *renderer) fragments() []rule {
 	return []rule{
-		on(of, r.family(0), match{load: fragment4, mask: "\x1f\xff", op: notEqual, value: "\x00\x00"}, accept),
-		on(of, r.family(1), match{load: fragment6, mask: "\xff\xf8", op: notEqual, value: "\x00\x00"}, accept),
+		on(r.family(0), match{load: fragment4, mask: "\x1f\xff", op: notEqual, value: "\x00\x00"}, accept),
+		on(r.family(1), match{load: fragment6, mask: "\xff\xf8", op: notEqual, value: "\x00\x00"}, accept),
 	}
 }
 
 // replies are packets that may be answers from the ports: TCP that does not begin a
 // connection, SCTP that does not begin an association, and any UDP. From a peer with
 // whom everything is allowed also any other protocol.
-func (r *renderer) replies(of []expr, p *policy.Ports) []rule {
+func (r *renderer) replies(p *policy.Ports) []rule {
 	shape := func(protocol string) []expr {
 		switch protocol {
 		case tcp:
-			return append(slices.Clone(of), match{load: tcpFlags, mask: ackOrReset, op: notEqual, value: "\x00"})
+			return []expr{match{load: tcpFlags, mask: ackOrReset, op: notEqual, value: "\x00"}}
 		case sctp:
-			return append(slices.Clone(of), isnt(sctpChunk, sctpInit))
+			return []expr{isnt(sctpChunk, sctpInit)}
 		}
-		return of
-	}
-	rules := []rule{
-		on(is(l4Proto, tcp), shape(tcp), accept),
-		on(is(l4Proto, sctp), shape(sctp), accept),
-		on(of, isnt(l4Proto, tcp), isnt(l4Proto, sctp), accept),
+		return nil
 	}
 	if !p.All {
-		rules = ports(p, sourcePort, shape)
+		return ports(p, sourcePort, shape)
 	}
-	return append(rules, r.fragments(of)...)
+	return []rule{
+		on(is(l4Proto, tcp), shape(tcp), accept),
+		on(is(l4Proto, sctp), shape(sctp), accept),
+		on(isnt(l4Proto, tcp), isnt(l4Proto, sctp), accept),
+	}
 }

@@ -90,15 +90,50 @@ func (s sides) diff(want []peer) (next sides, changes [2]change) {
 	return next, changes
 }
 
-// byFamily are the peers, IPv4 and IPv6, each with the chain of its ports.
-func byFamily(v *policy.Verdicts, chainOf func(*policy.Ports) string) [2][]peer {
+// allowed is what a packet of a direction may be: new at some ports, or an answer from
+// ports that the other direction allows. Either may be nil.
+type allowed struct{ new, replies *policy.Ports }
+
+// byFamily are the peers, IPv4 and IPv6, each with the chain of what it is allowed; with
+// answers to the peers of the other direction. Both are sorted.
+func byFamily(own, answered []policy.PeerRange, chainOf func(allowed) string) [2][]peer {
 	var families [2][]peer
-	for _, p := range v.Peers {
+	put := func(first, last netip.Addr, a allowed) {
 		f := 0
-		if p.First.Is6() {
+		if first.Is6() {
 			f = 1
 		}
-		families[f] = append(families[f], peer{p.First, p.Last, chainOf(p.Ports)})
+		families[f] = append(families[f], peer{first, last, chainOf(a)})
+	}
+	own, answered = slices.Clone(own), slices.Clone(answered)
+	for len(own)+len(answered) > 0 {
+		switch {
+		case len(answered) == 0 || len(own) > 0 && own[0].Last.Less(answered[0].First):
+			put(own[0].First, own[0].Last, allowed{new: own[0].Ports})
+			own = own[1:]
+		case len(own) == 0 || answered[0].Last.Less(own[0].First):
+			put(answered[0].First, answered[0].Last, allowed{replies: answered[0].Ports})
+			answered = answered[1:]
+		case own[0].First.Less(answered[0].First):
+			put(own[0].First, answered[0].First.Prev(), allowed{new: own[0].Ports})
+			own[0].First = answered[0].First
+		case answered[0].First.Less(own[0].First):
+			put(answered[0].First, own[0].First.Prev(), allowed{replies: answered[0].Ports})
+			answered[0].First = own[0].First
+		default:
+			o, a := &own[0], &answered[0]
+			last := o.Last
+			if a.Last.Less(last) {
+				last = a.Last
+			}
+			put(o.First, last, allowed{o.Ports, a.Ports})
+			if o.First = last.Next(); o.Last == last {
+				own = own[1:]
+			}
+			if a.First = last.Next(); a.Last == last {
+				answered = answered[1:]
+			}
+		}
 	}
 	return families
 }

@@ -56,7 +56,7 @@ func podRendering(i Interface, verdicts [2]*policy.Verdicts, version int) render
 	t := table{unix.NFPROTO_INET, TablePrefix + i.Name}
 	return rendering{
 		layout: pod(i, verdicts[policy.Ingress].Isolated, verdicts[policy.Egress].Isolated, prefix), prefix: prefix, table: t,
-		ports: func(d policy.Direction, p *policy.Ports) chain { return portsOf(t, prefix, d, p) },
+		ports: func(d policy.Direction, a allowed) chain { return portsOf(t, prefix, d, a) },
 		owns:  func(string) bool { return true },
 	}
 }

@@ -40,28 +40,29 @@ func (i Interface) equal(o Interface) bool {
 
 // What rules look at. Offsets are of RFC 791, 826, 8200, 4443, 9293, 768 and 9260.
 var (
-	linkDestination = load{from: link, at: 0, len: 6}
-	linkSource      = load{from: link, at: 6, len: 6}
-	etherType       = load{from: link, at: 12, len: 2}
-	protocol        = load{from: meta, at: unix.NFT_META_PROTOCOL, len: 2}
-	nfProto         = load{from: meta, at: unix.NFT_META_NFPROTO, len: 1}
-	l4Proto         = load{from: meta, at: unix.NFT_META_L4PROTO, len: 1}
-	ctState         = load{from: ct, at: unix.NFT_CT_STATE, len: 4}
-	fragment4       = load{from: network, at: 6, len: 2}
-	fragment6       = load{from: fragment, at: 2, len: 2}
-	hopLimit        = load{from: network, at: 7, len: 1}
-	icmpType        = load{from: transport, at: 0, len: 1}
-	ndTarget        = load{from: transport, at: 8, len: 16}
-	sourcePort      = load{from: transport, at: 0, len: 2}
-	destinationPort = load{from: transport, at: 2, len: 2}
-	bothPorts       = load{from: transport, at: 0, len: 4}
-	tcpFlags        = load{from: transport, at: 13, len: 1}
-	sctpChunk       = load{from: transport, at: 12, len: 1} // type of the first one
-	arpSenderMAC    = load{from: network, at: 8, len: 6}
-	arpSenderIP     = load{from: network, at: 14, len: 4}
-	sources         = [2]load{{from: network, at: 12, len: 4}, {from: network, at: 8, len: 16}}
-	destinations    = [2]load{{from: network, at: 16, len: 4}, {from: network, at: 24, len: 16}}
-	addressTypes    = [2]keyType{ipv4Addr, ipv6Addr}
+	linkDestination   = load{from: link, at: 0, len: 6}
+	linkSource        = load{from: link, at: 6, len: 6}
+	etherType         = load{from: link, at: 12, len: 2}
+	linkSourceAndType = load{from: link, at: 6, len: 8}
+	protocol          = load{from: meta, at: unix.NFT_META_PROTOCOL, len: 2}
+	nfProto           = load{from: meta, at: unix.NFT_META_NFPROTO, len: 1}
+	l4Proto           = load{from: meta, at: unix.NFT_META_L4PROTO, len: 1}
+	ctState           = load{from: ct, at: unix.NFT_CT_STATE, len: 4}
+	fragment4         = load{from: network, at: 6, len: 2}
+	fragment6         = load{from: fragment, at: 2, len: 2}
+	hopLimit          = load{from: network, at: 7, len: 1}
+	icmpType          = load{from: transport, at: 0, len: 1}
+	ndTarget          = load{from: transport, at: 8, len: 16}
+	sourcePort        = load{from: transport, at: 0, len: 2}
+	destinationPort   = load{from: transport, at: 2, len: 2}
+	bothPorts         = load{from: transport, at: 0, len: 4}
+	tcpFlags          = load{from: transport, at: 13, len: 1}
+	sctpChunk         = load{from: transport, at: 12, len: 1} // type of the first one
+	arpSenderMAC      = load{from: network, at: 8, len: 6}
+	arpSenderIP       = load{from: network, at: 14, len: 4}
+	sources           = [2]load{{from: network, at: 12, len: 4}, {from: network, at: 8, len: 16}}
+	destinations      = [2]load{{from: network, at: 16, len: 4}, {from: network, at: 24, len: 16}}
+	addressTypes      = [2]keyType{ipv4Addr, ipv6Addr}
 )
 
 const (
@@ -70,6 +71,8 @@ const (
 	ackOrReset                     = "\x14"
 	sctpInit                       = "\x01"
 )
+
+var etherTypes = [2]string{etherIPv4, etherIPv6} // by family
 
 // Bits of conntrack's state, include/uapi/linux/netfilter/nf_conntrack_common.h, in the
 // byte order of this machine, as nft_ct has them.
@@ -111,8 +114,8 @@ func mapName(prefix string, d policy.Direction, family, side int) string {
 	return fmt.Sprintf("%s%s%d%c", prefix, d, 4+2*family, 'a'+side)
 }
 
-func portsName(prefix string, d policy.Direction, p *policy.Ports) string {
-	sum := sha256.Sum256(fmt.Append(nil, *p))
+func portsName(prefix string, d policy.Direction, a allowed) string {
+	sum := sha256.Sum256(fmt.Append(nil, a.new, a.replies))
 	return prefix + d.String() + "-ports-" + hex.EncodeToString(sum[:8])
 }
 
@@ -121,7 +124,7 @@ func (r *renderer) family(f int) expr {
 	if r.table.family == unix.NFPROTO_INET {
 		return is(nfProto, string([]byte{[2]byte{unix.NFPROTO_IPV4, unix.NFPROTO_IPV6}[f]}))
 	}
-	return is(protocol, [2]string{etherIPv4, etherIPv6}[f])
+	return is(protocol, etherTypes[f])
 }
 
 // addressSets makes sets of addresses, one for each family, and returns their names.
@@ -139,6 +142,16 @@ func (r *renderer) addressSets(what string, addresses []netip.Addr) (names [2]st
 		r.layout.fill[names[f]] = append(r.layout.fill[names[f]], element{key: bytesOf(a)})
 	}
 	return names
+}
+
+// oneOf says that the load is one of the addresses of a family, which are in the set. One
+// alone is compared, which is faster.
+func oneOf(l load, f int, addresses []netip.Addr, set string) expr {
+	ofFamily := slices.DeleteFunc(slices.Clone(addresses), func(a netip.Addr) bool { return a.Is6() != (f == 1) })
+	if len(ofFamily) == 1 {
+		return is(l, bytesOf(ofFamily[0]))
+	}
+	return lookup{load: l, set: set}
 }
 
 // between are the matches for a value in a range, of big-endian numbers.
@@ -185,23 +198,20 @@ func (r *renderer) dhcp(d policy.Direction) []rule {
 	}
 }
 
-// peers looks the peer's address up in the maps of a direction.
-func (r *renderer) peers(d policy.Direction, addresses [2]load) []rule {
-	var rules []rule
-	for f := range addresses {
+// peers makes the maps of a direction, and the chains that look a peer's address up in
+// them, one for each family, to which it returns the jumps.
+func (r *renderer) peers(d policy.Direction, addresses [2]load) (jumps [2]verdict) {
+	for f, address := range addresses {
+		c := chain{table: r.table, name: r.name(d.String() + [2]string{"4", "6"}[f])}
 		for side := range 2 {
-			rules = append(rules, on(r.family(f), dispatch{addresses[f], mapName(r.prefix, d, f, side)}))
+			m := set{table: r.table, name: mapName(r.prefix, d, f, side), key: addressTypes[f], interval: true, verdicts: true}
+			r.layout.sets = append(r.layout.sets, m)
+			c.rules = append(c.rules, on(dispatch{address, m.name}))
 		}
+		r.layout.chains = append(r.layout.chains, c)
+		jumps[f] = jump(c.name)
 	}
-	return rules
-}
-
-func (r *renderer) peerMaps(d policy.Direction) {
-	for f := range addressTypes {
-		for side := range 2 {
-			r.layout.sets = append(r.layout.sets, set{table: r.table, name: mapName(r.prefix, d, f, side), key: addressTypes[f], interval: true, verdicts: true})
-		}
-	}
+	return jumps
 }
 
 func bigEndian(port uint16) string { return string(binary.BigEndian.AppendUint16(nil, port)) }
@@ -254,7 +264,6 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 			base(side.hook, side.number)
 			continue
 		}
-		r.peerMaps(side.direction)
 		rules := []rule{
 			// A kernel without CONFIG_NF_CT_PROTO_SCTP knows no ports of SCTP: with one
 			// association all between the two would be established.
@@ -263,7 +272,9 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 			on(is(l4Proto, icmp), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
 			on(is(l4Proto, icmp6), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
 		}
-		rules = append(rules, r.peers(side.direction, side.peers)...)
+		for f, peers := range r.peers(side.direction, side.peers) {
+			rules = append(rules, on(r.family(f), peers))
+		}
 		rules = append(rules, r.discovery()...)
 		rules = append(rules, r.dhcp(side.direction)...)
 		for f := range node {
@@ -280,10 +291,8 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 	if i.Index != 0 {
 		r.table = table{unix.NFPROTO_NETDEV, TablePrefix + i.Name}
 		r.layout.tables = append(r.layout.tables, r.table)
-		r.spoofing()
 		r.layout.base = append(r.layout.base, chain{
-			table: r.table, name: "egress", hook: &hook{number: unix.NF_NETDEV_EGRESS, device: i.Name},
-			rules: []rule{on(jump(r.name("spoofing")))},
+			table: r.table, name: "egress", hook: &hook{number: unix.NF_NETDEV_EGRESS, device: i.Name}, rules: r.spoofing([2]verdict{accept, accept}),
 		})
 	}
 	return r.layout
@@ -301,12 +310,12 @@ func (r *renderer) through(d policy.Direction) expr {
 }
 
 // portsOf renders the chain of a set of ports inside the pod.
-func portsOf(t table, prefix string, d policy.Direction, p *policy.Ports) chain {
-	c := chain{table: t, name: portsName(prefix, d, p)}
-	if p.All {
+func portsOf(t table, prefix string, d policy.Direction, a allowed) chain {
+	c := chain{table: t, name: portsName(prefix, d, a)}
+	if a.new.All {
 		c.rules = []rule{on(accept)}
 	} else {
-		c.rules = ports(p, destinationPort, anything)
+		c.rules = ports(a.new, destinationPort, anything)
 	}
 	return c
 }
@@ -315,7 +324,9 @@ func portsOf(t table, prefix string, d policy.Direction, p *policy.Ports) chain 
 // else: other MACs and addresses, tagged frames, other protocols than IP and ARP, and
 // what only routers say. A frame that a raw socket sends past the queues may have no
 // link layer header as far as nf_tables knows: it matches nothing, and is dropped.
-func (r *renderer) spoofing() {
+// It returns the rules that lead to the chain, behind such as give the verdict of its
+// family to what comes most often.
+func (r *renderer) spoofing(often [2]verdict) []rule {
 	own := r.addressSets("own", r.Addresses)
 	mac := is(linkSource, string(r.MAC[:]))
 	frame := func(kind string, parts ...any) rule { return on(append([]any{mac, is(etherType, kind)}, parts...)...) }
@@ -324,20 +335,18 @@ func (r *renderer) spoofing() {
 		return match{load: load{from: l.from, at: l.at, len: 2}, mask: "\xff\xc0", op: op, value: "\xfe\x80"}
 	}
 	var rules []rule
-	if !r.AnyAddress { // what comes most often first
-		rules = append(rules, frame(etherIPv4, lookup{load: sources[0], set: own[0]}, goBack))
-	}
 	for _, kind := range []string{"\x86", "\x89"} { // router advertisement, redirect
 		rules = append(rules, frame(etherIPv6, is(l4Proto, icmp6), is(icmpType, kind), dropped))
 	}
 	if r.AnyAddress {
-		rules = append(rules, frame(etherARP, is(arpSenderMAC, string(r.MAC[:])), goBack), frame(etherIPv4, goBack), frame(etherIPv6, goBack))
+		rules = append(rules, frame(etherARP, is(arpSenderMAC, string(r.MAC[:])), goBack), frame(etherIPv6, goBack)) // IPv4 has been let through
 	} else {
 		rules = append(rules,
 			frame(etherARP, is(arpSenderMAC, string(r.MAC[:])), lookup{load: arpSenderIP, set: own[0]}, goBack),
 			frame(etherARP, is(arpSenderMAC, string(r.MAC[:])), is(arpSenderIP, "\x00\x00\x00\x00"), goBack), // a probe, RFC 5227
 			// A neighbour advertisement for somebody else's address.
 			frame(etherIPv6, is(l4Proto, icmp6), is(icmpType, "\x88"), lookup{load: ndTarget, set: own[1], not: true}, linkLocal(ndTarget, notEqual), dropped),
+			frame(etherIPv4, lookup{load: sources[0], set: own[0]}, goBack),
 			frame(etherIPv6, lookup{load: sources[1], set: own[1]}, goBack),
 			frame(etherIPv6, linkLocal(sources[1], equal), goBack),
 			// Duplicate address detection has no source yet.
@@ -348,4 +357,13 @@ func (r *renderer) spoofing() {
 	}
 	rules = append(rules, on(dropped))
 	r.layout.chains = append(r.layout.chains, chain{table: r.table, name: r.name("spoofing"), rules: rules})
+	var first []rule
+	for f, more := range [][]expr{nil, {isnt(l4Proto, icmp6)}} {
+		from := []expr{is(linkSourceAndType, string(r.MAC[:])+etherTypes[f])}
+		if !r.AnyAddress {
+			from = append(from, oneOf(sources[f], f, r.Addresses, own[f]))
+		}
+		first = append(first, on(from, more, often[f]))
+	}
+	return append(first, on(jump(r.name("spoofing"))))
 }
