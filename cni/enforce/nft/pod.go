@@ -38,7 +38,7 @@ func (p *Pod) DenyAll(i Interface) error { return p.Apply(i, denied, denied, 0) 
 
 // Apply puts a generation in force for an interface and returns when the kernel has
 // acknowledged it. On an error the one before is wholly in force. Connections that are
-// established go on, also if they are no longer allowed; see Cut.
+// established go on, also if they are no longer allowed.
 func (p *Pod) Apply(i Interface, ingress, egress *policy.Verdicts, generation uint64) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -103,45 +103,19 @@ func file(t testing.TB, ns *host.Netns) *os.File {
 	return f
 }
 
-// newWorld makes a node with MacVLAN pods of the given names, and station "wire".
+// newWorld makes a node with MacVLAN pods of the given names, and station "wire", which
+// answer at the served ports.
 func newWorld(t testing.TB, pods ...string) *world {
 	t.Helper()
-	w := &world{TB: t, node: newNetns(t), pods: map[string]*station{}}
-	wire := newNetns(t)
-	inside(t, w.node, func(h *netlink.Handle) error {
-		if err := h.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "p0", Flags: net.FlagUp}, PeerName: "wire", PeerNamespace: netlink.NsFd(int(file(t, wire).Fd()))}); err != nil {
-			return err
-		}
-		for _, name := range pods {
-			p0, err := h.LinkByName("p0")
-			if err != nil {
-				return err
-			}
-			ns := newNetns(t)
-			w.pods[name] = &station{world: w, name: name, ns: ns, link: "net1"}
-			if err := h.LinkAdd(&netlink.Macvlan{LinkAttrs: netlink.LinkAttrs{Name: "net1", ParentIndex: p0.Attrs().Index, Namespace: netlink.NsFd(int(file(t, ns).Fd()))}, Mode: netlink.MACVLAN_MODE_BRIDGE}); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	w.pods["wire"] = &station{world: w, name: "wire", ns: wire, link: "wire"}
+	addresses := map[string][]netip.Addr{}
 	for i, name := range append([]string{"wire"}, pods...) {
-		s := w.pods[name]
-		s.v4, s.v6 = netip.AddrFrom4([4]byte{10, 20, 0, byte(i + 1)}), netip.MustParseAddr(fmt.Sprintf("fd20::%x", i+1))
-		inside(t, s.ns, func(h *netlink.Handle) error {
-			l, err := h.LinkByName(s.link)
-			if err != nil {
-				return err
-			}
-			s.index = l.Attrs().Index
-			copy(s.mac[:], l.Attrs().HardwareAddr)
-			return errors.Join(
-				h.AddrAdd(l, &netlink.Addr{IPNet: &net.IPNet{IP: s.v4.AsSlice(), Mask: net.CIDRMask(16, 32)}}),
-				h.AddrAdd(l, &netlink.Addr{IPNet: &net.IPNet{IP: s.v6.AsSlice(), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD}),
-				h.LinkSetUp(l))
-		})
-		s.serve()
+		addresses[name] = []netip.Addr{netip.AddrFrom4([4]byte{10, 20, 0, byte(i + 1)}), netip.MustParseAddr(fmt.Sprintf("fd20::%x", i+1))}
+	}
+	w := newWorldOf(t, addresses)
+	for _, s := range w.pods {
+		for _, a := range []netip.Addr{s.v4, s.v6} {
+			s.serve(a, served)
+		}
 	}
 	// A link that is up may not send yet.
 	deadline := time.Now().Add(30 * time.Second)
@@ -157,9 +131,77 @@ func newWorld(t testing.TB, pods ...string) *world {
 	return w
 }
 
+// newWorldOf makes a node with MacVLAN pods that have addresses, of which the first of
+// each family are their own ones, and station "wire".
+func newWorldOf(t testing.TB, addresses map[string][]netip.Addr) *world {
+	t.Helper()
+	w := &world{TB: t, node: newNetns(t), pods: map[string]*station{}}
+	wire := newNetns(t)
+	inside(t, w.node, func(h *netlink.Handle) error {
+		if err := h.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "p0", Flags: net.FlagUp}, PeerName: "wire", PeerNamespace: netlink.NsFd(int(file(t, wire).Fd()))}); err != nil {
+			return err
+		}
+		for name := range addresses {
+			if name == "wire" {
+				continue
+			}
+			p0, err := h.LinkByName("p0")
+			if err != nil {
+				return err
+			}
+			ns := newNetns(t)
+			w.pods[name] = &station{world: w, name: name, ns: ns, link: "net1"}
+			if err := h.LinkAdd(&netlink.Macvlan{LinkAttrs: netlink.LinkAttrs{Name: "net1", ParentIndex: p0.Attrs().Index, Namespace: netlink.NsFd(int(file(t, ns).Fd()))}, Mode: netlink.MACVLAN_MODE_BRIDGE}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	w.pods["wire"] = &station{world: w, name: "wire", ns: wire, link: "wire"}
+	for name, s := range w.pods {
+		inside(t, s.ns, func(h *netlink.Handle) error {
+			l, err := h.LinkByName(s.link)
+			if err != nil {
+				return err
+			}
+			s.index = l.Attrs().Index
+			copy(s.mac[:], l.Attrs().HardwareAddr)
+			for _, a := range addresses[name] {
+				address := &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(16, 32)}}
+				own := &s.v4
+				if a.Is6() {
+					address, own = &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD}, &s.v6
+				}
+				if !own.IsValid() {
+					*own = a
+				}
+				if err := h.AddrAdd(l, address); err != nil {
+					return err
+				}
+			}
+			if err := h.LinkSetUp(l); err != nil {
+				return err
+			}
+			for _, all := range []*net.IPNet{{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}, {IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}} {
+				if err := h.RouteAdd(&netlink.Route{LinkIndex: s.index, Dst: all, Scope: netlink.SCOPE_LINK}); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	return w
+}
+
 // iface is the station as enforcement sees it.
 func (s *station) iface() Interface {
-	return Interface{Name: s.link, Index: s.index, MAC: s.mac, Addresses: []netip.Addr{s.v4, s.v6}}
+	i := Interface{Name: s.link, Index: s.index, MAC: s.mac}
+	for _, a := range []netip.Addr{s.v4, s.v6} {
+		if a.IsValid() {
+			i.Addresses = append(i.Addresses, a)
+		}
+	}
+	return i
 }
 
 func (s *station) address(family int) netip.Addr { return [2]netip.Addr{s.v4, s.v6}[family] }
@@ -168,69 +210,67 @@ func (s *station) address(family int) netip.Addr { return [2]netip.Addr{s.v4, s.
 var served = []uint16{80, 81, 443}
 
 // serve answers on TCP and UDP with what it gets, and SCTP's INIT by INIT ACK.
-func (s *station) serve() {
+func (s *station) serve(a netip.Addr, ports []uint16) {
 	t := s.world.TB
-	for _, a := range []netip.Addr{s.v4, s.v6} {
-		for _, port := range served {
-			at := netip.AddrPortFrom(a, port)
-			var l *net.TCPListener
-			var u *net.UDPConn
-			if err := s.ns.Do(func() (err error) {
-				if l, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(at)); err == nil {
-					u, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(at))
-				}
-				return err
-			}); err != nil {
-				t.Fatal(err)
+	for _, port := range ports {
+		at := netip.AddrPortFrom(a, port)
+		var l *net.TCPListener
+		var u *net.UDPConn
+		if err := s.ns.Do(func() (err error) {
+			if l, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(at)); err == nil {
+				u, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(at))
 			}
-			t.Cleanup(func() { l.Close(); u.Close() })
-			go func() {
-				for {
-					c, err := l.Accept()
-					if err != nil {
-						return
-					}
-					go func() {
-						defer c.Close()
-						var b [65536]byte
-						for {
-							n, err := c.Read(b[:])
-							if err != nil {
-								return
-							}
-							_, _ = c.Write(b[:n])
-						}
-					}()
-				}
-			}()
-			go func() {
-				var b [1500]byte
-				for {
-					n, from, err := u.ReadFromUDPAddrPort(b[:])
-					if err != nil && errors.Is(err, net.ErrClosed) {
-						return
-					}
-					if err == nil {
-						_, _ = u.WriteToUDPAddrPort(b[:n], from)
-					}
-				}
-			}()
+			return err
+		}); err != nil {
+			t.Fatal(err)
 		}
-		raw := s.raw(a, "132")
+		t.Cleanup(func() { l.Close(); u.Close() })
 		go func() {
-			var b [1500]byte
 			for {
-				n, from, err := raw.ReadFromIP(b[:])
+				c, err := l.Accept()
 				if err != nil {
 					return
 				}
-				if n < 32 || b[12] != 1 { // only INIT
-					continue
+				go func() {
+					defer c.Close()
+					var b [65536]byte
+					for {
+						n, err := c.Read(b[:])
+						if err != nil {
+							return
+						}
+						_, _ = c.Write(b[:n])
+					}
+				}()
+			}
+		}()
+		go func() {
+			var b [1500]byte
+			for {
+				n, from, err := u.ReadFromUDPAddrPort(b[:])
+				if err != nil && errors.Is(err, net.ErrClosed) {
+					return
 				}
-				_, _ = raw.WriteToIP(sctpPacket(binary.BigEndian.Uint16(b[2:]), binary.BigEndian.Uint16(b[:]), 2, binary.BigEndian.Uint32(b[16:])), from)
+				if err == nil {
+					_, _ = u.WriteToUDPAddrPort(b[:n], from)
+				}
 			}
 		}()
 	}
+	raw := s.raw(a, "132")
+	go func() {
+		var b [1500]byte
+		for {
+			n, from, err := raw.ReadFromIP(b[:])
+			if err != nil {
+				return
+			}
+			if n < 32 || b[12] != 1 { // only INIT
+				continue
+			}
+			_, _ = raw.WriteToIP(sctpPacket(binary.BigEndian.Uint16(b[2:]), binary.BigEndian.Uint16(b[:]), 2, binary.BigEndian.Uint32(b[16:])), from)
+		}
+	}()
 }
 
 // raw is a raw socket of the station for a protocol.
@@ -275,11 +315,15 @@ var pings struct {
 // reaches says whether the station gets an answer from an address: to a TCP connection,
 // a UDP datagram, an SCTP INIT, each at a port, or an ICMP echo request.
 func (s *station) reaches(to netip.Addr, protocol uint8, port uint16) bool {
-	at := netip.AddrPortFrom(to, port)
 	own := s.v4
 	if to.Is6() {
 		own = s.v6
 	}
+	return s.reachesFrom(own, to, protocol, port)
+}
+
+func (s *station) reachesFrom(own, to netip.Addr, protocol uint8, port uint16) bool {
+	at := netip.AddrPortFrom(to, port)
 	switch protocol {
 	case policy.TCP, policy.UDP:
 		var c net.Conn
