@@ -65,9 +65,67 @@ func TestWhoHasADevice(t *testing.T) {
 	if after := inHand(t, left, "Attached", "default/holder"); after != before {
 		t.Errorf("before %+v, after %+v", before, after)
 	}
+	t.Run("the container runtime restarts", func(t *testing.T) { restartRuntime(t, before.Device) })
 	remove(t, p)
 	eventually(t, time.Minute, func() error {
 		if p := poolOf(t, "vm1", left); len(p.Held) > 0 || p.Healthy != 4 {
+			return fmt.Errorf("%+v", p)
+		}
+		return nil
+	})
+}
+
+// restartRuntime kills containerd, while a pod is being attached, too: pods that hold VFs
+// and slots keep them, others get other ones, and nothing is left when they are gone.
+func restartRuntime(t *testing.T, held string) {
+	apply(t, slots("lasting", "ens2f0", 2)+macvlan("lasting-net", "resourceName: lasting", staticIP, capIPs))
+	waitAllocatable(t, "openshift.io/lasting", "2", "vm1")
+	waitNetwork(t, "lasting-net")
+	with := func(name, address string) string {
+		return pod(name, "vm1", "["+on("left-net", "192.168.100."+address)+","+on("lasting-net", "192.168.112."+address)+"]", left, "openshift.io/lasting")
+	}
+	stays, comes := with("stays", "10/24"), with("comes", "11/24")
+	apply(t, stays)
+	waitReady(t, "stays")
+	devices := func(pod string) string {
+		out := kubectl(t, "", "exec", pod, "--", "sh", "-c", "env | sort | grep -E '^PCIDEVICE_OPENSHIFT_IO_(LEFT|LASTING)='; cat /sys/class/net/net[12]/address; readlink -f /sys/class/net/net1/device")
+		return strings.TrimSpace(out)
+	}
+	before := devices("stays")
+
+	kubectl(t, comes, "apply", "-f", "-")
+	t.Cleanup(func() { remove(t, comes) })
+	inNode(t, "vm1", `old=$(pidof containerd); kill -9 $old; while [ -d /proc/$old ]; do sleep 0.05; done
+setsid containerd >>/var/log/containerd.log 2>&1 </dev/null &
+until ctr version >/dev/null 2>&1; do sleep 0.1; done`)
+	waitReady(t, "stays", "comes", "holder")
+	if after := devices("stays"); after != before {
+		t.Errorf("before %s, after %s", before, after)
+	}
+	owners := map[string]string{held: "default/holder"}
+	for _, resource := range []string{left, "openshift.io/lasting"} {
+		eventually(t, time.Minute, func() error {
+			pods := map[string]bool{}
+			for _, h := range poolOf(t, "vm1", resource).Held {
+				if owner, twice := owners[h.Device]; twice && owner != h.Pod {
+					t.Fatalf("%s is with %s and %s", h.Device, owner, h.Pod)
+				}
+				owners[h.Device] = h.Pod
+				if h.Phase == "Attached" {
+					pods[h.Pod] = true
+				}
+			}
+			if !pods["default/stays"] || !pods["default/comes"] {
+				return fmt.Errorf("%s: attached to %v", resource, pods)
+			}
+			return nil
+		})
+	}
+	pings(t, "comes", "192.168.100.10")
+	pings(t, "comes", "192.168.112.10")
+	remove(t, stays+comes)
+	eventually(t, time.Minute, func() error {
+		if p := poolOf(t, "vm1", "openshift.io/lasting"); len(p.Held) > 0 || p.Healthy != 2 {
 			return fmt.Errorf("%+v", p)
 		}
 		return nil
