@@ -246,6 +246,58 @@ func TestEachFailureOfDel(t *testing.T) {
 	})
 }
 
+// keeper is the daemon of dhcp: its socket keeps a namespace alive that has no path
+// any more, until the lease is released.
+type keeper struct {
+	*world
+	of   host.NetnsID
+	away bool // once
+	told bool // the server of the release, over the link
+}
+
+func (k *keeper) Exec(ctx context.Context, plugin string, req Request) (*types100.Result, error) {
+	if req.Command == Del && k.away {
+		k.away = false
+		return nil, fail(CodeIPAM, "dial DHCP daemon: %w", k.errno)
+	}
+	if req.Command == Del {
+		k.told = k.told || slices.ContainsFunc(k.links[k.of], func(l host.Netdev) bool { return l.Name == req.IfName })
+		if _, ok := k.netns[pod1]; !ok {
+			k.netns[pod1] = k.of
+			k.end(pod1)
+		}
+	}
+	return k.world.Exec(ctx, plugin, req)
+}
+
+// DHCP releases its lease over the link, also in a namespace that only its daemon keeps
+// alive; with the daemon away the device does not wait for it.
+func TestDHCPGoesBeforeTheLink(t *testing.T) {
+	for name, c := range map[string]struct{ ended, away bool }{"pod": {}, "ended pod": {ended: true}, "daemon away": {away: true}} {
+		ctx, w := context.Background(), newWorld()
+		before := w.state()
+		k := &keeper{world: w, of: w.netns[pod1], away: c.away}
+		a := newAttacher(t, w, t.TempDir(), nil)
+		a.IPAM = k
+		add := request(Add, "c1", pod1, vf0, `"ipam":{"type":"dhcp"}`)
+		if _, err := a.Add(ctx, add, nil); err != nil {
+			t.Fatal(err)
+		}
+		if c.ended {
+			delete(w.netns, pod1)
+		}
+		if err := a.Recover(ctx); err != nil {
+			t.Errorf("%s: recover: %v", name, err)
+		}
+		if err := a.Del(ctx, add, nil); err != nil || k.told == c.away {
+			t.Errorf("%s: DEL: %v, the server was told: %v", name, err, k.told)
+		}
+		if w.state() != before && !c.ended || len(w.leases) > 0 || len(a.journal.all()) > 0 || len(w.links[hostNS]) < 2 {
+			t.Errorf("%s: state\n%s", name, w.state())
+		}
+	}
+}
+
 type crash struct{ step string }
 
 // crashing runs f until the step with the number at, and names that step; "" when
@@ -271,41 +323,49 @@ func crashing(a *Attacher, at int, f func()) (step string) {
 // TestAgentDiesAtEachStep ends the agent at each step of ADD and of DEL. Its
 // successor finds the device properly attached or brings it to the baseline.
 func TestAgentDiesAtEachStep(t *testing.T) {
-	forEachKind(t, func(t *testing.T, add, del Request) {
-		ctx := context.Background()
-		for at, done := 0, false; !done; at++ {
-			w, dir := newWorld(), t.TempDir()
-			before := w.state()
-			a := newAttacher(t, w, dir, nil)
-			var out []byte
-			step := crashing(a, at, func() { out, _ = a.Add(ctx, add, nil); _ = a.Del(ctx, del, nil) })
-			done = step == ""
-			b := newAttacher(t, w, dir, nil)
-			err := b.Recover(ctx)
-			if err != nil {
-				t.Errorf("dead at %q: recover: %v", step, err)
-			}
-			rec, held := b.journal.get(Key{"blue", "c1", "net1"})
-			t.Logf("dead at %-25q held %v", step, held)
-			if !held && w.state() != before {
-				t.Errorf("dead at %q: state\n%s", step, w.state())
-			}
-			if held {
-				check := add
-				check.Command = Check
-				check.Stdin = []byte(strings.TrimSuffix(string(add.Stdin), "}") + `,"prevResult":` + string(rec.Result) + "}")
-				if err = b.Check(ctx, check, nil); err != nil {
-					t.Errorf("dead at %q: half attached: %v", step, err)
-				}
-			}
-			if out, err = b.Add(ctx, add, nil); err != nil || !slices.ContainsFunc(w.links[w.netns[pod1]], func(l host.Netdev) bool { return l.Name == "net1" }) {
-				t.Errorf("dead at %q: retry of ADD: %s, %v", step, out, err)
-			}
-			if err := b.Del(ctx, del, nil); err != nil || w.state() != before {
-				t.Errorf("dead at %q: DEL after it: %v, state\n%s", step, err, w.state())
+	forEachKind(t, agentDiesAtEachStep)
+	t.Run("VF with DHCP", func(t *testing.T) {
+		add := request(Add, "c1", pod1, vf0, `"ipam":{"type":"dhcp"}`)
+		del := add
+		del.Command = Del
+		agentDiesAtEachStep(t, add, del)
+	})
+}
+
+func agentDiesAtEachStep(t *testing.T, add, del Request) {
+	ctx := context.Background()
+	for at, done := 0, false; !done; at++ {
+		w, dir := newWorld(), t.TempDir()
+		before := w.state()
+		a := newAttacher(t, w, dir, nil)
+		var out []byte
+		step := crashing(a, at, func() { out, _ = a.Add(ctx, add, nil); _ = a.Del(ctx, del, nil) })
+		done = step == ""
+		b := newAttacher(t, w, dir, nil)
+		err := b.Recover(ctx)
+		if err != nil {
+			t.Errorf("dead at %q: recover: %v", step, err)
+		}
+		rec, held := b.journal.get(Key{"blue", "c1", "net1"})
+		t.Logf("dead at %-25q held %v", step, held)
+		if !held && w.state() != before {
+			t.Errorf("dead at %q: state\n%s", step, w.state())
+		}
+		if held {
+			check := add
+			check.Command = Check
+			check.Stdin = []byte(strings.TrimSuffix(string(add.Stdin), "}") + `,"prevResult":` + string(rec.Result) + "}")
+			if err = b.Check(ctx, check, nil); err != nil {
+				t.Errorf("dead at %q: half attached: %v", step, err)
 			}
 		}
-	})
+		if out, err = b.Add(ctx, add, nil); err != nil || !slices.ContainsFunc(w.links[w.netns[pod1]], func(l host.Netdev) bool { return l.Name == "net1" }) {
+			t.Errorf("dead at %q: retry of ADD: %s, %v", step, out, err)
+		}
+		if err := b.Del(ctx, del, nil); err != nil || w.state() != before {
+			t.Errorf("dead at %q: DEL after it: %v, state\n%s", step, err, w.state())
+		}
+	}
 }
 
 func TestLateDelLeavesTheNewOwnerAlone(t *testing.T) {

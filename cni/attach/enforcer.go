@@ -79,7 +79,7 @@ func (a *Attacher) interfaces() (out []Interface) {
 func (r *Record) policed() Interface {
 	i := Interface{
 		Key: r.Key, Generation: r.Generation, Pod: r.Pod, PodUID: r.podUID(), Definition: r.Definition, Device: r.Device,
-		DHCP: r.IPAM == "dhcp", Bypass: r.Bypass, NetnsPath: r.NetnsPath, Netns: r.Netns,
+		DHCP: r.IPAM == dhcpIPAM, Bypass: r.Bypass, NetnsPath: r.NetnsPath, Netns: r.Netns,
 	}
 	i.MAC, _ = net.ParseMAC(r.MAC) // written by us
 	if r.Macvlan != nil && !r.Macvlan.InPod {

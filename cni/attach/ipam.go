@@ -32,6 +32,9 @@ type IPAM interface {
 // OwnIPAM is the type of the IPAM that is part of the agent.
 const OwnIPAM = "sluice"
 
+// dhcpIPAM is the type of the IPAM plugin that works over the pod's link.
+const dhcpIPAM = "dhcp"
+
 // ByType is the agent's own IPAM for networks that name it, and another for the rest.
 type ByType struct{ Own, Others IPAM }
 

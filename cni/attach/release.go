@@ -71,7 +71,9 @@ func (a *Attacher) finish(ctx context.Context, r Record, ns *host.Netns) error {
 // of the agent at any point. ns may be nil. The caller has the device's lock.
 //
 // The order matters: out of the pod first, so that the pod never sees the
-// baseline's settings and never uses an address that is free again.
+// baseline's settings and never uses an address that is free again. DHCP alone goes
+// before: it tells its server over the link, and the socket of its daemon keeps a
+// namespace alive that has ended, and the VF in it from coming home.
 func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error {
 	if r.Phase == Attached {
 		// From here on it is half an attachment, also for the next agent.
@@ -82,6 +84,12 @@ func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error 
 		}
 	}
 	a.leave(r)
+	released := false
+	if r.IPAM == dhcpIPAM && r.Phase != Returned {
+		a.step("del: ask DHCP")
+		_, err := a.IPAM.Exec(ctx, r.IPAM, r.request(Del))
+		released = err == nil // if not, it is asked again, and its error told, when the device is back
+	}
 	owner, owned := a.journal.owner(r.Device)
 	if owned && owner.Generation == r.Generation || r.Device == "" && r.Phase != Returned {
 		if err := a.disconnectHost(r); err != nil {
@@ -97,7 +105,7 @@ func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error 
 	if err := a.unenforce(ctx, r, ns); err != nil {
 		return err
 	}
-	if r.IPAM != "" {
+	if r.IPAM != "" && !released {
 		a.step("del: ask IPAM")
 		if _, err := a.IPAM.Exec(ctx, r.IPAM, r.request(Del)); err != nil {
 			// The device need not wait for the address.

@@ -26,7 +26,7 @@ const (
 
 // built compiles packages as they are shipped, from a module's folder, and returns
 // the folder of the programs.
-func built(b *testing.B, module string, packages ...string) string {
+func built(b testing.TB, module string, packages ...string) string {
 	b.Helper()
 	out := b.TempDir()
 	c := exec.Command("go", append([]string{"build", "-ldflags=-s -w", "-o", out + "/"}, packages...)...)

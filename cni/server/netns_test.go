@@ -2,9 +2,11 @@ package server
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -726,4 +728,147 @@ func TestNetnsSoak(t *testing.T) {
 	}
 	t.Logf("%d rounds of %d: %+v after the first, %+v after the last", rounds, pods, first, last)
 	notGrown(t, first, last)
+}
+
+// dhcpServer answers on the station's wire, an address of its own for each client: RFC
+// 2131, what of it a client needs that asks for the first time and releases.
+type dhcpServer struct {
+	mu      sync.Mutex
+	offered []string          // hardware addresses; the place is the end of the address
+	leases  map[string]string // addresses by hardware address
+}
+
+func (n *node) dhcpServer() *dhcpServer {
+	n.Helper()
+	d := &dhcpServer{leases: map[string]string{}}
+	var conn net.PacketConn
+	var packets *os.File // of IPv4: who gives up an address sends from none, and no UDP socket hears that
+	n.ok(in(n.station, func() error {
+		raw, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, int(binary.NativeEndian.Uint16([]byte{0x08, 0})))
+		if err != nil {
+			return err
+		}
+		packets = os.NewFile(uintptr(raw), "packets")
+		config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
+			_ = c.Control(func(fd uintptr) {
+				err = errors.Join(unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BROADCAST, 1), unix.BindToDevice(int(fd), "wire"))
+			})
+			return err
+		}}
+		conn, err = config.ListenPacket(n.Context(), "udp4", ":67")
+		return err
+	}))
+	n.Cleanup(func() { conn.Close(); packets.Close() })
+	go func() {
+		b := make([]byte, 1500)
+		for {
+			size, err := packets.Read(b)
+			if err != nil {
+				return
+			}
+			const header = 20 + 8 // of IPv4 and UDP
+			if size < header || b[9] != unix.IPPROTO_UDP || binary.BigEndian.Uint16(b[22:]) != 67 {
+				continue
+			}
+			if answer := d.answer(b[header:size]); answer != nil {
+				_, _ = conn.WriteTo(answer, &net.UDPAddr{IP: net.IPv4bcast, Port: 68})
+			}
+		}
+	}()
+	return d
+}
+
+func (d *dhcpServer) answer(question []byte) []byte {
+	const header = 240 // with the magic cookie
+	if len(question) < header {
+		return nil
+	}
+	kind := byte(0)
+	for o := question[header:]; len(o) > 2 && o[0] != 255; o = o[2+int(o[1]):] {
+		if o[0] == 53 { // message type
+			kind = o[2]
+		}
+	}
+	client := net.HardwareAddr(question[28:34]).String()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if kind == 7 { // RELEASE
+		delete(d.leases, client)
+		return nil
+	}
+	if !slices.Contains(d.offered, client) {
+		d.offered = append(d.offered, client)
+	}
+	address := net.IPv4(10, 20, 3, byte(slices.Index(d.offered, client))).To4()
+	if kind == 3 { // REQUEST
+		d.leases[client] = address.String()
+	}
+	answer := bytes.Clone(question[:header])
+	answer[0] = 2 // BOOTREPLY
+	copy(answer[16:], address)
+	answer = append(answer, 53, 1, map[byte]byte{1: 2, 3: 5}[kind], 54, 4, 10, 20, 0, 1, 51, 4, 0, 0, 14, 16) // OFFER or ACK, by whom, for an hour
+	return append(answer, 1, 4, 255, 255, 0, 0, 3, 4, 10, 20, 0, 1, 255)                                      // mask, router
+}
+
+func (d *dhcpServer) has() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Sorted(maps.Values(d.leases))
+}
+
+// TestNetnsDHCP has the reference plugin dhcp with its daemon get addresses from a server on
+// the wire, and give them back, also those of a pod that ended.
+func TestNetnsDHCP(t *testing.T) {
+	if !netnsTest(t) {
+		return
+	}
+	n := newNode(t)
+	server := n.dhcpServer()
+	n.bin = built(t, "../../test/lab/node", "github.com/containernetworking/plugins/plugins/ipam/dhcp")
+	socket := filepath.Join(n.dir, "dhcp.sock")
+	daemon := exec.Command(filepath.Join(n.bin, "dhcp"), "daemon", "-socketpath", socket)
+	n.ok(daemon.Start())
+	t.Cleanup(func() { _ = daemon.Process.Kill(); _ = daemon.Wait() })
+	eventually(t, "daemon", func() error { _, err := os.Stat(socket); return err })
+	n.agent = startAgent(t, n.dir, -1)
+	add := func(pod string) (wire.Request, string) {
+		req := n.request(pod, fmt.Sprintf(`"master":"p0","ipam":{"type":"dhcp","daemonSocketPath":%q}`, socket))
+		r, err := n.pod(req)
+		n.ok(err)
+		if len(r.IPs) != 1 || r.IPs[0].Gateway.String() != "10.20.0.1" || r.IPs[0].Address.Mask.String() != "ffff0000" {
+			t.Fatalf("%+v", r)
+		}
+		return req, r.IPs[0].Address.IP.String()
+	}
+	n.echo(n.station, "10.20.0.1")
+	one, address := add("one")
+	_, other := add("two")
+	if want := slices.Sorted(slices.Values([]string{address, other})); !slices.Equal(server.has(), want) {
+		t.Errorf("the server has given %v, the pods have %v", server.has(), want)
+	}
+	n.ok(ask(one.Netns, "10.20.0.1"))
+	n.del(one)
+	released := func(left ...string) func() error {
+		return func() error {
+			if now := server.has(); !slices.Equal(now, left) {
+				return fmt.Errorf("the server has %v", now)
+			}
+			return nil
+		}
+	}
+	eventually(t, "release", released(other))
+
+	// The runtime ends a pod, and asks for no DEL: the daemon is all that keeps its
+	// namespace alive, and the agent's look at what is left has it let go.
+	endPod(filepath.Join(n.pods, "two"))
+	n.agent.stop()
+	n.agent = startAgent(t, n.dir, -1)
+	eventually(t, "release of a pod that ended", released())
+	eventually(t, "empty journal", func() error {
+		if files, _ := filepath.Glob(filepath.Join(n.dir, "attachments", "*")); len(files) > 0 {
+			return fmt.Errorf("%v", files)
+		}
+		return nil
+	})
+	n.clean("the end")
 }

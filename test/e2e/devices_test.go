@@ -49,6 +49,7 @@ func inHand(t *testing.T, resource, phase, pod string) v1.HeldDevice {
 func TestWhoHasADevice(t *testing.T) {
 	onlyUML(t, "the record of devices is the same on both")
 	usePools(t)
+	apply(t, slots("lasting", "ens2f0", 2)+macvlan("lasting-net", "resourceName: lasting", staticIP, capIPs))
 	p := pod("holder", "vm1", "["+on("left-net", "192.168.100.9/24")+"]", left)
 	apply(t, p)
 	waitReady(t, "holder")
@@ -78,7 +79,6 @@ func TestWhoHasADevice(t *testing.T) {
 // restartRuntime kills containerd, while a pod is being attached, too: pods that hold VFs
 // and slots keep them, others get other ones, and nothing is left when they are gone.
 func restartRuntime(t *testing.T, held string) {
-	apply(t, slots("lasting", "ens2f0", 2)+macvlan("lasting-net", "resourceName: lasting", staticIP, capIPs))
 	waitAllocatable(t, "openshift.io/lasting", "2", "vm1")
 	waitNetwork(t, "lasting-net")
 	with := func(name, address string) string {

@@ -59,7 +59,7 @@ func NewParts(repo string) Parts {
 		},
 		goBuild{To: "bin", Flags: "-s -w", Packages: []string{"github.com/containernetworking/cni/cnitool"}},
 		goBuild{To: "cni", Flags: "-s -w", Packages: []string{
-			plugins + "ipam/host-local", plugins + "ipam/static",
+			plugins + "ipam/dhcp", plugins + "ipam/host-local", plugins + "ipam/static",
 			plugins + "main/bridge", plugins + "main/host-device", plugins + "main/loopback",
 			plugins + "main/macvlan", plugins + "main/ptp", plugins + "main/vlan",
 			plugins + "meta/portmap", plugins + "meta/tuning",
