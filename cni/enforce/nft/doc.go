@@ -3,7 +3,9 @@
 //
 // Inside a pod's namespace (Pod) the rules are stateful: table inet sluice-IFNAME
 // judges new connections at the input and output hooks, conntrack lets the rest of
-// them pass. Table netdev sluice-IFNAME at the egress hook of the interface, which raw
+// them pass. With Cut it judges every packet, an answer by what its connection began
+// with; so what is no longer allowed ends with the generation, and conntrack's entries
+// need not be touched. Table netdev sluice-IFNAME at the egress hook of the interface, which raw
 // sockets pass too, holds the pod to its own MAC and addresses. On the host (Parent),
 // table netdev sluice-PARENT guards MacVLAN pods at the ingress and egress hooks of
 // their parent, out of their reach. There is no conntrack there: what has the shape of
@@ -11,12 +13,14 @@
 // own table is exact.
 //
 // Rules do not grow with peers: addresses are interval maps to one chain for each
-// distinct set of ports; on the parent, of ports and of those that answers come from, so
-// that one lookup judges a packet. No change has a gap, though a packet may be in the middle of the
-// rules when they change. What the kernel gives for that is little: the rules of a chain
-// are of one generation for all of a packet's walk through a hook (nft_do_chain reads the
-// cursor once), but each lookup reads it anew, and one that read it just before a
-// commit may find neither what was replaced nor what replaces it. So:
+// distinct set of ports; where answers are judged too, of ports and of those that answers
+// come from, so that one lookup judges a packet.
+//
+// No change has a gap, though a packet may be in the middle of the rules when they change.
+// What the kernel gives for that is little: the rules of a chain are of one generation
+// for all of a packet's walk through a hook (nft_do_chain reads the cursor once), but each
+// lookup reads it anew, and one that read it just before a commit may find neither what
+// was replaced nor what replaces it. So:
 //   - a new version of all has new chains and sets, which are there before anything leads
 //     to them; chains that stay get other rules in one transaction; nothing that packets
 //     look up is changed;

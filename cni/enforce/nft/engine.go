@@ -48,10 +48,11 @@ type rendering struct {
 	prefix string // of all names that are of the version
 	table  table  // of the peers and the generation
 	// replies says that the maps of a direction have the peers of the other one too,
-	// whose answers are judged by shape.
+	// whose answers are judged.
 	replies bool
 	ports   func(policy.Direction, allowed) chain
-	flip    []op // besides the base chains
+	judged  [2]bool // directions that have maps
+	flip    []op    // besides the base chains
 	owns    func(name string) bool
 }
 
@@ -199,7 +200,7 @@ func (e *engine) version(render func(version int) (rendering, error)) (rendering
 // lead makes the peers of the direction those of its verdicts, and the chains that they
 // lead to; it returns what that takes out of the maps and puts into them.
 func (s *state) lead(d policy.Direction) (del, add []op) {
-	if !s.isolated[d] {
+	if !s.judged[d] {
 		return nil, nil
 	}
 	for f, want := range s.peersOf(d, s.verdicts, s.chains) {

@@ -146,6 +146,7 @@ type packet struct {
 	in, out                  int // index of the interface
 	inName, outName          string
 	state                    uint32
+	direction                byte // of conntrack: 1 for an answer
 	link, network, transport []byte
 	protocol                 uint8
 	fragment                 uint16 // offset and flags of an IPv6 fragment header
@@ -174,6 +175,9 @@ func (p packet) load(t table, l load) ([]byte, bool) {
 	case ct:
 		if t.family != unix.NFPROTO_INET {
 			panic("conntrack in family netdev")
+		}
+		if l.at == unix.NFT_CT_DIRECTION {
+			return []byte{p.direction}, p.state&(2|4|8) != 0
 		}
 		return native(int(p.state))
 	}
@@ -402,8 +406,8 @@ func versions(t failer, k kernel, r rendering, verdicts [2]*policy.Verdicts) {
 	t.Helper()
 	chains := map[string]chain{}
 	var fill []op
-	for d, v := range verdicts {
-		if !v.Isolated {
+	for d := range verdicts {
+		if !r.judged[d] {
 			continue
 		}
 		for f, want := range r.peersOf(policy.Direction(d), verdicts, chains) {

@@ -196,7 +196,7 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 		at("egress", unix.NF_NETDEV_EGRESS, 0, linkSource, fromPods)
 	}
 	node := r.addressSets("node", i.Node)
-	rendered := rendering{prefix: r.prefix, table: r.table, owns: ownedBy(i.MAC), replies: true, ports: r.guardPorts}
+	rendered := rendering{prefix: r.prefix, table: r.table, owns: ownedBy(i.MAC), replies: true, ports: r.guardPorts, judged: [2]bool{verdicts[policy.Ingress].Isolated, verdicts[policy.Egress].Isolated}}
 	for d, side := range [...]struct {
 		in, name, counter string
 		peer              [2]load
@@ -220,7 +220,7 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 				rules = append(rules, on(r.family(f), peers[f]))
 			}
 			if !verdicts[1-d].Isolated {
-				rules = append(rules, r.replies(&policy.Ports{All: true})...)
+				rules = append(rules, replies(&policy.Ports{All: true}, inConnection, nil)...)
 				rules = append(rules, r.fragments()...)
 			}
 			for f := range node {
@@ -263,7 +263,7 @@ func (r *renderer) guardPorts(d policy.Direction, a allowed) chain {
 		c.rules = ports(a.new, destinationPort, anything)
 	}
 	if a.replies != nil {
-		c.rules = append(c.rules, r.replies(a.replies)...)
+		c.rules = append(c.rules, replies(a.replies, inConnection, nil)...)
 	}
 	c.rules = append(c.rules, r.fragments()...)
 	return c
@@ -278,25 +278,5 @@ func (r *renderer) fragments() []rule {
 	}
 }
 
-// replies are packets that may be answers from the ports: TCP that does not begin a
-// connection, SCTP that does not begin an association, and any UDP. From a peer with
-// whom everything is allowed also any other protocol.
-func (r *renderer) replies(p *policy.Ports) []rule {
-	shape := func(protocol string) []expr {
-		switch protocol {
-		case tcp:
-			return []expr{match{load: tcpFlags, mask: ackOrReset, op: notEqual, value: "\x00"}}
-		case sctp:
-			return []expr{isnt(sctpChunk, sctpInit)}
-		}
-		return nil
-	}
-	if !p.All {
-		return ports(p, sourcePort, shape)
-	}
-	return []rule{
-		on(is(l4Proto, tcp), shape(tcp), accept),
-		on(is(l4Proto, sctp), shape(sctp), accept),
-		on(isnt(l4Proto, tcp), isnt(l4Proto, sctp), accept),
-	}
-}
+// inConnection is what TCP looks like that does not begin a connection.
+var inConnection = []expr{match{load: tcpFlags, mask: ackOrReset, op: notEqual, value: "\x00"}}

@@ -38,7 +38,7 @@ func (p *Pod) DenyAll(i Interface) error { return p.Apply(i, denied, denied, 0) 
 
 // Apply puts a generation in force for an interface and returns when the kernel has
 // acknowledged it. On an error the one before is wholly in force. Connections that are
-// established go on, also if they are no longer allowed.
+// established go on, also if they are no longer allowed, unless the interface says Cut.
 func (p *Pod) Apply(i Interface, ingress, egress *policy.Verdicts, generation uint64) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -52,12 +52,14 @@ func (p *Pod) put(i Interface, verdicts [2]*policy.Verdicts, generation uint64) 
 }
 
 func podRendering(i Interface, verdicts [2]*policy.Verdicts, version int) rendering {
+	in, out := verdicts[policy.Ingress].Isolated, verdicts[policy.Egress].Isolated
 	prefix := "v" + strconv.Itoa(version) + "."
 	t := table{unix.NFPROTO_INET, TablePrefix + i.Name}
 	return rendering{
-		layout: pod(i, verdicts[policy.Ingress].Isolated, verdicts[policy.Egress].Isolated, prefix), prefix: prefix, table: t,
-		ports: func(d policy.Direction, a allowed) chain { return portsOf(t, prefix, d, a) },
-		owns:  func(string) bool { return true },
+		layout: pod(i, in, out, prefix), prefix: prefix, table: t,
+		ports:  func(d policy.Direction, a allowed) chain { return portsOf(t, prefix, i.Cut, d, a) },
+		owns:   func(string) bool { return true },
+		judged: [2]bool{in || i.Cut && out, out || i.Cut && in}, replies: i.Cut,
 	}
 }
 

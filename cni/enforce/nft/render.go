@@ -28,13 +28,16 @@ type Interface struct {
 	AnyAddress bool
 	// DHCP says that the addresses come by DHCP, which must be let through.
 	DHCP bool
+	// Cut says that connections that policy no longer allows end, and TCP connections
+	// from before there were rules. Else the pod's own table lets them go on.
+	Cut bool
 	// Node are the addresses of the pod's own node on this network. Traffic with them
 	// is always allowed.
 	Node []netip.Addr
 }
 
 func (i Interface) equal(o Interface) bool {
-	return i.Name == o.Name && i.Index == o.Index && i.MAC == o.MAC && i.AnyAddress == o.AnyAddress && i.DHCP == o.DHCP &&
+	return i.Name == o.Name && i.Index == o.Index && i.MAC == o.MAC && i.AnyAddress == o.AnyAddress && i.DHCP == o.DHCP && i.Cut == o.Cut &&
 		slices.Equal(i.Addresses, o.Addresses) && slices.Equal(i.Node, o.Node)
 }
 
@@ -48,6 +51,7 @@ var (
 	nfProto           = load{from: meta, at: unix.NFT_META_NFPROTO, len: 1}
 	l4Proto           = load{from: meta, at: unix.NFT_META_L4PROTO, len: 1}
 	ctState           = load{from: ct, at: unix.NFT_CT_STATE, len: 4}
+	ctDirection       = load{from: ct, at: unix.NFT_CT_DIRECTION, len: 1}
 	fragment4         = load{from: network, at: 6, len: 2}
 	fragment6         = load{from: fragment, at: 2, len: 2}
 	hopLimit          = load{from: network, at: 7, len: 1}
@@ -70,6 +74,9 @@ const (
 	icmp, tcp, udp, icmp6, sctp    = "\x01", "\x06", "\x11", "\x3a", "\x84"
 	ackOrReset                     = "\x14"
 	sctpInit                       = "\x01"
+	connecting                     = "\x02" // SYN, and of finAckRstSyn no other
+	finAckRstSyn                   = "\x17"
+	replying                       = "\x01" // IP_CT_DIR_REPLY
 )
 
 var etherTypes = [2]string{etherIPv4, etherIPv6} // by family
@@ -235,6 +242,29 @@ func ports(p *policy.Ports, port load, also func(protocol string) []expr) []rule
 	return rules
 }
 
+// replies are packets that may be answers from the ports: TCP and others that are as
+// said, and SCTP that does not begin an association. From a peer with whom everything is
+// allowed they are of any protocol.
+func replies(p *policy.Ports, tcpLike, otherLike []expr) []rule {
+	like := func(protocol string) []expr {
+		switch protocol {
+		case tcp:
+			return tcpLike
+		case sctp:
+			return []expr{isnt(sctpChunk, sctpInit)}
+		}
+		return otherLike
+	}
+	if !p.All {
+		return ports(p, sourcePort, like)
+	}
+	return []rule{
+		on(is(l4Proto, tcp), tcpLike, accept),
+		on(is(l4Proto, sctp), like(sctp), accept),
+		on(isnt(l4Proto, tcp), isnt(l4Proto, sctp), otherLike, accept),
+	}
+}
+
 // anything is what also is when nothing else is asked.
 func anything(string) []expr { return nil }
 
@@ -260,18 +290,28 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 		{policy.Ingress, ingress, "input", unix.NF_INET_LOCAL_IN, sources, droppedIn},
 		{policy.Egress, egress, "output", unix.NF_INET_LOCAL_OUT, destinations, droppedOut},
 	} {
-		if !side.isolated {
+		answered := [...]bool{policy.Ingress: egress, policy.Egress: ingress}[side.direction] // the other direction is isolated
+		if !side.isolated && !(r.Cut && answered) {
 			base(side.hook, side.number)
 			continue
 		}
-		rules := []rule{
-			// A kernel without CONFIG_NF_CT_PROTO_SCTP knows no ports of SCTP: with one
-			// association all between the two would be established.
-			on(isnt(l4Proto, sctp), match{load: ctState, mask: established, op: notEqual, value: none}, accept),
-			on(is(l4Proto, sctp), isnt(sctpChunk, sctpInit), match{load: ctState, mask: established, op: notEqual, value: none}, accept),
-			on(is(l4Proto, icmp), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
-			on(is(l4Proto, icmp6), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
+		name, through, dropped := r.name(side.direction.String()), r.through(side.direction), []expr{count{side.counter}, drop}
+		known := match{load: ctState, mask: established, op: notEqual, value: none}
+		sctpData := []expr{is(l4Proto, sctp), isnt(sctpChunk, sctpInit)}
+		// What is of a connection passes, or with Cut what is an answer and need not be
+		// judged. A kernel without CONFIG_NF_CT_PROTO_SCTP knows no ports of SCTP: with one
+		// association all between the two would be of it.
+		of := known
+		if r.Cut {
+			of = is(ctDirection, replying)
 		}
+		var rules []rule
+		if !r.Cut || !answered {
+			rules = append(rules, on(isnt(l4Proto, sctp), of, accept), on(sctpData, known, accept))
+		}
+		rules = append(rules,
+			on(is(l4Proto, icmp), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
+			on(is(l4Proto, icmp6), match{load: ctState, mask: related, op: notEqual, value: none}, accept))
 		for f, peers := range r.peers(side.direction, side.peers) {
 			rules = append(rules, on(r.family(f), peers))
 		}
@@ -280,12 +320,22 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 		for f := range node {
 			rules = append(rules, on(r.family(f), lookup{load: side.peers[f], set: node[f]}, accept))
 		}
-		rules = append(rules, on(count{side.counter}, drop))
-		name := r.name(side.direction.String())
-		r.layout.chains = append(r.layout.chains, chain{table: r.table, name: name, rules: rules})
-		base(side.hook, side.number, on(r.through(side.direction), jump(name)))
+		r.layout.chains = append(r.layout.chains, chain{table: r.table, name: name, rules: append(rules, on(dropped))})
+		var first []rule
+		if r.Cut {
+			// Who began a TCP connection that is seen from its middle on is not known.
+			first = append(first, on(through, is(l4Proto, tcp), match{load: ctState, mask: established, op: equal, value: none},
+				match{load: tcpFlags, mask: finAckRstSyn, op: notEqual, value: connecting}, dropped))
+		}
+		if !side.isolated {
+			base(side.hook, side.number, append(first,
+				on(through, isnt(l4Proto, sctp), is(ctDirection, replying), jump(name)),
+				on(through, sctpData, is(ctDirection, replying), jump(name)))...)
+			continue
+		}
+		base(side.hook, side.number, append(first, on(through, jump(name)))...)
 		// A pod that routes would carry others' traffic past its policy.
-		forward = append(forward, on(r.through(side.direction), count{side.counter}, drop))
+		forward = append(forward, on(through, dropped))
 	}
 	base("forward", unix.NF_INET_FORWARD, forward...)
 	if i.Index != 0 {
@@ -310,12 +360,21 @@ func (r *renderer) through(d policy.Direction) expr {
 }
 
 // portsOf renders the chain of a set of ports inside the pod.
-func portsOf(t table, prefix string, d policy.Direction, a allowed) chain {
+func portsOf(t table, prefix string, cut bool, d policy.Direction, a allowed) chain {
 	c := chain{table: t, name: portsName(prefix, d, a)}
-	if a.new.All {
-		c.rules = []rule{on(accept)}
-	} else {
-		c.rules = ports(a.new, destinationPort, anything)
+	if a.replies != nil {
+		answer := []expr{is(ctDirection, replying)}
+		c.rules = replies(a.replies, answer, answer)
+	}
+	if cut { // an answer begins nothing
+		c.rules = append(c.rules, on(isnt(l4Proto, sctp), is(ctDirection, replying), goBack))
+	}
+	switch {
+	case a.new == nil:
+	case a.new.All:
+		c.rules = append(c.rules, on(accept))
+	default:
+		c.rules = append(c.rules, ports(a.new, destinationPort, anything)...)
 	}
 	return c
 }
