@@ -32,7 +32,7 @@ func TestManyPeersAtOnce(t *testing.T) {
 			if changes := x.Flush(); len(changes) != 1 || len(changes[0].State.Verdicts.Peers) != step.want+2 {
 				t.Errorf("%d pods at once, %d are to be there: %d changes", n, step.want, len(changes))
 			}
-			if wrong := x.Audit(); len(wrong) > 0 {
+			if wrong := audit(x); len(wrong) > 0 {
 				t.Errorf("%d pods at once: the audit found %v", n, wrong)
 			}
 		}
@@ -55,7 +55,7 @@ func TestSetsOfPortsDoNotPileUp(t *testing.T) {
 			t.Errorf("%d sets of ports, %d in use", len(p.sets), p.compiled)
 		}
 	}
-	if wrong := x.Audit(); len(wrong) > 0 {
+	if wrong := audit(x); len(wrong) > 0 {
 		t.Errorf("the audit found %v", wrong)
 	}
 }

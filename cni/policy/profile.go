@@ -2,7 +2,6 @@ package policy
 
 import (
 	"encoding/binary"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -401,39 +400,3 @@ func (x *Index) at(p *profile, a netip.Addr) *Ports {
 }
 
 func (x *Index) isNode(a netip.Addr) bool { return slices.Contains(x.node, a) }
-
-// Audit makes all States from nothing, from what was told, and names those that are not
-// what they are here: none, unless this package is wrong. Flush comes before it.
-func (x *Index) Audit() []Change {
-	fresh := NewIndex(x.own)
-	fresh.SetNode(x.node)
-	for name, e := range x.networks {
-		fresh.SetNetwork(Network{name, e})
-	}
-	for _, ns := range x.namespaces {
-		if ns.known {
-			fresh.SetNamespace(Namespace{Name: ns.name, Labels: ns.labels})
-		}
-	}
-	for _, e := range x.pods {
-		fresh.SetPod(e.Pod)
-	}
-	for _, p := range x.policies {
-		fresh.SetPolicy(p.Policy)
-	}
-	fresh.Flush()
-	var wrong []Change
-	for id := range maps.Keys(x.sides) {
-		if fresh.sides[id] == nil {
-			fresh.sides[id] = &[2]side{}
-		}
-	}
-	for id, sides := range fresh.sides {
-		for d, s := range sides {
-			if was, _ := x.State(id, Direction(d)); !was.equal(s.state) {
-				wrong = append(wrong, Change{id, Direction(d), s.state})
-			}
-		}
-	}
-	return wrong
-}

@@ -399,7 +399,7 @@ func TestEventsLeadWhereAFreshIndexIs(t *testing.T) {
 						delete(told, side{c.ID, c.Direction})
 					}
 				}
-				if wrong := x.Audit(); len(wrong) > 0 {
+				if wrong := audit(x); len(wrong) > 0 {
 					t.Fatalf("the audit found %v\n%s", wrong, w)
 				}
 				for s, state := range told {

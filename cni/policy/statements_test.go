@@ -114,7 +114,7 @@ func TestStatements(t *testing.T) {
 					}
 				}
 				want(t, x, lines...)
-				if wrong := x.Audit(); len(wrong) > 0 {
+				if wrong := audit(x); len(wrong) > 0 {
 					t.Errorf("the audit found %v", wrong)
 				}
 				if c.Change == nil {
