@@ -2,6 +2,7 @@ package attach
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	types100 "github.com/containernetworking/cni/pkg/types/100"
 
 	"github.com/sluice-network/sluice/internal/host"
 )
@@ -22,6 +25,9 @@ type sriovConf struct {
 		HostIFName, AdminMAC, EffectiveMAC string
 		MTU                                int
 	} `json:"OrigVfState"`
+	IPAM struct {
+		Type string `json:"type"`
+	} `json:"ipam"`
 }
 
 // adopt takes over the attachments of sriov-cni in dir, so that the pods that run from
@@ -103,6 +109,85 @@ func (a *Attacher) adopted(dir, file string, key Key) (*Record, error) {
 		}
 	}
 	return r, nil
+}
+
+// identify finds out whose the attachments of sriov-cni are, which did not write that
+// down, and has network policy put in force on them. What of it fails is tried again at
+// the next look.
+func (a *Attacher) identify(ctx context.Context) error {
+	if a.Allocated == nil || a.Enforcer == nil {
+		return nil
+	}
+	var errs []error
+	for _, r := range a.journal.all() {
+		if r.Adopted == nil || r.Pod != "" || r.Phase != Attached {
+			continue
+		}
+		if err := a.identifyOne(ctx, r); err != nil {
+			errs = append(errs, fmt.Errorf("find out which pod has VF %s, which sriov-cni attached, for network policy to hold there: %w", r.Device, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (a *Attacher) identifyOne(ctx context.Context, r Record) error {
+	unlock, err := a.lock(ctx, keyLock(r.Key), deviceLock(r.Device))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if now, ok := a.journal.get(r.Key); !ok || now.Generation != r.Generation || now.Phase != Attached || !a.alive(now) {
+		return nil
+	}
+	pod, ok, err := a.Allocated(ctx, r.Device)
+	if err != nil {
+		return err
+	}
+	if namespace, name, named := strings.Cut(pod, "/"); !ok || !named || namespace == "" || name == "" {
+		return errors.New("the kubelet does not tell it yet")
+	}
+	ns, err := a.Kernel.OpenNetns(r.NetnsPath)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	links, err := a.Kernel.Links(ns)
+	if err != nil {
+		return err
+	}
+	r.Pod = pod
+	if r.Userspace {
+		r.Bypass = "its driver gives the VF to user space"
+	}
+	var conf sriovConf
+	if err := json.Unmarshal(r.Config, &conf); err != nil {
+		return fmt.Errorf("read journal: %w", err)
+	}
+	r.AdoptedDHCP = conf.IPAM.Type == "dhcp"
+	result := types100.Result{CNIVersion: types100.ImplementedSpecVersion}
+	for _, l := range links {
+		if l.PCIAddress != r.Device {
+			continue
+		}
+		r.MAC, r.MTU = l.MAC.String(), l.MTU
+		all, err := a.Kernel.Addresses(ns, l.Index)
+		if err != nil {
+			return err
+		}
+		for _, n := range all {
+			if n.IP.IsGlobalUnicast() {
+				result.IPs = append(result.IPs, &types100.IPConfig{Address: n})
+			}
+		}
+	}
+	if r.Result, err = json.Marshal(result); err != nil {
+		return err
+	}
+	if err := a.journal.put(r); err != nil {
+		return err
+	}
+	a.Enforcer.Load([]Interface{r.policed()})
+	return nil
 }
 
 // disown removes what sriov-cni kept of the record's attachment: a plugin of its own

@@ -2,13 +2,18 @@ package attach
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/go-logr/logr"
 
+	"github.com/sluice-network/sluice/internal/holder"
 	"github.com/sluice-network/sluice/internal/host"
 )
 
@@ -100,5 +105,99 @@ func TestPodsFromBeforeSluice(t *testing.T) {
 		if _, held := start().Holder(vf0); held {
 			t.Errorf("%s: taken over again", name)
 		}
+	}
+}
+
+// Policy holds on what sriov-cni attached, from when the kubelet has told whose it is.
+func TestPolicyOnPodsFromBeforeSluice(t *testing.T) {
+	w := newWorld()
+	before := w.state()
+	dir, journal := beforeSluice(t, w), t.TempDir()
+	i, err := w.find(&host.Netns{ID: w.netns[pod1]}, func(l host.Netdev) bool { return l.PCIAddress == vf0 })
+	if err != nil {
+		t.Fatal(err)
+	}
+	link := w.links[w.netns[pod1]][i]
+	for _, a := range []string{"10.1.0.5/24", "fe80::1/64", "fd00::5/64"} {
+		ip, n, err := net.ParseCIDR(a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.addrs[link.Index] = append(w.addrs[link.Index], net.IPNet{IP: ip, Mask: n.Mask})
+	}
+	var pod string
+	var unreachable error
+	start := func() *Attacher {
+		a, err := New(Options{
+			Kernel: w, Baselines: w, IPAM: w, Enforcer: w, Dir: journal, SriovCNI: dir, Log: logr.Discard(),
+			Allocated: func(context.Context, string) (string, bool, error) { return pod, pod != "", unreachable },
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	a := start()
+	for _, c := range []struct {
+		pod  string
+		err  error
+		says string
+	}{{"", errors.New("kubelet is away"), "which sriov-cni attached, for network policy to hold there: kubelet is away"}, {"", nil, "does not tell it yet"}, {holder.Unnamed("7"), nil, "does not tell it yet"}} {
+		pod, unreachable = c.pod, c.err
+		if err := a.Recover(t.Context()); err == nil || !strings.Contains(err.Error(), c.says) || len(w.loaded) > 0 {
+			t.Errorf("%+v: %v, %v", c, err, w.loaded)
+		}
+	}
+	pod, unreachable = "ns/c1", nil
+	is := func(when string) {
+		t.Helper()
+		want := Interface{
+			Key: Key{"blue", "c1", "net1"}, Generation: 1, Pod: "ns/c1", Device: vf0, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 0x77},
+			IPs: []netip.Addr{netip.MustParseAddr("10.1.0.5"), netip.MustParseAddr("fd00::5")}, NetnsPath: pod1, Netns: w.netns[pod1],
+		}
+		if len(w.loaded) != 1 || fmt.Sprintf("%+v", w.loaded[0]) != fmt.Sprintf("%+v", want) {
+			t.Errorf("%s: %+v, not %+v", when, w.loaded, want)
+		}
+	}
+	if err := a.Recover(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	is("told by the kubelet")
+	w.loaded = nil
+	if err := a.Recover(t.Context()); err != nil || w.loaded != nil {
+		t.Errorf("told twice: %v, %v", w.loaded, err)
+	}
+	a = start()
+	is("next agent")
+	w.policed[w.loaded[0].Key] = policed{1, true}
+	if err := a.Del(t.Context(), request(Del, "c1", pod1, vf0, `"ipam":{"type":"static"}`), nil); err != nil {
+		t.Error(err)
+	}
+	delete(w.addrs, link.Index) // the kernel's, when a link moves
+	if now := w.state(); now != before {
+		t.Errorf("left\n%s\nwant\n%s", now, before)
+	}
+}
+
+// What else is known of such a VF: that packets go past the kernel, and how its address comes.
+func TestAdoptedVFsThatDiffer(t *testing.T) {
+	w := newWorld()
+	dir, journal := beforeSluice(t, w), t.TempDir()
+	file := filepath.Join(dir, "c1-net1")
+	if err := os.WriteFile(file, fmt.Appendf(nil, `{"name":"blue","deviceID":%q,"ipam":{"type":"dhcp"}}`, vf0), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a, err := New(Options{
+		Kernel: w, Baselines: w, IPAM: w, Enforcer: w, Dir: journal, SriovCNI: dir, Log: logr.Discard(),
+		Allocated: func(context.Context, string) (string, bool, error) { return "ns/c1", true, nil },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Recover(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if len(w.loaded) != 1 || !w.loaded[0].DHCP || w.loaded[0].Bypass != "its driver gives the VF to user space" {
+		t.Errorf("%+v", w.loaded)
 	}
 }

@@ -26,6 +26,7 @@ type Interface struct {
 	DHCP       bool         // the pod's address comes by DHCP, on the interface itself
 
 	Parent string // in the host's namespace, of a MacVLAN sub-interface; empty for what is filtered in the pod
+	Beside string // the pod's end of its host interface, by which its addresses are reached, too; empty for none
 	Bypass string // why packets go past the pod's kernel; empty when they do not
 
 	NetnsPath string
@@ -35,8 +36,9 @@ type Interface struct {
 // Enforcer puts network policy in force on interfaces. The calls for one interface
 // follow one another. Errors without a CNI error code are the kernel's.
 type Enforcer interface {
-	// Load is called first, with the interfaces that there are from before, oldest first.
-	// What is in force on them stays so until the Enforcer knows better.
+	// Load is called first, with the interfaces that there are from before, oldest first,
+	// and again with those of sriov-cni whose pod becomes known later. What is in force on
+	// them stays so until the Enforcer knows better.
 	Load(interfaces []Interface)
 
 	// Definition returns the NetworkAttachmentDefinition, as namespace/name, that makes
@@ -79,11 +81,14 @@ func (a *Attacher) interfaces() (out []Interface) {
 func (r *Record) policed() Interface {
 	i := Interface{
 		Key: r.Key, Generation: r.Generation, Pod: r.Pod, PodUID: r.podUID(), Definition: r.Definition, Device: r.Device,
-		DHCP: r.IPAM == dhcpIPAM, Bypass: r.Bypass, NetnsPath: r.NetnsPath, Netns: r.Netns,
+		DHCP: r.IPAM == dhcpIPAM || r.AdoptedDHCP, Bypass: r.Bypass, NetnsPath: r.NetnsPath, Netns: r.Netns,
 	}
 	i.MAC, _ = net.ParseMAC(r.MAC) // written by us
 	if r.Macvlan != nil && !r.Macvlan.InPod {
 		i.Parent = r.Macvlan.Parent
+	}
+	if r.HostLink != "" {
+		i.Beside = hostPeer
 	}
 	var result types100.Result
 	if json.Unmarshal(r.Result, &result) == nil {

@@ -84,7 +84,8 @@ type Record struct {
 	Settings host.VFSettings `json:"settings"`          // intended at the PF
 	Macvlan  *Macvlan        `json:"macvlan,omitempty"` // nil for a VF
 
-	Adopted []string `json:"adopted,omitempty"` // sriov-cni's files of the attachment, which is sriov-cni's then
+	Adopted     []string `json:"adopted,omitempty"`     // sriov-cni's files of the attachment, which is sriov-cni's then
+	AdoptedDHCP bool     `json:"adoptedDHCP,omitempty"` // it has its address by DHCP
 
 	Definition string `json:"definition,omitempty"` // NetworkAttachmentDefinition, namespace/name
 	Bypass     string `json:"bypass,omitempty"`     // why packets go past the pod's kernel

@@ -126,11 +126,12 @@ func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error 
 
 // Recover finishes what nobody may ask for any more: attachments that an earlier
 // agent was making or undoing, those whose pod is gone, and addresses that could not
-// be released. The others stay as they are. It can be called at any time, and goes on
+// be released. The others stay as they are, but that attachments taken over from sriov-cni
+// get their pod's name. It can be called at any time, and goes on
 // after a failure; a record that failed is kept.
 func (a *Attacher) Recover(ctx context.Context) error {
 	records := a.journal.all()
-	errs := make([]error, len(records))
+	errs := make([]error, len(records), len(records)+1)
 	// Side by side, for one may wait for a namespace to end.
 	var g errgroup.Group
 	g.SetLimit(8)
@@ -146,7 +147,7 @@ func (a *Attacher) Recover(ctx context.Context) error {
 		})
 	}
 	_ = g.Wait()
-	return errors.Join(errs...)
+	return errors.Join(append(errs, a.identify(ctx))...)
 }
 
 // Orphan tells whether a device is held by a pod that is gone.

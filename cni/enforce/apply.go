@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -73,6 +74,9 @@ func (e *Enforcer) apply(f *face, ns *host.Netns) error {
 		return nil
 	}
 	f.applied = [2]*policy.State{}
+	if f.rules && !slices.Equal(before.policies(), policies(states)) {
+		e.count(f, i) // for those that were in force
+	}
 	status := InterfaceStatus{Network: i.Definition, Ingress: direction(states[policy.Ingress]), Egress: direction(states[policy.Egress])}
 	var err error
 	worked := true
@@ -102,7 +106,8 @@ func (e *Enforcer) apply(f *face, ns *host.Netns) error {
 		f.applied = states
 	}
 	e.mu.Lock()
-	f.status = status
+	first := !f.told
+	f.status, f.told = status, true
 	if err != nil && f.changed.IsZero() {
 		f.changed = since // still waits
 	}
@@ -111,9 +116,12 @@ func (e *Enforcer) apply(f *face, ns *host.Netns) error {
 	if worked {
 		e.metrics.applied(err, since)
 	}
-	if shown && !status.equal(before) {
+	if shown && (first || !status.equal(before)) {
 		e.tell(id, before, status)
 		e.pods.Add(i.Pod)
+		if len(before.problems())+len(status.problems()) > 0 {
+			e.changed()
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("enforce %s: %w", strings.Join(policies(states), ", "), err)

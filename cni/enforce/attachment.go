@@ -20,8 +20,10 @@ import (
 
 // Definition implements attach.Enforcer.
 func (e *Enforcer) Definition(ctx context.Context, pod, uid, ifName string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
 	if !e.await(ctx, wait) {
-		return "", attach.WithCode(types.ErrTryAgainLater, errors.New("the API server has not told this node all network policies yet"))
+		return "", attach.WithCode(types.ErrTryAgainLater, fmt.Errorf("which network policies hold for pod %s is not known, because %w", pod, e.Cluster.Missing()))
 	}
 	p, err := e.pod(ctx, pod, uid)
 	if err != nil {
@@ -76,8 +78,10 @@ func (e *Enforcer) Deny(ctx context.Context, i attach.Interface, ns *host.Netns)
 		return nil
 	}
 	if why := e.bypass(i); why != "" {
-		return attach.WithCode(attach.CodePolicy, fmt.Errorf("%s on network %s by %s, and this cannot be enforced on %s, because %s: take the pod out of the policy, or annotate the network %s=none",
-			isolates(states), i.Definition, strings.Join(policies(states), ", "), i.IfName, why, policy.NetworkPolicyAnnotation))
+		err := fmt.Errorf("%s on network %s by %s, and this cannot be enforced on %s, because %s: take the pod out of the policy, or annotate the network %s=none",
+			isolates(states), i.Definition, strings.Join(policies(states), ", "), i.IfName, why, policy.NetworkPolicyAnnotation)
+		e.refuse(i.Pod, err.Error())
+		return attach.WithCode(attach.CodePolicy, err)
 	}
 	f.work.Lock()
 	defer f.work.Unlock()
@@ -102,7 +106,11 @@ func (e *Enforcer) Enforce(ctx context.Context, i attach.Interface, ns *host.Net
 	}
 	e.take()
 	e.mu.Unlock()
-	return e.apply(f, ns)
+	err := e.apply(f, ns)
+	if err == nil {
+		e.admit(i.Pod)
+	}
+	return err
 }
 
 // Leave implements attach.Enforcer.
@@ -122,12 +130,13 @@ func (e *Enforcer) Leave(i attach.Interface) {
 
 // Remove implements attach.Enforcer.
 func (e *Enforcer) Remove(ctx context.Context, i attach.Interface, ns *host.Netns) error {
-	if i.Definition == "" {
-		return nil
-	}
 	e.mu.Lock()
 	f := e.faces[i.Key]
 	known := f != nil && f.Generation == i.Generation
+	if !known && i.Definition == "" { // no policy was asked for
+		e.mu.Unlock()
+		return nil
+	}
 	for _, o := range e.faces {
 		if o.Key != i.Key && o.Parent == i.Parent && bytes.Equal(o.MAC, i.MAC) {
 			i.Parent = "" // a pod that came again has the rules there by now
@@ -140,12 +149,14 @@ func (e *Enforcer) Remove(ctx context.Context, i attach.Interface, ns *host.Netn
 	f.work.Lock()
 	defer f.work.Unlock()
 	if f.rules {
+		e.count(f, i)
 		if err := e.Engine.Remove(i, ns); err != nil {
 			return err
 		}
 		f.rules = false
 	}
 	e.mu.Lock()
+	problems := f.status.problems()
 	e.drop(f)
 	if p := e.own[i.Pod]; p != nil {
 		e.setPod(p)
@@ -154,6 +165,9 @@ func (e *Enforcer) Remove(ctx context.Context, i attach.Interface, ns *host.Netn
 	e.mu.Unlock()
 	e.queue.Forget(i.Key)
 	e.pods.Add(i.Pod)
+	if len(problems) > 0 {
+		e.changed()
+	}
 	return nil
 }
 

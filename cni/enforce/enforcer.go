@@ -11,6 +11,7 @@ import (
 
 	"github.com/sluice-network/sluice/cni/attach"
 	"github.com/sluice-network/sluice/cni/enforce/cluster"
+	"github.com/sluice-network/sluice/cni/enforce/nft"
 	"github.com/sluice-network/sluice/cni/policy"
 	"github.com/sluice-network/sluice/internal/host"
 )
@@ -18,6 +19,8 @@ import (
 // Cluster is what is asked of the API server; *cluster.Cluster is it.
 type Cluster interface {
 	Synced() bool
+	// Missing says what is not known, and why; nil when Synced.
+	Missing() error
 	Known(namespace, name string) (*cluster.Pod, bool)
 	Pod(ctx context.Context, namespace, name, uid string, wait time.Duration) (*cluster.Pod, error)
 }
@@ -33,13 +36,16 @@ type Options struct {
 	// RDMA tells whether a pod that has the device can use RDMA with it.
 	RDMA func(deviceID string) bool
 	API  API // where it is shown; nil for nowhere
-	Log  logr.Logger
+	// Changed is called when Condition may be another one. Nil is nobody.
+	Changed func()
+	Log     logr.Logger
 }
 
 const (
-	wait    = 2 * time.Second // for what the API server has to tell to an ADD
-	audit   = time.Minute     // between looks at what no event tells of
-	workers = 4               // that apply generations
+	wait    = 2 * time.Second  // for what the API server has to tell to an ADD
+	look    = time.Minute      // between looks at what no event tells of
+	resync  = 10 * time.Minute // between audits of the index, of one network each
+	workers = 4                // that apply generations
 )
 
 // Enforcer puts policy in force on the interfaces of one node. It is safe for concurrent
@@ -58,6 +64,8 @@ type Enforcer struct {
 	faulty map[string]faulty  // policies, by what they are called in a State
 	of     map[string][]*face // by pod
 	synced bool               // the index knows all there is
+	denied map[string]string  // pods that were refused, by namespace/name, and why
+	next   string             // network, to be audited
 	since  time.Time          // the first event that is not flushed; zero for none
 }
 
@@ -68,11 +76,13 @@ type face struct {
 	rules   bool             // there may be some
 	loaded  bool             // they are an earlier agent's
 	applied [2]*policy.State // what is in force; nil when that is not known
+	dropped nft.Dropped      // as far as it is counted
 
 	// Guarded by the Enforcer's mu.
 	attach.Interface
 	id      policy.ID
 	ready   bool      // from then on it follows the policies
+	told    bool      // status is true; else an earlier agent's may be
 	changed time.Time // the first event that is not in force yet; zero for none
 	status  InterfaceStatus
 }
@@ -84,15 +94,15 @@ func New(o Options) *Enforcer {
 		queue:   workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[attach.Key](50*time.Millisecond, time.Minute)),
 		pods:    workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](100*time.Millisecond, time.Minute)),
 		flush:   make(chan struct{}, 1), metrics: newMetrics(),
-		own: map[string]*cluster.Pod{}, faces: map[attach.Key]*face{}, faulty: map[string]faulty{}, of: map[string][]*face{},
+		own: map[string]*cluster.Pod{}, faces: map[attach.Key]*face{}, faulty: map[string]faulty{}, of: map[string][]*face{}, denied: map[string]string{},
 	}
 	e.Engine.Report(e.tampered)
 	e.index = policy.NewIndex(func(p policy.Pod) bool { return p.Node == e.Node })
 	return e
 }
 
-// Load takes up the interfaces that were there before this agent. What is in force on them
-// stays so until the policies are known.
+// Load takes up interfaces that were there before this agent, or this call. What is in
+// force on them stays so until the policies are known.
 func (e *Enforcer) Load(interfaces []attach.Interface) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -119,8 +129,9 @@ func (e *Enforcer) Run(ctx context.Context) error {
 	if !e.await(ctx, -1) {
 		return nil
 	}
-	look := time.NewTicker(audit)
-	defer look.Stop()
+	nodes, anew := time.NewTicker(look), time.NewTicker(resync)
+	defer nodes.Stop()
+	defer anew.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -129,8 +140,10 @@ func (e *Enforcer) Run(ctx context.Context) error {
 			e.mu.Lock()
 			e.take()
 			e.mu.Unlock()
-		case <-look.C:
+		case <-nodes.C:
 			e.setNode()
+		case <-anew.C:
+			e.audit()
 		}
 	}
 }

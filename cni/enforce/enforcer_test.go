@@ -17,6 +17,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/go-logr/logr/testr"
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -40,6 +41,8 @@ type node struct {
 	refuse      map[string]error      // by method of Engine
 	calls       []string
 	annotations map[string]string
+	dropped     nft.Dropped
+	changes     int // of the condition
 	events      []string
 	tamper      func(attach.Interface, nft.Tampering)
 }
@@ -51,6 +54,11 @@ func newNode(t *testing.T) *node {
 		OpenNetns: func(string) (*host.Netns, error) { return &host.Netns{}, nil },
 		Addresses: func() ([]netip.Addr, error) { return []netip.Addr{netip.MustParseAddr("192.0.2.1")}, nil },
 		RDMA:      func(id string) bool { return id == "0000:01:10.7" },
+		Changed: func() {
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			n.changes++
+		},
 	})
 	return n
 }
@@ -112,6 +120,23 @@ func (n *node) Remove(i attach.Interface, _ *host.Netns) error {
 }
 
 func (n *node) Generation(attach.Interface, *host.Netns) (uint64, bool, error) { return 7, true, nil }
+
+func (n *node) Dropped(attach.Interface) (nft.Dropped, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.dropped, nil
+}
+
+func (n *node) Sizes() map[string]nft.Size {
+	return map[string]nft.Size{EnginePod: {Rules: 30, Elements: 4}}
+}
+
+func (n *node) Missing() error {
+	if n.Synced() {
+		return nil
+	}
+	return errors.New("the API server does not answer")
+}
 
 func (n *node) Close(attach.Interface) {}
 
@@ -318,7 +343,7 @@ func TestRefused(t *testing.T) {
 	}{
 		"userspace driver": {func(_ *node, i *attach.Interface) { i.Bypass = "driver vfio-pci gives the VF to user space" }, attach.CodePolicy, "NetworkPolicy ns/p, and this cannot be enforced on net1, because driver vfio-pci"},
 		"RDMA pool":        {func(_ *node, i *attach.Interface) { i.Device = "0000:01:10.7" }, attach.CodePolicy, "isRdma: take the pod out of the policy"},
-		"not known yet":    {func(n *node, _ *attach.Interface) { n.unsynced = true }, types.ErrTryAgainLater, "has not told"},
+		"not known yet":    {func(n *node, _ *attach.Interface) { n.unsynced = true }, types.ErrTryAgainLater, "policies hold for pod ns/a is not known, because the API server does not answer"},
 		"another pod":      {func(_ *node, i *attach.Interface) { i.PodUID = "other" }, types.ErrTryAgainLater, "no such pod"},
 		"annotation": {func(n *node, _ *attach.Interface) {
 			n.known["ns/a"].Annotations[nadv1.NetworkAttachmentAnnot] = "[{"
@@ -417,15 +442,19 @@ func TestRestart(t *testing.T) {
 	selected.Definition, free.Definition = "", optedIn // a record of an agent that knew of no policy
 	n.rules[selected.Key], n.rules[free.Key] = "old", "old"
 	selected.IPs = []netip.Addr{netip.MustParseAddr("10.0.0.1")}
+	const told = `{"net1":{"network":"ns/blue","generation":7,"ingress":{"engine":"nft-pod","policies":["NetworkPolicy ns/p"]}}}`
+	n.annotations["ns/a"] = told
 	n.Load([]attach.Interface{selected, free})
 	n.run()
 	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
 	n.pod("a", "here", "", map[string]string{"to": "p"})
 	n.pod("b", "here", "", nil)
 	n.pod("c", "there", "10.0.0.3", map[string]string{"from": "p"})
+	n.known["ns/a"].Annotations[Annotation] = told
+	n.SetPod(n.known["ns/a"])
 	time.Sleep(50 * time.Millisecond)
-	if n.force("a") != "old" || n.force("b") != "old" {
-		t.Errorf("touched before all was known: %v", n.rules)
+	if n.force("a") != "old" || n.force("b") != "old" || n.status("a") != told || n.Condition().Status != metav1.ConditionUnknown {
+		t.Errorf("touched before all was known: %v, %s, %+v", n.rules, n.status("a"), n.Condition())
 	}
 	n.policy("p")
 	n.mu.Lock()
@@ -470,6 +499,207 @@ func TestPolicyThatIsNotValid(t *testing.T) {
 		!strings.HasPrefix(n.events[1], "NetworkPolicy ns/bad PolicyNotValid: ") {
 		t.Errorf("%q", n.events)
 	}
+}
+
+// What a record did not say of the network is known when the interface goes, and what was
+// told of a pod's policies by an earlier agent goes when none holds any more.
+func TestRulesOfAnOldRecordAreRemoved(t *testing.T) {
+	n := newNode(t)
+	i := face1("a")
+	i.PodUID = "" // as of one that sriov-cni attached
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	n.pod("a", "here", "10.0.0.1", map[string]string{"to": "p"})
+	n.known["ns/a"].Annotations[Annotation] = "{}"
+	n.annotations["ns/a"] = "{}"
+	n.SetPod(n.known["ns/a"])
+	n.policy("p")
+	n.run()
+	n.Load([]attach.Interface{i}) // while all is known
+	n.inForce("a", "ingress: 192.0.2.1, egress: open")
+	n.unpolicy("p")
+	n.becomes("annotation", func() string { return n.status("a") }, "")
+	n.policy("p")
+	n.inForce("a", "ingress: 192.0.2.1, egress: open")
+	n.Enforcer.Leave(i)
+	if err := n.Enforcer.Remove(t.Context(), i, &host.Netns{}); err != nil || n.force("a") != "" || len(n.faces) > 0 {
+		t.Errorf("%v, left %v, %v", err, n.rules, n.faces)
+	}
+}
+
+// The node's condition names whoever is refused, or is not enforced, as long as it is so.
+func TestCondition(t *testing.T) {
+	n := newNode(t).run()
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	n.pod("b", "here", "", map[string]string{"to": "q"})
+	n.policy("p")
+	condition := func() string {
+		c := n.Condition()
+		return fmt.Sprint(c.Type, " ", c.Status, " ", c.Reason, " ", c.Message)
+	}
+	const well = "NetworkPolicyEnforced True Enforced every policy is in force on the interfaces that it isolates"
+	n.becomes("condition", condition, well)
+	i := face1("a")
+	i.Bypass = "driver vfio-pci gives the VF to user space"
+	for range 2 {
+		if err := n.add(i, "10.0.0.1"); codeOf(err) != attach.CodePolicy {
+			t.Fatal(err)
+		}
+		n.becomes("condition", condition, "NetworkPolicyEnforced False NotEnforced pod ns/a is refused: ingress of the pod is isolated on network ns/blue by NetworkPolicy ns/p, and this cannot be enforced on net1, because driver vfio-pci gives the VF to user space: take the pod out of the policy, or annotate the network sluice.dev/network-policy=none")
+	}
+	n.pod("a", "here", "", nil)
+	if err := n.add(i, "10.0.0.1"); err != nil {
+		t.Fatal(err)
+	}
+	n.becomes("condition", condition, well)
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	n.becomes("condition", condition, "NetworkPolicyEnforced False NotEnforced pod ns/a, interface net1: not enforced, because driver vfio-pci gives the VF to user space")
+	if text := scrape(t, n); !strings.Contains(text, "sluice_policy_refused_total 2\n") || !strings.Contains(text, `sluice_policy_interfaces{direction="ingress",engine="none",problem="yes"} 1`) {
+		t.Error(text)
+	}
+	i.Definition = optedIn
+	if err := n.Enforcer.Remove(t.Context(), i, nil); err != nil {
+		t.Fatal(err)
+	}
+	n.becomes("condition", condition, well)
+	i = face1("b")
+	i.Bypass = "rdma is true"
+	n.policy("q")
+	if err := n.add(i, "10.0.0.2"); codeOf(err) != attach.CodePolicy {
+		t.Fatal(err)
+	}
+	n.DeletePod("ns", "b")
+	n.becomes("condition", condition, well)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.changes < 7 {
+		t.Errorf("told %d times", n.changes)
+	}
+}
+
+// scrape is what the metrics say.
+func scrape(t *testing.T, n *node) string {
+	t.Helper()
+	r := prometheus.NewPedanticRegistry()
+	r.MustRegister(n.Enforcer)
+	all, err := r.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b strings.Builder
+	for _, family := range all {
+		for _, m := range family.GetMetric() {
+			var labels []string
+			for _, l := range m.GetLabel() {
+				labels = append(labels, fmt.Sprintf("%s=%q", l.GetName(), l.GetValue()))
+			}
+			name := family.GetName()
+			if len(labels) > 0 {
+				name += "{" + strings.Join(labels, ",") + "}"
+			}
+			fmt.Fprintln(&b, name, m.GetCounter().GetValue()+m.GetGauge().GetValue())
+		}
+	}
+	return b.String()
+}
+
+// What the kernel dropped counts for the policies that were in force then, also over rules
+// that begin to count anew, and goes with the policy.
+func TestDropsAreCounted(t *testing.T) {
+	n := newNode(t).run()
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	n.policy("p")
+	if err := n.add(face1("a"), "10.0.0.1"); err != nil {
+		t.Fatal(err)
+	}
+	drop := func(d nft.Dropped) {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		n.dropped = d
+	}
+	is := func(want ...string) {
+		t.Helper()
+		text := scrape(t, n)
+		for _, w := range want {
+			if !strings.Contains(text, w+"\n") {
+				t.Errorf("no %s in\n%s", w, text)
+			}
+		}
+	}
+	drop(nft.Dropped{Ingress: 5, Egress: 2, Spoofed: 1})
+	is(`sluice_policy_dropped_packets_total{direction="ingress",policy="NetworkPolicy ns/p"} 5`,
+		`sluice_policy_interface_dropped_packets_total{direction="ingress",interface="net1",namespace="ns",pod="a",reason="policy"} 5`,
+		`sluice_policy_interface_dropped_packets_total{direction="egress",interface="net1",namespace="ns",pod="a",reason="spoofed"} 1`,
+		`sluice_policy_rules{engine="nft-pod"} 30`, `sluice_policy_elements{engine="nft-pod"} 4`)
+	drop(nft.Dropped{Ingress: 7})
+	is(`sluice_policy_dropped_packets_total{direction="ingress",policy="NetworkPolicy ns/p"} 7`)
+	drop(nft.Dropped{Ingress: 3})
+	is(`sluice_policy_dropped_packets_total{direction="ingress",policy="NetworkPolicy ns/p"} 10`)
+	drop(nft.Dropped{Ingress: 4})
+	n.pod("a", "here", "", map[string]string{"to": "p", "and": "q"})
+	n.SetPolicy(cluster.Policy{Policy: policy.ReadNetworkPolicy(&networkingv1.NetworkPolicy{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "q"}, Spec: networkingv1.NetworkPolicySpec{PodSelector: metav1.LabelSelector{MatchLabels: map[string]string{"and": "q"}}},
+	})})
+	n.becomes("annotation", func() string {
+		return fmt.Sprint(strings.Contains(n.status("a"), `"policies":["NetworkPolicy ns/p","NetworkPolicy ns/q"]`))
+	}, "true")
+	drop(nft.Dropped{Ingress: 6})
+	is(`sluice_policy_dropped_packets_total{direction="ingress",policy="NetworkPolicy ns/p"} 13`,
+		`sluice_policy_dropped_packets_total{direction="ingress",policy="NetworkPolicy ns/q"} 2`)
+	drop(nft.Dropped{Ingress: 8})
+	i := face1("a")
+	i.Definition = optedIn
+	if err := n.Enforcer.Remove(t.Context(), i, nil); err != nil {
+		t.Fatal(err)
+	}
+	is(`sluice_policy_dropped_packets_total{direction="ingress",policy="NetworkPolicy ns/p"} 15`)
+	n.unpolicy("p")
+	if text := scrape(t, n); strings.Contains(text, "ns/p") || strings.Contains(text, "sluice_policy_interface_dropped") {
+		t.Error(text)
+	}
+}
+
+// What the index has wrong is found when its network's turn comes, told, and put right.
+func TestAudit(t *testing.T) {
+	n := newNode(t).run()
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	n.SetNetwork(policy.Network{Name: "ns/red", Enforcement: policy.EnforceAll})
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	n.pod("b", "there", "10.0.0.2", map[string]string{"from": "p"})
+	red := &cluster.Pod{Pod: policy.Pod{Namespace: "ns", Name: "c", UID: "c", Node: "here", Interfaces: []policy.Interface{{Network: "ns/red", Name: "net1", IPs: []netip.Addr{netip.MustParseAddr("10.0.0.3")}}}}}
+	n.SetPod(red)
+	n.policy("p")
+	if err := n.add(face1("a"), "10.0.0.1"); err != nil {
+		t.Fatal(err)
+	}
+	n.inForce("a", "ingress: 10.0.0.2 192.0.2.1, egress: open")
+	for range 3 { // ns/blue, ns/red, ns/blue
+		n.audit()
+	}
+	if n.next != optedIn+"\x00" || strings.Contains(scrape(t, n), "differences_total 1") {
+		t.Fatalf("next %q\n%s", n.next, scrape(t, n))
+	}
+	before := len(n.calls)
+	n.mu.Lock()
+	n.Enforcer.mu.Lock()
+	state, _ := n.index.State(n.faces[face1("a").Key].id, policy.Ingress)
+	state.Verdicts.Peers = slices.Clone(state.Verdicts.Peers)
+	state.Verdicts.Peers[0].First = netip.MustParseAddr("10.0.0.1")
+	n.Enforcer.mu.Unlock()
+	n.rules[face1("a").Key] = "wrong"
+	n.mu.Unlock()
+	n.audit() // ns/red
+	if len(n.calls) != before {
+		t.Errorf("%v", n.calls[before:])
+	}
+	n.audit()
+	n.inForce("a", "ingress: 10.0.0.2 192.0.2.1, egress: open")
+	if text := scrape(t, n); !strings.Contains(text, "sluice_policy_audit_differences_total 1\n") {
+		t.Error(text)
+	}
+	n.pod("b", "there", "10.0.0.4", map[string]string{"from": "p"})
+	n.inForce("a", "ingress: 10.0.0.4 192.0.2.1, egress: open")
 }
 
 // Rules that somebody changes are told, and made again if the engine could not.

@@ -20,6 +20,11 @@ type Engine interface {
 	Generation(i attach.Interface, ns *host.Netns) (generation uint64, held bool, err error)
 	// Remove removes what there is. ns may be nil: the namespace is gone.
 	Remove(i attach.Interface, ns *host.Netns) error
+	// Dropped counts the packets that the interface's rules have dropped; nothing when it
+	// has none.
+	Dropped(i attach.Interface) (nft.Dropped, error)
+	// Sizes are how much is in the kernel, by engine as DirectionStatus names it.
+	Sizes() map[string]nft.Size
 	// Report has f told of rules that somebody else changed.
 	Report(f func(attach.Interface, nft.Tampering))
 	// Close lets go of the pod's namespace. The rules stay.

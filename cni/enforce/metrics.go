@@ -1,18 +1,34 @@
 package enforce
 
 import (
+	"maps"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/sluice-network/sluice/cni/attach"
 )
 
 var interfacesDesc = prometheus.NewDesc("sluice_policy_interfaces",
 	"Interfaces and directions that a network policy isolates, by who filters them, and whether there is a problem.", []string{"engine", "direction", "problem"}, nil)
 
+var droppedDesc = prometheus.NewDesc("sluice_policy_interface_dropped_packets_total",
+	"Packets that an isolated interface's rules dropped; spoofed are those that it must not send, whatever policy says.", []string{"namespace", "pod", "interface", "direction", "reason"}, nil)
+
+var rulesDesc = prometheus.NewDesc("sluice_policy_rules", "Rules in the kernel, by who filters.", []string{"engine"}, nil)
+
+var elementsDesc = prometheus.NewDesc("sluice_policy_elements", "Addresses in the sets and maps of the rules in the kernel, by who filters.", []string{"engine"}, nil)
+
 type metrics struct {
 	latency  prometheus.Histogram
 	applies  *prometheus.CounterVec
 	tampered prometheus.Counter
+
+	dropped     *prometheus.CounterVec
+	refused     prometheus.Counter
+	differences prometheus.Counter
 }
 
 func newMetrics() metrics {
@@ -26,6 +42,15 @@ func newMetrics() metrics {
 		}, []string{"result"}),
 		tampered: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "sluice_policy_tampered_total", Help: "Changes of rules by somebody else.",
+		}),
+		dropped: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "sluice_policy_dropped_packets_total", Help: "Packets dropped where the policy isolates an interface; one that several isolate counts for each of them.",
+		}, []string{"policy", "direction"}),
+		refused: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "sluice_policy_refused_total", Help: "Interfaces that pods did not get, because a policy could not be enforced on them.",
+		}),
+		differences: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "sluice_policy_audit_differences_total", Help: "Interfaces and directions for which policy had been worked out wrongly.",
 		}),
 	}
 }
@@ -43,19 +68,54 @@ func (m metrics) applied(err error, since time.Time) {
 	}
 }
 
+// count reads what the interface's rules dropped since it was counted last, for the
+// policies that isolate it. f.work is held.
+func (e *Enforcer) count(f *face, i attach.Interface) {
+	now, err := e.Engine.Dropped(i)
+	if err != nil {
+		e.Log.V(1).Info("Cannot read how many packets were dropped", "pod", i.Pod, "interface", i.IfName, "error", err)
+		return
+	}
+	e.mu.Lock()
+	status := f.status
+	e.mu.Unlock()
+	for _, d := range []struct {
+		name        string
+		of          *DirectionStatus
+		before, now uint64
+	}{{"ingress", status.Ingress, f.dropped.Ingress, now.Ingress}, {"egress", status.Egress, f.dropped.Egress, now.Egress}} {
+		if d.now < d.before { // the rules were made anew
+			d.before = 0
+		}
+		if d.of != nil && d.now > d.before {
+			for _, p := range d.of.Policies {
+				e.metrics.dropped.WithLabelValues(p, d.name).Add(float64(d.now - d.before))
+			}
+		}
+	}
+	f.dropped = now
+}
+
 // Describe implements prometheus.Collector.
 func (e *Enforcer) Describe(out chan<- *prometheus.Desc) {
-	out <- interfacesDesc
-	e.metrics.latency.Describe(out)
-	e.metrics.applies.Describe(out)
-	e.metrics.tampered.Describe(out)
+	for _, d := range []*prometheus.Desc{interfacesDesc, droppedDesc, rulesDesc, elementsDesc} {
+		out <- d
+	}
+	for _, c := range e.metrics.all() {
+		c.Describe(out)
+	}
+}
+
+func (m metrics) all() []prometheus.Collector {
+	return []prometheus.Collector{m.latency, m.applies, m.tampered, m.dropped, m.refused, m.differences}
 }
 
 // Collect implements prometheus.Collector.
 func (e *Enforcer) Collect(out chan<- prometheus.Metric) {
 	n := map[[3]string]int{}
 	e.mu.Lock()
-	for _, f := range e.faces {
+	faces := slices.Collect(maps.Values(e.faces))
+	for _, f := range faces {
 		for name, d := range map[string]*DirectionStatus{"ingress": f.status.Ingress, "egress": f.status.Egress} {
 			if d != nil && len(d.Policies) > 0 {
 				problem := "no"
@@ -70,7 +130,37 @@ func (e *Enforcer) Collect(out chan<- prometheus.Metric) {
 	for labels, count := range n {
 		out <- prometheus.MustNewConstMetric(interfacesDesc, prometheus.GaugeValue, float64(count), labels[:]...)
 	}
-	e.metrics.latency.Collect(out)
-	e.metrics.applies.Collect(out)
-	e.metrics.tampered.Collect(out)
+	for _, f := range faces {
+		e.collectDropped(f, out)
+	}
+	for engine, size := range e.Engine.Sizes() {
+		out <- prometheus.MustNewConstMetric(rulesDesc, prometheus.GaugeValue, float64(size.Rules), engine)
+		out <- prometheus.MustNewConstMetric(elementsDesc, prometheus.GaugeValue, float64(size.Elements), engine)
+	}
+	for _, c := range e.metrics.all() {
+		c.Collect(out)
+	}
+}
+
+// collectDropped tells what an interface's rules dropped. One that is being worked on is
+// told of next time.
+func (e *Enforcer) collectDropped(f *face, out chan<- prometheus.Metric) {
+	if !f.work.TryLock() {
+		return
+	}
+	defer f.work.Unlock()
+	e.mu.Lock()
+	i := f.Interface
+	e.mu.Unlock()
+	if !f.rules || f.loaded {
+		return
+	}
+	e.count(f, i)
+	namespace, name, _ := strings.Cut(i.Pod, "/")
+	for _, d := range []struct {
+		direction, reason string
+		n                 uint64
+	}{{"ingress", "policy", f.dropped.Ingress}, {"egress", "policy", f.dropped.Egress}, {"egress", "spoofed", f.dropped.Spoofed}} {
+		out <- prometheus.MustNewConstMetric(droppedDesc, prometheus.CounterValue, float64(d.n), namespace, name, i.IfName, d.direction, d.reason)
+	}
 }

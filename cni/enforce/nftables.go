@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -28,7 +30,7 @@ type nftables struct {
 
 	mu      sync.Mutex
 	pods    map[attach.Key]pod
-	parents map[string]parent // by name
+	parents map[string]*parent // by name
 }
 
 // pod is a pod's namespace, for one interface.
@@ -41,11 +43,13 @@ type pod struct {
 type parent struct {
 	*nft.Parent
 	index int
+	stop  context.CancelFunc           // of the watch
+	of    map[[6]byte]attach.Interface // with rules there
 }
 
 // NewEngine makes the Engine that filters by nftables.
 func NewEngine(links Links) Engine {
-	return &nftables{links: links, pods: map[attach.Key]pod{}, parents: map[string]parent{}}
+	return &nftables{links: links, pods: map[attach.Key]pod{}, parents: map[string]*parent{}}
 }
 
 // Report implements Engine.
@@ -82,11 +86,19 @@ func (n *nftables) describe(i attach.Interface, ns *host.Netns) (nft.Interface, 
 	d := nft.Interface{Name: i.IfName, Addresses: i.IPs, AnyAddress: len(i.IPs) == 0, DHCP: i.DHCP}
 	copy(d.MAC[:], i.MAC)
 	link, err := n.links.Link(ns, i.IfName)
-	if errors.Is(err, syscall.ENODEV) {
-		return d, nil
+	if err != nil && !errors.Is(err, syscall.ENODEV) {
+		return d, err
 	}
 	d.Index = link.Index
-	return d, err
+	if d.Beside.Name = i.Beside; i.Beside == "" {
+		return d, nil
+	}
+	if link, err = n.links.Link(ns, i.Beside); err != nil && !errors.Is(err, syscall.ENODEV) {
+		return d, err
+	}
+	d.Beside.Index = link.Index
+	copy(d.Beside.MAC[:], link.MAC)
+	return d, nil
 }
 
 // DenyAll implements Engine.
@@ -106,6 +118,9 @@ func (n *nftables) Apply(i attach.Interface, ns *host.Netns, verdicts [2]*policy
 		if err != nil {
 			return err
 		}
+		n.mu.Lock()
+		p.of[d.MAC] = i
+		n.mu.Unlock()
 		if err := p.Apply(d, verdicts[policy.Ingress], verdicts[policy.Egress], generation); err != nil {
 			return err
 		}
@@ -117,26 +132,91 @@ func (n *nftables) Apply(i attach.Interface, ns *host.Netns, verdicts [2]*policy
 	return p.Apply(d, verdicts[policy.Ingress], verdicts[policy.Egress], generation)
 }
 
-// parent opens the link for enforcement.
-func (n *nftables) parent(name string) (*nft.Parent, error) {
+// parent opens the link for enforcement, and has the rules there watched.
+func (n *nftables) parent(name string) (*parent, error) {
 	link, err := n.links.Link(nil, name)
 	if err != nil {
 		return nil, err
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	known, there := n.parents[name]
-	if there && known.index == link.Index {
-		return known.Parent, nil
+	known := n.parents[name]
+	if known != nil && known.index == link.Index {
+		return known, nil
 	}
-	if there {
-		known.Close()
+	n.closeParent(name)
+	opened, err := nft.OpenParent(n.links.HostNetns(), name)
+	if err != nil {
+		return nil, err
 	}
-	p, err := nft.OpenParent(n.links.HostNetns(), name)
-	if err == nil {
-		n.parents[name] = parent{p, link.Index}
+	p := &parent{Parent: opened, index: link.Index, of: map[[6]byte]attach.Interface{}}
+	ctx, stop := context.WithCancel(context.Background())
+	p.stop = stop
+	n.parents[name] = p
+	go func() {
+		err := p.Watch(ctx, n.links.HostNetns(), func(t nft.Tampering) { n.tamperedParent(name, p, t) })
+		if err == nil {
+			return
+		}
+		n.mu.Lock()
+		all := slices.Collect(maps.Values(p.of))
+		n.mu.Unlock()
+		for _, i := range all {
+			n.tampered(i, nft.Tampering{Err: fmt.Errorf("what others change of the rules at %s is not noticed any more: %w", name, err)})
+		}
+	}()
+	return p, nil
+}
+
+// tamperedParent tells whose rules were changed at a parent. A link that is gone took its
+// rules with it, and the sub-interfaces too.
+func (n *nftables) tamperedParent(name string, p *parent, t nft.Tampering) {
+	if link, err := n.links.Link(nil, name); errors.Is(err, syscall.ENODEV) || err == nil && link.Index != p.index {
+		return
 	}
-	return p, err
+	n.mu.Lock()
+	i, known := p.of[t.Interface.MAC]
+	n.mu.Unlock()
+	if known {
+		n.tampered(i, t)
+	}
+}
+
+// closeParent lets go of a parent. mu is held.
+func (n *nftables) closeParent(name string) {
+	if p := n.parents[name]; p != nil {
+		p.stop()
+		p.Close()
+		delete(n.parents, name)
+	}
+}
+
+// removeParent removes the interface's rules at its parent, also if that is gone: what of
+// a table is not bound to the link stays.
+func (n *nftables) removeParent(i attach.Interface) error {
+	mac := [6]byte(i.MAC)
+	p, err := n.parent(i.Parent)
+	if errors.Is(err, syscall.ENODEV) {
+		n.mu.Lock()
+		n.closeParent(i.Parent)
+		n.mu.Unlock()
+		gone, err := nft.OpenParent(n.links.HostNetns(), i.Parent)
+		if err != nil {
+			return err
+		}
+		defer gone.Close()
+		return gone.Remove(mac)
+	}
+	if err != nil {
+		return err
+	}
+	if err := p.Remove(mac); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(p.of, mac)
+	return nil
 }
 
 // Generation implements Engine.
@@ -166,11 +246,7 @@ func (n *nftables) Generation(i attach.Interface, ns *host.Netns) (generation ui
 func (n *nftables) Remove(i attach.Interface, ns *host.Netns) error {
 	defer n.Close(i)
 	if i.Parent != "" {
-		p, err := n.parent(i.Parent)
-		if err == nil {
-			err = p.Remove([6]byte(i.MAC))
-		}
-		if err != nil && !errors.Is(err, syscall.ENODEV) { // the rules go with the link
+		if err := n.removeParent(i); err != nil {
 			return err
 		}
 	}
@@ -182,6 +258,41 @@ func (n *nftables) Remove(i attach.Interface, ns *host.Netns) error {
 		return err
 	}
 	return p.Remove(i.IfName)
+}
+
+// Dropped implements Engine.
+func (n *nftables) Dropped(i attach.Interface) (nft.Dropped, error) {
+	n.mu.Lock()
+	p, open := n.pods[i.Key]
+	at := n.parents[i.Parent]
+	n.mu.Unlock()
+	if !open {
+		return nft.Dropped{}, nil
+	}
+	d, err := p.Dropped(nft.Interface{Name: i.IfName})
+	if err != nil || at == nil {
+		return d, err
+	}
+	there, err := at.Dropped([6]byte(i.MAC))
+	return nft.Dropped{Ingress: d.Ingress + there.Ingress, Egress: d.Egress + there.Egress, Spoofed: d.Spoofed + there.Spoofed}, err
+}
+
+// Sizes implements Engine.
+func (n *nftables) Sizes() map[string]nft.Size {
+	n.mu.Lock()
+	pods, parents := slices.Collect(maps.Values(n.pods)), slices.Collect(maps.Values(n.parents))
+	n.mu.Unlock()
+	all := map[string]nft.Size{EnginePod: {}, EngineHost: {}}
+	add := func(engine string, s nft.Size) {
+		all[engine] = nft.Size{Rules: all[engine].Rules + s.Rules, Elements: all[engine].Elements + s.Elements}
+	}
+	for _, p := range pods {
+		add(EnginePod, p.Size())
+	}
+	for _, p := range parents {
+		add(EngineHost, p.Size())
+	}
+	return all
 }
 
 // Close implements Engine.

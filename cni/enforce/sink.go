@@ -6,6 +6,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/sluice-network/sluice/cni/enforce/cluster"
 	"github.com/sluice-network/sluice/cni/policy"
 )
@@ -27,6 +29,7 @@ func (e *Enforcer) DeletePod(namespace, name string) {
 		delete(e.own, namespace+"/"+name)
 		e.index.RemovePod(namespace, name)
 	})
+	e.admit(namespace + "/" + name)
 }
 
 // SetNamespace implements cluster.Sink.
@@ -57,6 +60,7 @@ func (e *Enforcer) DeletePolicy(p cluster.Policy) {
 		delete(e.faulty, p.String())
 		e.index.RemovePolicy(p.Kind, p.Namespace, p.Name)
 	})
+	e.metrics.dropped.DeletePartialMatch(prometheus.Labels{"policy": p.String()})
 }
 
 func (e *Enforcer) change(f func()) {
@@ -118,6 +122,7 @@ func (e *Enforcer) await(ctx context.Context, limit time.Duration) bool {
 		e.mu.Lock()
 		if !e.synced && e.Cluster.Synced() {
 			e.synced = true
+			e.changed()
 			e.take()
 			for f := range maps.Values(e.faces) {
 				if f.ready {

@@ -83,6 +83,13 @@ func (s *InterfaceStatus) problems() (all []string) {
 	return slices.Compact(all)
 }
 
+// policies are those that isolate the interface.
+func (s *InterfaceStatus) policies() (all []string) {
+	s.each(func(d *DirectionStatus) { all = append(all, d.Policies...) })
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
 // notes are why it is stricter than was meant.
 func (s *InterfaceStatus) notes() (all []string) {
 	s.each(func(d *DirectionStatus) { all = append(all, d.Notes...) })
@@ -101,15 +108,16 @@ func (s InterfaceStatus) equal(o InterfaceStatus) bool {
 func (e *Enforcer) show(ctx context.Context, pod string) error {
 	e.mu.Lock()
 	p := e.own[pod]
-	status := PodStatus{}
+	status, waits := PodStatus{}, false
 	for _, f := range e.of[pod] {
+		waits = waits || f.ready && !f.told
 		if f.ready && p != nil && f.id.UID == p.UID && (f.status.Ingress != nil || f.status.Egress != nil) {
 			status[f.IfName] = f.status
 		}
 	}
 	e.mu.Unlock()
-	if p == nil {
-		return nil // gone, or told of later
+	if p == nil || waits {
+		return nil // gone, or told of later; what an earlier agent said still holds
 	}
 	value := ""
 	if len(status) > 0 {

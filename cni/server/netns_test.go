@@ -574,28 +574,9 @@ func TestNetnsHostInterface(t *testing.T) {
 	}
 	n := newNode(t)
 	n.agent = startAgent(t, n.dir, -1)
-	const hostNS = "/proc/self/ns/net"
-	n.ok(inside(hostNS, func(h *netlink.Handle) error {
-		p1, err := h.LinkByName("p1")
-		if err != nil {
-			return err
-		}
-		lo, err := h.LinkByName("lo")
-		if err != nil {
-			return err
-		}
-		six := must(netlink.ParseAddr("fd99::7/64"))
-		six.Flags = unix.IFA_F_NODAD
-		// the node's own, a node-local DNS's
-		return errors.Join(h.AddrAdd(p1, must(netlink.ParseAddr("192.0.2.7/24"))), h.AddrAdd(p1, six),
-			h.AddrAdd(lo, must(netlink.ParseAddr("169.254.20.10/32"))),
-			h.RouteAdd(&netlink.Route{LinkIndex: p1.Attrs().Index, Gw: net.IPv4(192, 0, 2, 1)}),
-			h.RouteAdd(&netlink.Route{LinkIndex: p1.Attrs().Index, Gw: net.ParseIP("fd99::1"), Dst: must(netlink.ParseIPNet("::/0"))}))
-	}))
+	n.hostAddresses()
 	// Strict reverse path filtering, as some distributions have it, on new links.
-	for _, netns := range []string{hostNS} {
-		n.ok(in(netns, func() error { return os.WriteFile("/proc/sys/net/ipv4/conf/default/rp_filter", []byte("1"), 0) }))
-	}
+	n.ok(in(hostNS, func() error { return os.WriteFile("/proc/sys/net/ipv4/conf/default/rp_filter", []byte("1"), 0) }))
 	for _, address := range []string{"192.0.2.7", "169.254.20.10", "fd99::7"} {
 		n.echo(hostNS, address)
 	}
@@ -625,6 +606,30 @@ func TestNetnsHostInterface(t *testing.T) {
 	endPod(req.Netns)
 	n.del(req)
 	n.clean("DEL after the end of the pod")
+}
+
+const hostNS = "/proc/self/ns/net"
+
+// hostAddresses gives the host addresses besides its networks.
+func (n *node) hostAddresses() {
+	n.Helper()
+	n.ok(inside(hostNS, func(h *netlink.Handle) error {
+		p1, err := h.LinkByName("p1")
+		if err != nil {
+			return err
+		}
+		lo, err := h.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		six := must(netlink.ParseAddr("fd99::7/64"))
+		six.Flags = unix.IFA_F_NODAD
+		// the node's own, a node-local DNS's
+		return errors.Join(h.AddrAdd(p1, must(netlink.ParseAddr("192.0.2.7/24"))), h.AddrAdd(p1, six),
+			h.AddrAdd(lo, must(netlink.ParseAddr("169.254.20.10/32"))),
+			h.RouteAdd(&netlink.Route{LinkIndex: p1.Attrs().Index, Gw: net.IPv4(192, 0, 2, 1)}),
+			h.RouteAdd(&netlink.Route{LinkIndex: p1.Attrs().Index, Gw: net.ParseIP("fd99::1"), Dst: must(netlink.ParseIPNet("::/0"))}))
+	}))
 }
 
 // TestNetnsAgentKilledAtEachStep kills the agent (SIGKILL) at each step of ADD and of

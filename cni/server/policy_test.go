@@ -6,14 +6,19 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/netip"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/go-logr/logr"
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+	"github.com/vishvananda/netlink"
 	networkingv1 "k8s.io/api/networking/v1"
 
 	"github.com/sluice-network/sluice/cni/attach"
@@ -33,7 +38,7 @@ func policies(dir string, kernel *host.Attacher) attach.Enforcer {
 	}
 	e := enforce.New(enforce.Options{
 		Node: "node", Cluster: anyPod{}, Engine: enforce.NewEngine(kernel), OpenNetns: kernel.OpenNetns, Log: logr.Discard(),
-		Addresses: func() ([]netip.Addr, error) { return nil, nil }, RDMA: func(string) bool { return false },
+		Addresses: kernel.OwnAddresses, RDMA: func(string) bool { return false },
 	})
 	e.SetNetwork(policy.Network{Name: "ns/blue", Enforcement: policy.EnforceAll})
 	for _, name := range []string{"a", "b", "c"} { // those that an earlier agent may have had
@@ -69,11 +74,160 @@ func policies(dir string, kernel *host.Attacher) attach.Enforcer {
 	return e
 }
 
+// TestNetnsHostInterfacePolicy: what policy keeps out does not come in by the pod's way to
+// its host either, nor what it keeps in go out there; the node itself is let in.
+func TestNetnsHostInterfacePolicy(t *testing.T) {
+	if !netnsTest(t) {
+		return
+	}
+	n := newNode(t)
+	n.hostAddresses()
+	stranger := newPod(t, t.TempDir(), "stranger")
+	n.ok(in(hostNS, func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0) }))
+	n.ok(inside(hostNS, func(h *netlink.Handle) error {
+		there, err := os.Open(stranger)
+		if err != nil {
+			return err
+		}
+		defer there.Close()
+		link := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "cluster"}, PeerName: "eth0", PeerNamespace: netlink.NsFd(there.Fd())}
+		return errors.Join(h.LinkAdd(link), h.AddrAdd(link, must(netlink.ParseAddr("198.51.100.1/24"))), h.LinkSetUp(link))
+	}))
+	n.ok(inside(stranger, func(h *netlink.Handle) error {
+		link, err := h.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		return errors.Join(h.AddrAdd(link, must(netlink.ParseAddr("198.51.100.2/24"))), h.LinkSetUp(link),
+			h.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: net.IPv4(198, 51, 100, 1)}))
+	}))
+	n.policies(`[]`)
+	n.agent = startAgent(t, n.dir, -1)
+	a := n.request("a", `"deviceID":"p0-0","hostInterface":{"routes":["198.51.100.0/24"]}`, "10.20.1.1/16", "fd20::11/64")
+	if _, err := n.pod(a); err != nil {
+		t.Fatal(err)
+	}
+	for netns, addresses := range map[string][]string{a.Netns: {"10.20.1.1", "fd20::11"}, hostNS: {"192.0.2.7"}, stranger: {"198.51.100.2"}} {
+		for _, address := range addresses {
+			n.echo(netns, address)
+		}
+	}
+	passes := n.passes
+	passes("no policy", stranger, "10.20.1.1", true)
+	passes("no policy", a.Netns, "198.51.100.2", true)
+	closed := `[{"metadata":{"namespace":"ns","name":"p"},"spec":{"podSelector":{},"policyTypes":["Ingress"]}}]`
+	n.policies(closed)
+	passes("ingress is closed", stranger, "10.20.1.1", false)
+	passes("ingress is closed", a.Netns, "198.51.100.2", true) // and its replies
+	for _, address := range []string{"10.20.1.1", "fd20::11"} {
+		passes("the node", hostNS, address, true)
+	}
+	n.policies(`[{"metadata":{"namespace":"ns","name":"p"},"spec":{"podSelector":{},"policyTypes":["Egress"]}}]`)
+	passes("egress is closed", a.Netns, "198.51.100.2", false)
+	passes("egress is closed", stranger, "10.20.1.1", true)
+	passes("the node", a.Netns, "192.0.2.7", true)
+	n.policies(`[{"metadata":{"namespace":"ns","name":"p"},"spec":{"podSelector":{},"ingress":[{"from":[{"ipBlock":{"cidr":"198.51.100.2/32"}}]}]}}]`)
+	passes("the stranger may", stranger, "10.20.1.1", true)
+	// One that comes under policy, and an agent that goes on with it.
+	n.policies(closed)
+	b := n.request("b", `"deviceID":"p0-1","hostInterface":{"routes":["198.51.100.0/24"]}`, "10.20.1.2/16")
+	if _, err := n.pod(b); err != nil {
+		t.Fatal(err)
+	}
+	n.echo(b.Netns, "10.20.1.2")
+	passes("begins closed", stranger, "10.20.1.2", false)
+	passes("begins closed", hostNS, "10.20.1.2", true)
+	n.ok(n.agent.cmd.Process.Kill())
+	_ = n.agent.cmd.Wait()
+	n.agent = startAgent(t, n.dir, -1)
+	passes("next agent", stranger, "10.20.1.2", false)
+	passes("next agent", hostNS, "10.20.1.2", true)
+	n.policies(`[]`)
+	passes("no policy any more", stranger, "10.20.1.2", true)
+	n.del(a)
+	n.del(b)
+	n.ok(inside(hostNS, func(h *netlink.Handle) error {
+		link, err := h.LinkByName("cluster")
+		if err != nil {
+			return err
+		}
+		return h.LinkDel(link)
+	}))
+	n.clean("DEL")
+}
+
+// TestNetnsParentTampering: rules at the parent that somebody on the host takes away are put
+// back at once; those of a parent that goes are gone.
+func TestNetnsParentTampering(t *testing.T) {
+	if !netnsTest(t) {
+		return
+	}
+	n := newNode(t)
+	n.policies(ingress("a", "b"))
+	n.agent = startAgent(t, n.dir, -1)
+	a := n.request("a", `"deviceID":"p0-0"`, "10.20.1.1/16")
+	if _, err := n.pod(a); err != nil {
+		t.Fatal(err)
+	}
+	for _, what := range []string{"flush ruleset", "delete table netdev sluice-p0", "flush chain netdev sluice-p0 senders"} {
+		before := n.chains(hostNS)
+		if !strings.Contains(before, "senders") {
+			t.Fatalf("no rules: %s", before)
+		}
+		n.ok(in(hostNS, func() error { return exec.Command("nft", what).Run() }))
+		eventually(t, "put right after "+what, func() error {
+			if now := n.chains(hostNS); !slices.Equal(versionless(now), versionless(before)) {
+				return fmt.Errorf("rules are\n%s\nand were\n%s", now, before)
+			}
+			return nil
+		})
+	}
+	n.del(a)
+	n.clean("DEL")
+}
+
+// passes waits until packets pass, or do not.
+func (n *node) passes(when, from, to string, want bool) {
+	n.Helper()
+	eventually(n.T, fmt.Sprintf("%s: %s from %s: %t", when, to, filepath.Base(from), want), func() error {
+		err := ask(from, to)
+		if want {
+			return err
+		}
+		if err == nil {
+			return errors.New("it passes")
+		}
+		return nil
+	})
+}
+
+// chains are the rules in a namespace, as nft lists them.
+func (n *node) chains(netns string) (text string) {
+	n.Helper()
+	n.ok(in(netns, func() error {
+		out, err := exec.Command("nft", "list", "ruleset").CombinedOutput()
+		text = string(out)
+		return err
+	}))
+	return text
+}
+
+var version = regexp.MustCompile(`\.v\d+\.|packets \d+ bytes \d+`)
+
+// versionless are the sorted lines of rules without what is new in each version of them.
+func versionless(rules string) []string {
+	lines := strings.Split(version.ReplaceAllString(rules, ""), "\n")
+	slices.Sort(lines)
+	return lines
+}
+
 // anyPod is an API server that has every pod of the namespace ns, whose label pod is its
 // name, and whose interfaces are all on network blue.
 type anyPod struct{}
 
 func (anyPod) Synced() bool { return true }
+
+func (anyPod) Missing() error { return nil }
 
 func (anyPod) Known(namespace, name string) (*cluster.Pod, bool) {
 	return &cluster.Pod{
@@ -122,19 +276,7 @@ func TestNetnsPolicy(t *testing.T) {
 		}
 	}
 	n.echo(n.station, "10.20.0.1")
-	passes := func(when, from, to string, want bool) {
-		t.Helper()
-		eventually(t, fmt.Sprintf("%s: %s from %s: %t", when, to, filepath.Base(from), want), func() error {
-			err := ask(from, to)
-			if want {
-				return err
-			}
-			if err == nil {
-				return errors.New("it passes")
-			}
-			return nil
-		})
-	}
+	passes := n.passes
 	for _, family := range []string{"10.20.1.1", "fd20::11"} {
 		passes("b may", b.Netns, family, true)
 		passes("b may", c.Netns, family, false)

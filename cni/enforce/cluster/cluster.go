@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/go-logr/logr"
@@ -15,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -66,11 +68,40 @@ type Cluster struct {
 	keep    []string // annotations of own pods
 	core    kubernetes.Interface
 	dynamic dynamic.Interface
-	sink    Sink
 
+	server string // its address
 	pods   cache.Store
-	kinds  []cache.Controller
+	kinds  []kind
 	custom []*customKind
+}
+
+// kind is one of those that are followed.
+type kind struct {
+	cache.Controller
+	resource string
+	failure  *failure
+}
+
+// failure is why the API server does not tell of a kind, nil while it does.
+type failure struct {
+	mu  sync.Mutex
+	err error
+}
+
+func (f *failure) note(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.err = err
+}
+
+// missing is why the kind is not known.
+func (k kind) missing() error {
+	k.failure.mu.Lock()
+	defer k.failure.mu.Unlock()
+	if k.failure.err == nil {
+		return fmt.Errorf("it has not told all %s yet", k.resource)
+	}
+	return fmt.Errorf("it does not tell %s: %w", k.resource, k.failure.err)
 }
 
 // New makes a Cluster. keep are the annotations that are wanted of the node's own pods.
@@ -92,28 +123,22 @@ func connect(config *rest.Config, own func(*corev1.Pod) bool, keep []string, sin
 	if err != nil {
 		return nil, fmt.Errorf("reach the API server: %w", err)
 	}
-	return newCluster(core, custom, own, keep, sink, log), nil
-}
-
-func newCluster(core kubernetes.Interface, custom dynamic.Interface, own func(*corev1.Pod) bool, keep []string, sink Sink, log logr.Logger) *Cluster {
-	c := &Cluster{log: log, own: own, keep: append(keep, MirrorAnnotation, DefaultNetworkAnnotation, nadv1.NetworkAttachmentAnnot), core: core, dynamic: custom, sink: sink}
-	var follow cache.Controller
-	c.pods, follow = inform(core.CoreV1().RESTClient(), "pods", &corev1.Pod{}, c.readPod, sink.SetPod,
+	c := &Cluster{log: log, own: own, keep: append(keep, MirrorAnnotation, DefaultNetworkAnnotation, nadv1.NetworkAttachmentAnnot), core: core, dynamic: custom, server: config.Host}
+	pods, namespaces, policies := kind{resource: "pods", failure: &failure{}}, kind{resource: "namespaces", failure: &failure{}}, kind{resource: "networkpolicies", failure: &failure{}}
+	c.pods, pods.Controller = inform(core.CoreV1().RESTClient(), pods, &corev1.Pod{}, c.readPod, sink.SetPod,
 		func(p *Pod) { sink.DeletePod(p.Namespace, p.Name) })
-	c.kinds = append(c.kinds, follow)
-	_, follow = inform(core.CoreV1().RESTClient(), "namespaces", &corev1.Namespace{},
+	_, namespaces.Controller = inform(core.CoreV1().RESTClient(), namespaces, &corev1.Namespace{},
 		func(n *corev1.Namespace) (policy.Namespace, error) { return policy.ReadNamespace(n), nil }, sink.SetNamespace,
 		func(n policy.Namespace) { sink.DeleteNamespace(n.Name) })
-	c.kinds = append(c.kinds, follow)
-	_, follow = inform(core.NetworkingV1().RESTClient(), "networkpolicies", &networkingv1.NetworkPolicy{}, func(p *networkingv1.NetworkPolicy) (Policy, error) {
+	_, policies.Controller = inform(core.NetworkingV1().RESTClient(), policies, &networkingv1.NetworkPolicy{}, func(p *networkingv1.NetworkPolicy) (Policy, error) {
 		return Policy{policy.ReadNetworkPolicy(p), "networking.k8s.io/v1", string(p.UID)}, nil
 	}, sink.SetPolicy, sink.DeletePolicy)
-	c.kinds = append(c.kinds, follow)
+	c.kinds = []kind{pods, namespaces, policies}
 	c.custom = []*customKind{
 		newCustomKind(c, "network-attachment-definitions", []string{"v1"}, c.readNetwork, sink.SetNetwork, func(n policy.Network) { sink.DeleteNetwork(n.Name) }),
 		newCustomKind(c, "multi-networkpolicies", []string{"v1beta2", "v1beta1"}, c.readMultiNetworkPolicy, sink.SetPolicy, sink.DeletePolicy),
 	}
-	return c
+	return c, nil
 }
 
 // Run follows the API server until ctx ends.
@@ -128,18 +153,26 @@ func (c *Cluster) Run(ctx context.Context) {
 }
 
 // Synced tells whether the Sink knows all that there is.
-func (c *Cluster) Synced() bool {
+func (c *Cluster) Synced() bool { return c.Missing() == nil }
+
+// Missing says what the Sink does not know yet, why, and what mends it; nil when it knows
+// all that there is.
+func (c *Cluster) Missing() error {
+	var missing error
 	for _, k := range c.kinds {
-		if !k.HasSynced() {
-			return false
+		if missing == nil && !k.HasSynced() {
+			missing = k.missing()
 		}
 	}
 	for _, k := range c.custom {
-		if !k.synced() {
-			return false
+		if missing == nil {
+			missing = k.missing()
 		}
 	}
-	return true
+	if missing == nil {
+		return nil
+	}
+	return fmt.Errorf("of the API server %s: %w: see that the node reaches it, and that ClusterRole sluice-agent lets the agent list them", c.server, missing)
 }
 
 // Known returns the pod as it was last seen.
@@ -155,9 +188,12 @@ func (c *Cluster) Known(namespace, name string) (*Pod, bool) {
 const look = 20 * time.Millisecond
 
 // Pod returns the pod that a runtime says it makes an interface for: the API server has
-// it, but this node may be told of it a moment later. An empty UID is any pod of the name.
+// it, but this node may be told of it a moment later. It answers within the time to wait,
+// after half of which it asks. An empty UID is any pod of the name.
 func (c *Cluster) Pod(ctx context.Context, namespace, name, uid string, wait time.Duration) (*Pod, error) {
-	for end := time.Now().Add(wait); ; {
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	for end := time.Now().Add(wait / 2); ; {
 		if p, ok := c.Known(namespace, name); ok && p.Is(uid) {
 			return p, nil
 		}
@@ -172,7 +208,7 @@ func (c *Cluster) Pod(ctx context.Context, namespace, name, uid string, wait tim
 	}
 	o, err := c.core.CoreV1().Pods(namespace).Get(ctx, name, metav1.GetOptions{})
 	if err != nil {
-		return nil, fmt.Errorf("read pod %s/%s: %w", namespace, name, err)
+		return nil, fmt.Errorf("the API server %s has not told this node of pod %s/%s, and asked for it: %w: see that the node reaches it", c.server, namespace, name, err)
 	}
 	if p, _ := c.readPod(o); p.Is(uid) {
 		return p, nil
@@ -240,9 +276,26 @@ type object interface {
 }
 
 // inform follows a kind of Kubernetes' own.
-func inform[O object, T any](client cache.Getter, resource string, kind O, read func(O) (T, error), set, gone func(T)) (cache.Store, cache.Controller) {
-	lw := cache.NewListWatchFromClient(client, resource, metav1.NamespaceAll, fields.Everything())
-	return cache.NewInformerWithOptions(options(cache.ToListWatcherWithWatchListSemantics(lw, client), kind, read, set, gone))
+func inform[O object, T any](client cache.Getter, k kind, empty O, read func(O) (T, error), set, gone func(T)) (cache.Store, cache.Controller) {
+	lw := noting(cache.NewListWatchFromClient(client, k.resource, metav1.NamespaceAll, fields.Everything()), k.failure)
+	return cache.NewInformerWithOptions(options(cache.ToListWatcherWithWatchListSemantics(lw, client), empty, read, set, gone))
+}
+
+// noting has the failure know how the last request ended.
+func noting(lw *cache.ListWatch, f *failure) *cache.ListWatch {
+	list, watched := lw.ListWithContextFunc, lw.WatchFuncWithContext
+	return &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+			all, err := list(ctx, o)
+			f.note(err)
+			return all, err
+		},
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			w, err := watched(ctx, o)
+			f.note(err)
+			return w, err
+		},
+	}
 }
 
 // options are those of an informer that keeps of an object what read makes of it.

@@ -20,11 +20,11 @@ var definitions = schema.GroupVersionResource{Group: "apiextensions.k8s.io", Ver
 
 // customKind follows a kind while its CustomResourceDefinition is there.
 type customKind struct {
-	resource   string
-	versions   []string // that are known, the best first
-	definition cache.Controller
-	start      func(ctx context.Context, version string) (cache.Store, cache.Controller)
-	forget     func(o any)
+	kind              // its CustomResourceDefinition
+	objects  *failure // of the kind itself
+	versions []string // that are known, the best first
+	start    func(ctx context.Context, version string) (cache.Store, cache.Controller)
+	forget   func(o any)
 
 	mu      sync.Mutex
 	ctx     context.Context
@@ -35,12 +35,12 @@ type customKind struct {
 }
 
 func newCustomKind[T any](c *Cluster, resource string, versions []string, read func(*unstructured.Unstructured) (T, error), set, gone func(T)) *customKind {
-	k := &customKind{resource: resource, versions: versions, forget: func(o any) { gone(o.(*entry[T]).of) }}
+	k := &customKind{kind: kind{resource: resource, failure: &failure{}}, objects: &failure{}, versions: versions, forget: func(o any) { gone(o.(*entry[T]).of) }}
 	k.start = func(ctx context.Context, version string) (cache.Store, cache.Controller) {
-		lw := c.dynamicListWatch(schema.GroupVersionResource{Group: group, Version: version, Resource: resource}, "")
+		lw := c.dynamicListWatch(schema.GroupVersionResource{Group: group, Version: version, Resource: resource}, "", k.objects)
 		return cache.NewInformerWithOptions(options(lw, &unstructured.Unstructured{}, read, set, gone))
 	}
-	k.definition = definitionInformer(c, k)
+	k.Controller = definitionInformer(c, k)
 	return k
 }
 
@@ -56,44 +56,47 @@ func definitionInformer(c *Cluster, k *customKind) cache.Controller {
 		}
 		return names, nil
 	}
-	lw := c.dynamicListWatch(definitions, k.resource+"."+group)
+	lw := c.dynamicListWatch(definitions, k.resource+"."+group, k.failure)
 	_, follow := cache.NewInformerWithOptions(options(lw, &unstructured.Unstructured{}, served, k.serve, func([]string) { k.serve(nil) }))
 	return follow
 }
 
 // dynamicListWatch lists and watches all objects of a resource, or the one of the name.
-func (c *Cluster) dynamicListWatch(resource schema.GroupVersionResource, name string) cache.ListerWatcher {
+func (c *Cluster) dynamicListWatch(resource schema.GroupVersionResource, name string, f *failure) cache.ListerWatcher {
 	only := func(o metav1.ListOptions) metav1.ListOptions {
 		if name != "" {
 			o.FieldSelector = fields.OneTermEqualSelector("metadata.name", name).String()
 		}
 		return o
 	}
-	return cache.ToListWatcherWithWatchListSemantics(&cache.ListWatch{
+	return cache.ToListWatcherWithWatchListSemantics(noting(&cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			return c.dynamic.Resource(resource).List(ctx, only(o))
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			return c.dynamic.Resource(resource).Watch(ctx, only(o))
 		},
-	}, c.dynamic)
+	}, f), c.dynamic)
 }
 
 func (k *customKind) run(ctx context.Context) {
 	k.mu.Lock()
 	k.ctx = ctx
 	k.mu.Unlock()
-	go k.definition.RunWithContext(ctx)
+	go k.RunWithContext(ctx)
 }
 
-// synced tells whether all objects are known.
-func (k *customKind) synced() bool {
-	if !k.definition.HasSynced() {
-		return false
+// missing is why not all objects are known, nil when they are.
+func (k *customKind) missing() error {
+	if !k.HasSynced() {
+		return kind{resource: "whether there are " + k.resource, failure: k.failure}.missing()
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.version == "" || k.follow.HasSynced()
+	if k.version == "" || k.follow.HasSynced() {
+		return nil
+	}
+	return kind{resource: k.resource, failure: k.objects}.missing()
 }
 
 // serve follows the best of the versions, all of which have the same objects. A version

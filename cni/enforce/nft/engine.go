@@ -3,6 +3,7 @@ package nft
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -167,6 +168,31 @@ func (e *engine) force(prepare, flip, undo []op) error {
 		err = errors.Join(err, fmt.Errorf("take back what it adds, which is allowed until policy is put in force again: %w", failed))
 	}
 	return err
+}
+
+// Size is how much is in the kernel.
+type Size struct{ Rules, Elements int }
+
+// Size counts what this engine has put in force.
+func (e *engine) Size() (size Size) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, s := range e.states {
+		for _, c := range slices.Concat(s.base, s.layout.chains, slices.Collect(maps.Values(s.chains))) {
+			size.Rules += len(c.rules)
+		}
+		for _, in := range s.fill {
+			size.Elements += len(in)
+		}
+		for _, families := range s.peers {
+			for _, sides := range families {
+				for _, peers := range sides {
+					size.Elements += len(peers)
+				}
+			}
+		}
+	}
+	return size
 }
 
 // gracePeriod waits until no CPU is in the middle of a packet that it began before. Such a

@@ -211,7 +211,7 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 		}
 		var rules []rule
 		if d == policy.Egress {
-			rules = r.spoofing(peers)
+			rules = r.spoofing("spoofing", i.MAC, peers)
 		}
 		if !verdicts[d].Isolated {
 			rules = append(rules, on(accept))

@@ -34,10 +34,20 @@ type Interface struct {
 	// Node are the addresses of the pod's own node on this network. Traffic with them
 	// is always allowed.
 	Node []netip.Addr
+	// Beside is another link of the pod by which the interface's addresses are reached.
+	// In the pod the same holds on it. Without an index it is not there.
+	Beside Beside
+}
+
+// Beside is a link beside an interface.
+type Beside struct {
+	Name  string
+	Index int
+	MAC   [6]byte
 }
 
 func (i Interface) equal(o Interface) bool {
-	return i.Name == o.Name && i.Index == o.Index && i.MAC == o.MAC && i.AnyAddress == o.AnyAddress && i.DHCP == o.DHCP && i.Cut == o.Cut &&
+	return i.Name == o.Name && i.Index == o.Index && i.MAC == o.MAC && i.AnyAddress == o.AnyAddress && i.DHCP == o.DHCP && i.Cut == o.Cut && i.Beside == o.Beside &&
 		slices.Equal(i.Addresses, o.Addresses) && slices.Equal(i.Node, o.Node)
 }
 
@@ -295,7 +305,7 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 			base(side.hook, side.number)
 			continue
 		}
-		name, through, dropped := r.name(side.direction.String()), r.through(side.direction), []expr{count{side.counter}, drop}
+		name, dropped := r.name(side.direction.String()), []expr{count{side.counter}, drop}
 		known := match{load: ctState, mask: established, op: notEqual, value: none}
 		sctpData := []expr{is(l4Proto, sctp), isnt(sctpChunk, sctpInit)}
 		// What is of a connection passes, or with Cut what is an answer and need not be
@@ -322,41 +332,58 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 		}
 		r.layout.chains = append(r.layout.chains, chain{table: r.table, name: name, rules: append(rules, on(dropped))})
 		var first []rule
-		if r.Cut {
-			// Who began a TCP connection that is seen from its middle on is not known.
-			first = append(first, on(through, is(l4Proto, tcp), match{load: ctState, mask: established, op: equal, value: none},
-				match{load: tcpFlags, mask: finAckRstSyn, op: notEqual, value: connecting}, dropped))
+		for _, through := range r.through(side.direction) {
+			if r.Cut {
+				// Who began a TCP connection that is seen from its middle on is not known.
+				first = append(first, on(through, is(l4Proto, tcp), match{load: ctState, mask: established, op: equal, value: none},
+					match{load: tcpFlags, mask: finAckRstSyn, op: notEqual, value: connecting}, dropped))
+			}
+			if !side.isolated {
+				first = append(first,
+					on(through, isnt(l4Proto, sctp), is(ctDirection, replying), jump(name)),
+					on(through, sctpData, is(ctDirection, replying), jump(name)))
+				continue
+			}
+			first = append(first, on(through, jump(name)))
+			// A pod that routes would carry others' traffic past its policy.
+			forward = append(forward, on(through, dropped))
 		}
-		if !side.isolated {
-			base(side.hook, side.number, append(first,
-				on(through, isnt(l4Proto, sctp), is(ctDirection, replying), jump(name)),
-				on(through, sctpData, is(ctDirection, replying), jump(name)))...)
-			continue
-		}
-		base(side.hook, side.number, append(first, on(through, jump(name)))...)
-		// A pod that routes would carry others' traffic past its policy.
-		forward = append(forward, on(through, dropped))
+		base(side.hook, side.number, first...)
 	}
 	base("forward", unix.NF_INET_FORWARD, forward...)
 	if i.Index != 0 {
 		r.table = table{unix.NFPROTO_NETDEV, TablePrefix + i.Name}
 		r.layout.tables = append(r.layout.tables, r.table)
-		r.layout.base = append(r.layout.base, chain{
-			table: r.table, name: "egress", hook: &hook{number: unix.NF_NETDEV_EGRESS, device: i.Name}, rules: r.spoofing([2]verdict{accept, accept}),
-		})
+		held := func(name, spoofing, link string, mac [6]byte) {
+			r.layout.base = append(r.layout.base, chain{
+				table: r.table, name: name, hook: &hook{number: unix.NF_NETDEV_EGRESS, device: link}, rules: r.spoofing(spoofing, mac, [2]verdict{accept, accept}),
+			})
+		}
+		held("egress", "spoofing", i.Name, i.MAC)
+		if i.Beside.Index != 0 {
+			held("egress-beside", "spoofing-beside", i.Beside.Name, i.Beside.MAC)
+		}
 	}
 	return r.layout
 }
 
-// through says that a packet comes in or goes out through the interface.
-func (r *renderer) through(d policy.Direction) expr {
+// through says that a packet comes in or goes out through the interface, or what is
+// beside it.
+func (r *renderer) through(d policy.Direction) []expr {
 	keys := [...][2]uint32{policy.Ingress: {unix.NFT_META_IIF, unix.NFT_META_IIFNAME}, policy.Egress: {unix.NFT_META_OIF, unix.NFT_META_OIFNAME}}[d]
-	if r.Index != 0 {
-		return is(load{from: meta, at: keys[0], len: 4}, string(binary.NativeEndian.AppendUint32(nil, uint32(r.Index))))
+	link := func(name string, index int) expr {
+		if index != 0 {
+			return is(load{from: meta, at: keys[0], len: 4}, string(binary.NativeEndian.AppendUint32(nil, uint32(index))))
+		}
+		padded := make([]byte, unix.IFNAMSIZ)
+		copy(padded, name)
+		return is(load{from: meta, at: keys[1], len: unix.IFNAMSIZ}, string(padded))
 	}
-	name := make([]byte, unix.IFNAMSIZ)
-	copy(name, r.Name)
-	return is(load{from: meta, at: keys[1], len: unix.IFNAMSIZ}, string(name))
+	ways := []expr{link(r.Name, r.Index)}
+	if r.Beside.Name != "" {
+		ways = append(ways, link(r.Beside.Name, r.Beside.Index))
+	}
+	return ways
 }
 
 // portsOf renders the chain of a set of ports inside the pod.
@@ -379,15 +406,15 @@ func portsOf(t table, prefix string, cut bool, d policy.Direction, a allowed) ch
 	return c
 }
 
-// spoofing makes the chain that returns what the interface may send, and drops all
+// spoofing makes the chain that returns what a link with the sender's MAC may send, and drops all
 // else: other MACs and addresses, tagged frames, other protocols than IP and ARP, and
 // what only routers say. A frame that a raw socket sends past the queues may have no
 // link layer header as far as nf_tables knows: it matches nothing, and is dropped.
 // It returns the rules that lead to the chain, behind such as give the verdict of its
 // family to what comes most often.
-func (r *renderer) spoofing(often [2]verdict) []rule {
-	own := r.addressSets("own", r.Addresses)
-	mac := is(linkSource, string(r.MAC[:]))
+func (r *renderer) spoofing(name string, sender [6]byte, often [2]verdict) []rule {
+	own, address := r.addressSets(name+"-own", r.Addresses), string(sender[:])
+	mac := is(linkSource, address)
 	frame := func(kind string, parts ...any) rule { return on(append([]any{mac, is(etherType, kind)}, parts...)...) }
 	dropped := []expr{count{r.tally + droppedSpoofed}, drop}
 	linkLocal := func(l load, op compare) match {
@@ -398,11 +425,11 @@ func (r *renderer) spoofing(often [2]verdict) []rule {
 		rules = append(rules, frame(etherIPv6, is(l4Proto, icmp6), is(icmpType, kind), dropped))
 	}
 	if r.AnyAddress {
-		rules = append(rules, frame(etherARP, is(arpSenderMAC, string(r.MAC[:])), goBack), frame(etherIPv6, goBack)) // IPv4 has been let through
+		rules = append(rules, frame(etherARP, is(arpSenderMAC, address), goBack), frame(etherIPv6, goBack)) // IPv4 has been let through
 	} else {
 		rules = append(rules,
-			frame(etherARP, is(arpSenderMAC, string(r.MAC[:])), lookup{load: arpSenderIP, set: own[0]}, goBack),
-			frame(etherARP, is(arpSenderMAC, string(r.MAC[:])), is(arpSenderIP, "\x00\x00\x00\x00"), goBack), // a probe, RFC 5227
+			frame(etherARP, is(arpSenderMAC, address), lookup{load: arpSenderIP, set: own[0]}, goBack),
+			frame(etherARP, is(arpSenderMAC, address), is(arpSenderIP, "\x00\x00\x00\x00"), goBack), // a probe, RFC 5227
 			// A neighbour advertisement for somebody else's address.
 			frame(etherIPv6, is(l4Proto, icmp6), is(icmpType, "\x88"), lookup{load: ndTarget, set: own[1], not: true}, linkLocal(ndTarget, notEqual), dropped),
 			frame(etherIPv4, lookup{load: sources[0], set: own[0]}, goBack),
@@ -415,14 +442,14 @@ func (r *renderer) spoofing(often [2]verdict) []rule {
 		}
 	}
 	rules = append(rules, on(dropped))
-	r.layout.chains = append(r.layout.chains, chain{table: r.table, name: r.name("spoofing"), rules: rules})
+	r.layout.chains = append(r.layout.chains, chain{table: r.table, name: r.name(name), rules: rules})
 	var first []rule
 	for f, more := range [][]expr{nil, {isnt(l4Proto, icmp6)}} {
-		from := []expr{is(linkSourceAndType, string(r.MAC[:])+etherTypes[f])}
+		from := []expr{is(linkSourceAndType, address+etherTypes[f])}
 		if !r.AnyAddress {
 			from = append(from, oneOf(sources[f], f, r.Addresses, own[f]))
 		}
 		first = append(first, on(from, more, often[f]))
 	}
-	return append(first, on(jump(r.name("spoofing"))))
+	return append(first, on(jump(r.name(name))))
 }

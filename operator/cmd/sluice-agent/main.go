@@ -232,7 +232,7 @@ func run(ctx context.Context, c *settings) error {
 	recovered := make(chan struct{})
 	agent = node.New(node.Config{
 		Node: c.node, StateDir: c.stateDir, UpstreamDir: c.upstreamDir,
-		Kernel: kernel, States: objects, Conditions: conditions(aliasErr, pools), Others: fromFile(pools, ledger, c.prefix),
+		Kernel: kernel, States: objects, Conditions: conditions(aliasErr, pools, enforcer.Condition), Others: fromFile(pools, ledger, c.prefix),
 		Advertiser: advertiser{plugin, recovered}, Usage: ledger, Attached: cni.Attached, Tell: cni.Tell, Lifeline: lifeline,
 		Switch: &ovsdb.Client{Socket: ovsdb.DefaultSocket},
 		Reboot: func(ctx context.Context) error { return host.Reboot(ctx, c.systemBus) }, BootID: bootID, ModprobeDir: c.modprobeDir, Networks: networks(c.sysfs),
@@ -243,6 +243,8 @@ func run(ctx context.Context, c *settings) error {
 			return addresses.Leave(ctx)
 		}, Log: log.WithName("node"),
 	})
+
+	enforcer.Changed = agent.HolderChanged
 
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), plugin, pools, cni, enforcer)

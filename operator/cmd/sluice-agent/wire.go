@@ -158,9 +158,11 @@ func replaced(ctx context.Context, path string, before os.FileInfo) error {
 }
 
 // conditions are what the node's state tells of the agent itself.
-func conditions(aliasErr error, pools *config.File) func() []metav1.Condition {
+func conditions(aliasErr error, pools *config.File, policy func() metav1.Condition) func() []metav1.Condition {
 	return func() []metav1.Condition {
-		all := []metav1.Condition{aliasCondition(aliasErr)}
+		enforced := policy()
+		enforced.Message = shorten(enforced.Message)
+		all := []metav1.Condition{aliasCondition(aliasErr), enforced}
 		if inEffect, message, asked := pools.State(); asked {
 			all = append(all, devicePoolsCondition(inEffect, message))
 		}

@@ -163,11 +163,11 @@ func TestPoolsFromTheFile(t *testing.T) {
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
-	all := conditions(nil, f)()
-	if len(all) != 2 || all[0].Type != conditionAlias {
+	all := conditions(nil, f, func() metav1.Condition { return metav1.Condition{Type: "NetworkPolicyEnforced"} })()
+	if len(all) != 3 || all[0].Type != conditionAlias || all[1].Type != "NetworkPolicyEnforced" {
 		t.Fatalf("%+v", all)
 	}
-	c := all[1]
+	c := all[2]
 	if c.Status != metav1.ConditionFalse || c.Reason != "Refused" || !strings.Contains(c.Message, "0000:01:00.2 (p.io/policy)") {
 		t.Errorf("%+v", c)
 	}
