@@ -63,7 +63,7 @@ soak: ## 200 MacVLAN sub-interfaces, then all VFs of a guest, attached and delet
 	SLUICE_SOAK=$(SOAK) CI=true $(GO) test -count 1 -timeout 60m -v -run 'TestNetnsSoak$$' ./cni/server
 	@mkdir -p $(OUT)
 	$(GO) build -o $(OUT)/ ./test/lab/cmd/labrun
-	SLUICE_SOAK=$(SOAK) CI=true $(GO) test -count 1 -timeout 60m -v -tags lab -run 'TestLabAllVFsAtOnce$$' -exec "$(CURDIR)/$(OUT)/labrun" ./cni/server
+	SLUICE_SOAK=$(SOAK) CI=true $(GO) test -count 1 -timeout 60m -v -tags lab -run 'TestLabAllVFsAtOnce$$' -exec "$(CURDIR)/$(OUT)/labrun -totalvfs 64" ./cni/server
 .PHONY: policy-sets
 policy-sets: ## Random clusters with random policies, judged a second time from the specification alone (SETS=100000)
 	SLUICE_POLICY_SETS=$(SETS) $(GO) test -count 1 -timeout 3h -run 'TestVerdictsAre|TestEventsLead' ./cni/policy

@@ -6,9 +6,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
+	"math/rand/v2"
 	"net"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -25,7 +30,8 @@ import (
 type HostLocal struct {
 	Others IPAM // all other plugins, and what only the program host-local does
 
-	turns Locks // of this process's calls, by folder: they need not ask again and again
+	turns Locks    // of this process's calls, by folder: they need not ask again and again
+	known sync.Map // *leases by folder, for who has its turn
 }
 
 // hostLocalDir is where host-local keeps its addresses unless told otherwise.
@@ -85,22 +91,25 @@ func (h *HostLocal) call(ctx context.Context, req Request) (*types100.Result, er
 		return nil, err
 	}
 	defer func() { _ = store.Close() }()
-	unlock, err := h.lock(ctx, filepath.Join(cmp.Or(conf.DataDir, hostLocalDir), conf.Name))
+	dir := filepath.Join(cmp.Or(conf.DataDir, hostLocalDir), conf.Name)
+	unlock, err := h.lock(ctx, dir)
 	if err != nil {
 		return nil, types.NewError(types.ErrTryAgainLater, err.Error(), "")
 	}
 	defer unlock()
+	l, err := h.leases(store, dir)
+	if err != nil {
+		return nil, err
+	}
+	defer l.done()
 	switch req.Command {
 	case Add:
-		return give(conf, unlocked{store}, req)
+		return give(conf, l, req)
 	case Del:
-		return nil, release(store, len(conf.Ranges), req)
+		return nil, release(l, len(conf.Ranges), req)
 	case Check:
-		id := strings.TrimSpace(req.ContainerID)
-		for _, key := range []string{id + disk.LineBreak + req.IfName, id} {
-			if found, err := store.FindByKey(key); found || err != nil {
-				return nil, err
-			}
+		if len(l.of(req.ContainerID, req.IfName)) > 0 {
+			return nil, nil
 		}
 		return nil, fmt.Errorf("host-local: Failed to find address added by container %v", req.ContainerID)
 	}
@@ -108,14 +117,14 @@ func (h *HostLocal) call(ctx context.Context, req Request) (*types100.Result, er
 }
 
 // give takes an address of each range set.
-func give(conf *allocator.IPAMConfig, store unlocked, req Request) (*types100.Result, error) {
+func give(conf *allocator.IPAMConfig, store *leases, req Request) (*types100.Result, error) {
 	asked := map[string]net.IP{}
 	for _, ip := range conf.IPArgs {
 		asked[ip.String()] = ip
 	}
 	result := &types100.Result{CNIVersion: types100.ImplementedSpecVersion, Routes: conf.Routes}
 	refuse := func(err error) (*types100.Result, error) {
-		return nil, errors.Join(err, release(store.Store, len(result.IPs), req))
+		return nil, errors.Join(err, release(store, len(result.IPs), req))
 	}
 	for i, set := range conf.Ranges {
 		var one net.IP
@@ -145,7 +154,7 @@ func give(conf *allocator.IPAMConfig, store unlocked, req Request) (*types100.Re
 // release gives the addresses of the interface back, once for each of the ranges, as the
 // plugin does: when none is left, one goes that an old version of the plugin gave to the
 // container without a word of the interface.
-func release(store *disk.Store, ranges int, req Request) error {
+func release(store *leases, ranges int, req Request) error {
 	for range ranges {
 		if err := store.ReleaseByID(req.ContainerID, req.IfName); err != nil {
 			return err
@@ -154,14 +163,124 @@ func release(store *disk.Store, ranges int, req Request) error {
 	return nil
 }
 
-// unlocked is a store whose lock is held for the whole of a call.
-type unlocked struct{ *disk.Store }
+// leases are the addresses that a folder's files say are taken. The library reads all files
+// in each call, which is most of what a call costs; these are read again only when another
+// process has changed the folder. It is a store whose lock is held for the whole of a call.
+type leases struct {
+	*disk.Store
+	dir    string
+	owners map[string]string // what the files say, by address
+	stamp  unix.Timespec     // time of change that the folder was given after the last call
+	dirty  bool              // changed since
+	unsure bool              // whether the files are as in owners
+}
+
+// leases returns those of a folder whose lock is held.
+func (h *HostLocal) leases(store *disk.Store, dir string) (*leases, error) {
+	kept, _ := h.known.LoadOrStore(dir, &leases{dir: dir})
+	l := kept.(*leases)
+	l.Store = store
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return nil, fmt.Errorf("stat %s: %w", dir, err)
+	}
+	if l.owners != nil && st.Mtim == l.stamp {
+		return l, nil
+	}
+	l.owners, l.dirty = nil, true
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("read addresses that are taken: %w", err)
+	}
+	owners := map[string]string{}
+	for _, e := range entries {
+		if net.ParseIP(e.Name()) == nil {
+			continue
+		}
+		b, _ := os.ReadFile(filepath.Join(dir, e.Name())) // taken, whoever has it
+		owners[e.Name()] = strings.TrimSpace(string(b))
+	}
+	l.owners = owners
+	return l, nil
+}
+
+// done marks the folder as it is. Others that change it give it the time, which is only as
+// fine as the kernel's tick; one that nobody would come upon tells any change after this one.
+func (l *leases) done() {
+	if l.unsure {
+		l.owners, l.unsure = nil, false
+	}
+	if !l.dirty || l.owners == nil {
+		return
+	}
+	l.stamp = unix.NsecToTimespec(time.Now().Truncate(time.Second).UnixNano() + rand.Int64N(int64(time.Second)))
+	if unix.UtimesNanoAt(unix.AT_FDCWD, l.dir, []unix.Timespec{{Nsec: unix.UTIME_OMIT}, l.stamp}, 0) != nil {
+		l.owners = nil
+	}
+	l.dirty = false
+}
+
+// of are the addresses of an interface; those that an old version of the plugin gave are
+// the container's, without a word of the interface.
+func (l *leases) of(id, ifname string) []string {
+	id = strings.TrimSpace(id)
+	var addresses []string
+	for address, owner := range l.owners {
+		if owner == id+disk.LineBreak+ifname || owner == id {
+			addresses = append(addresses, address)
+		}
+	}
+	slices.Sort(addresses)
+	return addresses
+}
+
+// GetByID implements backend.Store.
+func (l *leases) GetByID(id, ifname string) []net.IP {
+	var ips []net.IP
+	for _, address := range l.of(id, ifname) {
+		ips = append(ips, net.ParseIP(address))
+	}
+	return ips
+}
+
+// Reserve implements backend.Store.
+func (l *leases) Reserve(id, ifname string, ip net.IP, rangeID string) (bool, error) {
+	if _, taken := l.owners[ip.String()]; taken {
+		return false, nil
+	}
+	ok, err := l.Store.Reserve(id, ifname, ip, rangeID)
+	// After an error the file may be there: it is the interface's to release, and the
+	// next call reads.
+	l.dirty, l.unsure = true, l.unsure || !ok
+	l.owners[ip.String()] = strings.TrimSpace(id) + disk.LineBreak + ifname
+	if !ok && err == nil {
+		l.owners[ip.String()] = "" // another's
+	}
+	return ok, err
+}
+
+// ReleaseByID implements backend.Store. What is not the interface's goes only when
+// nothing is.
+func (l *leases) ReleaseByID(id, ifname string) error {
+	own := l.of(id, ifname)
+	old := func(address string) bool { return l.owners[address] == strings.TrimSpace(id) }
+	if !slices.ContainsFunc(own, func(address string) bool { return !old(address) }) {
+		old = func(string) bool { return false }
+	}
+	for _, address := range slices.DeleteFunc(own, old) {
+		l.dirty = true
+		if err := os.Remove(filepath.Join(l.dir, address)); err == nil || errors.Is(err, fs.ErrNotExist) {
+			delete(l.owners, address)
+		}
+	}
+	return nil
+}
 
 // Lock implements backend.Store.
-func (unlocked) Lock() error { return nil }
+func (*leases) Lock() error { return nil }
 
 // Unlock implements backend.Store.
-func (unlocked) Unlock() error { return nil }
+func (*leases) Unlock() error { return nil }
 
 // lock takes the lock of the store in dir, for which the library would wait without end.
 func (h *HostLocal) lock(ctx context.Context, dir string) (unlock func(), err error) {

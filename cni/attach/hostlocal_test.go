@@ -113,7 +113,11 @@ func TestHostLocalIsTheSame(t *testing.T) {
 				ask = "" // of two addresses in one range the plugin takes any
 			}
 			var got [2]string
+			beside := rapid.IntRange(0, 3).Draw(t, "beside") == 0 // by the program, in the agent's folder
 			for i, ipam := range []IPAM{there, here} {
+				if beside {
+					ipam = program
+				}
 				req.Stdin = fmt.Appendf(nil, `{"cniVersion":%q,"name":%q,"type":"x","ipam":{"type":"host-local","dataDir":%q,%s}%s}`, version, network, dirs[i], config, ask)
 				result, err := ipam.Exec(t.Context(), "host-local", req)
 				got[i] = said(result, err, dirs[i]) + "\n" + files(dirs[i])
