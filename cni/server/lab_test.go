@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math"
 	"net"
 	"os"
@@ -15,7 +14,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -573,16 +571,4 @@ func (l *lab) Baseline(vf string) (net.HardwareAddr, int, bool) {
 	}
 	dev, err := l.kernel.Link(nil, ref.Name)
 	return dev.MAC, dev.MTU, err == nil
-}
-
-// insist calls until the agent takes the call: of many callers at once on a busy machine
-// some are too late for it, and a runtime tries again.
-func (a *agentProcess) insist(req wire.Request) (out []byte, err error) {
-	for range 20 {
-		out, err = a.call(req)
-		if !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, io.EOF) {
-			break
-		}
-	}
-	return out, err
 }

@@ -701,7 +701,7 @@ func TestNetnsSoak(t *testing.T) {
 			req := n.request(fmt.Sprintf("pod%d", i), fmt.Sprintf(`"deviceID":"p%d-%d","conflictProbe":2`, i%2, i), fmt.Sprintf("10.20.2.%d/16", i), fmt.Sprintf("fd20::2:%x/64", i))
 			all.Go(func() {
 				var r types100.Result
-				out, err := n.agent.call(req)
+				out, err := n.agent.insist(req)
 				if err == nil {
 					err = json.Unmarshal(out, &r)
 				}
@@ -716,7 +716,7 @@ func TestNetnsSoak(t *testing.T) {
 				macs[r.Interfaces[0].Mac] = true
 				mu.Unlock()
 				req.Command = "DEL"
-				if _, err := n.agent.call(req); err != nil {
+				if _, err := n.agent.insist(req); err != nil {
 					t.Errorf("DEL %d: %v", i, err)
 				}
 			})
