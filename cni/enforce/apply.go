@@ -67,6 +67,7 @@ func (e *Enforcer) apply(f *face, ns *host.Netns) error {
 	defer f.work.Unlock()
 	e.mu.Lock()
 	states, i, since, before := e.stateOf(f), f.Interface, f.changed, f.status
+	cut := e.cut[i.Definition]
 	f.changed = time.Time{}
 	gone := e.faces[f.Key] != f || !f.ready
 	e.mu.Unlock()
@@ -100,7 +101,7 @@ func (e *Enforcer) apply(f *face, ns *host.Netns) error {
 				verdicts[d] = s.Verdicts
 			}
 		}
-		err = e.put(f, i, ns, verdicts, &status, before)
+		err = e.put(f, i, ns, verdicts, cut, &status, before)
 	}
 	if err == nil {
 		f.applied = states
@@ -130,7 +131,7 @@ func (e *Enforcer) apply(f *face, ns *host.Netns) error {
 }
 
 // put makes a new generation of the interface's rules and says in status what came of it.
-func (e *Enforcer) put(f *face, i attach.Interface, ns *host.Netns, verdicts [2]*policy.Verdicts, status *InterfaceStatus, before InterfaceStatus) error {
+func (e *Enforcer) put(f *face, i attach.Interface, ns *host.Netns, verdicts [2]*policy.Verdicts, cut bool, status *InterfaceStatus, before InterfaceStatus) error {
 	had := f.rules
 	f.rules = true
 	var err error
@@ -139,7 +140,7 @@ func (e *Enforcer) put(f *face, i attach.Interface, ns *host.Netns, verdicts [2]
 		f.loaded = err != nil
 	}
 	if err == nil {
-		err = e.Engine.Apply(i, ns, verdicts, before.Generation+1)
+		err = e.Engine.Apply(i, ns, verdicts, cut, before.Generation+1)
 	}
 	if err == nil {
 		status.Generation = before.Generation + 1

@@ -63,6 +63,7 @@ type Enforcer struct {
 	faces  map[attach.Key]*face
 	faulty map[string]faulty  // policies, by what they are called in a State
 	of     map[string][]*face // by pod
+	cut    map[string]bool    // networks where connections are cut, by name
 	synced bool               // the index knows all there is
 	denied map[string]string  // pods that were refused, by namespace/name, and why
 	next   string             // network, to be audited
@@ -94,7 +95,7 @@ func New(o Options) *Enforcer {
 		queue:   workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[attach.Key](50*time.Millisecond, time.Minute)),
 		pods:    workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](100*time.Millisecond, time.Minute)),
 		flush:   make(chan struct{}, 1), metrics: newMetrics(),
-		own: map[string]*cluster.Pod{}, faces: map[attach.Key]*face{}, faulty: map[string]faulty{}, of: map[string][]*face{}, denied: map[string]string{},
+		own: map[string]*cluster.Pod{}, faces: map[attach.Key]*face{}, faulty: map[string]faulty{}, of: map[string][]*face{}, denied: map[string]string{}, cut: map[string]bool{},
 	}
 	e.Engine.Report(e.tampered)
 	e.index = policy.NewIndex(func(p policy.Pod) bool { return p.Node == e.Node })

@@ -96,7 +96,7 @@ func (n *node) DenyAll(i attach.Interface, _ *host.Netns) error {
 	return n.call("DenyAll", i.Key, "denied")
 }
 
-func (n *node) Apply(i attach.Interface, _ *host.Netns, verdicts [2]*policy.Verdicts, _ uint64) error {
+func (n *node) Apply(i attach.Interface, _ *host.Netns, verdicts [2]*policy.Verdicts, cut bool, _ uint64) error {
 	var all []string
 	for d, v := range verdicts {
 		text := "open"
@@ -108,6 +108,9 @@ func (n *node) Apply(i attach.Interface, _ *host.Netns, verdicts [2]*policy.Verd
 			text = strings.Join(from, " ")
 		}
 		all = append(all, policy.Direction(d).String()+": "+text)
+	}
+	if cut {
+		all = append(all, "cut")
 	}
 	return n.call("Apply", i.Key, strings.Join(all, ", "))
 }
@@ -464,6 +467,30 @@ func TestRestart(t *testing.T) {
 	n.inForce("b", "")
 	n.becomes("annotation", func() string { return n.status("a") },
 		`{"net1":{"network":"ns/blue","generation":8,"ingress":{"engine":"nft-pod","policies":["NetworkPolicy ns/p"]}}}`)
+}
+
+// Whether connections are cut is what the network says when a generation is made.
+func TestNetworksSayWhetherConnectionsAreCut(t *testing.T) {
+	n := newNode(t).run()
+	network := policy.Network{Name: optedIn, Enforcement: policy.EnforceAll, Cut: true}
+	n.SetNetwork(network)
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	n.policy("p")
+	if err := n.add(face1("a"), "10.0.0.1"); err != nil {
+		t.Fatal(err)
+	}
+	n.inForce("a", "ingress: 192.0.2.1, egress: open, cut")
+	network.Cut = false
+	n.SetNetwork(network)
+	n.pod("b", "there", "10.0.0.2", map[string]string{"from": "p"})
+	n.inForce("a", "ingress: 10.0.0.2 192.0.2.1, egress: open")
+	network.Cut = true
+	n.SetNetwork(network)
+	n.pod("b", "there", "10.0.0.2", nil)
+	n.inForce("a", "ingress: 192.0.2.1, egress: open, cut")
+	n.DeleteNetwork(optedIn)
+	n.pod("b", "there", "10.0.0.2", map[string]string{"from": "p"})
+	n.inForce("a", "ingress: 10.0.0.2 192.0.2.1, egress: open")
 }
 
 func TestOptedOutIsShown(t *testing.T) {

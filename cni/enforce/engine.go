@@ -13,9 +13,9 @@ type Engine interface {
 	// DenyAll lets nothing pass the interface, which may not be there yet, but what it
 	// takes to give it an address. That is generation 0.
 	DenyAll(i attach.Interface, ns *host.Netns) error
-	// Apply puts the verdicts, by direction, in force in one step. After an error it is
-	// as it was before.
-	Apply(i attach.Interface, ns *host.Netns, verdicts [2]*policy.Verdicts, generation uint64) error
+	// Apply puts the verdicts, by direction, in force in one step; with cut also for
+	// connections that there are. After an error it is as it was before.
+	Apply(i attach.Interface, ns *host.Netns, verdicts [2]*policy.Verdicts, cut bool, generation uint64) error
 	// Generation is the one in force; held is false if there is none.
 	Generation(i attach.Interface, ns *host.Netns) (generation uint64, held bool, err error)
 	// Remove removes what there is. ns may be nil: the namespace is gone.

@@ -104,15 +104,16 @@ func (n *nftables) describe(i attach.Interface, ns *host.Netns) (nft.Interface, 
 // DenyAll implements Engine.
 func (n *nftables) DenyAll(i attach.Interface, ns *host.Netns) error {
 	closed := &policy.Verdicts{Isolated: true}
-	return n.Apply(i, ns, [2]*policy.Verdicts{closed, closed}, 0)
+	return n.Apply(i, ns, [2]*policy.Verdicts{closed, closed}, false, 0)
 }
 
 // Apply implements Engine.
-func (n *nftables) Apply(i attach.Interface, ns *host.Netns, verdicts [2]*policy.Verdicts, generation uint64) error {
+func (n *nftables) Apply(i attach.Interface, ns *host.Netns, verdicts [2]*policy.Verdicts, cut bool, generation uint64) error {
 	d, err := n.describe(i, ns)
 	if err != nil {
 		return err
 	}
+	d.Cut = cut
 	if i.Parent != "" {
 		p, err := n.parent(i.Parent)
 		if err != nil {

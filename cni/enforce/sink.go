@@ -39,10 +39,22 @@ func (e *Enforcer) SetNamespace(n policy.Namespace) { e.change(func() { e.index.
 func (e *Enforcer) DeleteNamespace(name string) { e.change(func() { e.index.RemoveNamespace(name) }) }
 
 // SetNetwork implements cluster.Sink.
-func (e *Enforcer) SetNetwork(n policy.Network) { e.change(func() { e.index.SetNetwork(n) }) }
+func (e *Enforcer) SetNetwork(n policy.Network) {
+	e.change(func() {
+		if delete(e.cut, n.Name); n.Cut {
+			e.cut[n.Name] = true
+		}
+		e.index.SetNetwork(n)
+	})
+}
 
 // DeleteNetwork implements cluster.Sink.
-func (e *Enforcer) DeleteNetwork(name string) { e.change(func() { e.index.RemoveNetwork(name) }) }
+func (e *Enforcer) DeleteNetwork(name string) {
+	e.change(func() {
+		delete(e.cut, name)
+		e.index.RemoveNetwork(name)
+	})
+}
 
 // SetPolicy implements cluster.Sink.
 func (e *Enforcer) SetPolicy(p cluster.Policy) {

@@ -61,7 +61,7 @@ func (s *Snapshot) Anew() *Index {
 	fresh := NewIndex(s.own)
 	fresh.SetNode(s.node)
 	for name, e := range s.networks {
-		fresh.SetNetwork(Network{name, e})
+		fresh.SetNetwork(Network{Name: name, Enforcement: e})
 	}
 	for _, n := range s.namespaces {
 		fresh.SetNamespace(n)

@@ -31,8 +31,8 @@ func TestAudit(t *testing.T) {
 	pod("peer", "there", "2")
 	x.SetNamespace(Namespace{Name: "ns", Labels: map[string]string{"kubernetes.io/metadata.name": "ns"}})
 	labels := metav1.LabelSelector{MatchLabels: map[string]string{"app": "a"}}
-	x.SetNetwork(Network{"ns/red", EnforceAll})
-	x.SetNetwork(Network{"ns/blue", EnforceAll})
+	x.SetNetwork(Network{Name: "ns/red", Enforcement: EnforceAll})
+	x.SetNetwork(Network{Name: "ns/blue", Enforcement: EnforceAll})
 	x.SetPolicy(ReadNetworkPolicy(&networkingv1.NetworkPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "p"}, Spec: networkingv1.NetworkPolicySpec{
 		PodSelector: labels, Ingress: []networkingv1.NetworkPolicyIngressRule{{From: []networkingv1.NetworkPolicyPeer{{PodSelector: &labels}}}},
 	}}))

@@ -102,7 +102,7 @@ func BenchmarkPolicyCold(b *testing.B) {
 	for b.Loop() {
 		before, start := heap(), cpuTime(b)
 		x := NewIndex(here)
-		x.SetNetwork(Network{"default/net", EnforceAll})
+		x.SetNetwork(Network{Name: "default/net", Enforcement: EnforceAll})
 		for _, n := range namespaces {
 			x.SetNamespace(n)
 		}
@@ -175,7 +175,7 @@ func BenchmarkPolicyEvent(b *testing.B) {
 	} {
 		b.Run(c.name, func(b *testing.B) {
 			x := NewIndex(here)
-			x.SetNetwork(Network{"default/net", EnforceAll})
+			x.SetNetwork(Network{Name: "default/net", Enforcement: EnforceAll})
 			x.SetPolicy(ReadNetworkPolicy(&networkingv1.NetworkPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "ns-0", Name: "p"}, Spec: networkingv1.NetworkPolicySpec{
 				PodSelector: metav1.LabelSelector{MatchLabels: map[string]string{"app": "own"}},
 				Ingress:     []networkingv1.NetworkPolicyIngressRule{{From: []networkingv1.NetworkPolicyPeer{{PodSelector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "peer"}}}}, Ports: []networkingv1.NetworkPolicyPort{{}}}},

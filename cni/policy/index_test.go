@@ -73,7 +73,7 @@ func TestWhatConcernsNobodyChangesNothing(t *testing.T) {
 		"the same pod":             func() { x.SetPod(parkPod(0, "b")) },
 		"a label nobody asks for":  func() { x.SetPod(other) },
 		"a peer's peer":            func() { x.SetPod(manyPods(1)[0]) },
-		"a network nobody is on":   func() { x.SetNetwork(Network{"x/new", EnforceAll}) },
+		"a network nobody is on":   func() { x.SetNetwork(Network{Name: "x/new", Enforcement: EnforceAll}) },
 		"labels of a namespace":    func() { x.SetNamespace(Namespace{Name: "y", Labels: map[string]string{"a": "b"}}) },
 		"a policy of another":      func() { set(t, x, "metadata: {namespace: none, name: p}\nspec: {}") },
 		"the node's own addresses": func() { x.SetNode(nil) },

@@ -50,6 +50,8 @@ type Namespace struct {
 type Network struct {
 	Name        string // namespace/name
 	Enforcement Enforcement
+	// Cut says that connections end that policy no longer allows.
+	Cut bool
 }
 
 // Enforcement is which policies hold on a network.
@@ -70,6 +72,9 @@ const (
 	// NetworkPolicyAnnotation of a NetworkAttachmentDefinition is "multi", "all" or
 	// "none": its Enforcement.
 	NetworkPolicyAnnotation = "sluice.dev/network-policy"
+	// ExistingConnectionsAnnotation of a NetworkAttachmentDefinition says what becomes of
+	// connections that policy no longer allows: "keep", the default, or "cut".
+	ExistingConnectionsAnnotation = "sluice.dev/existing-connections"
 	// IsolationAnnotation of a namespace is what there was before NetworkPolicy:
 	// {"ingress":{"isolation":"DefaultDeny"}}.
 	IsolationAnnotation = "net.beta.kubernetes.io/network-policy"
@@ -146,10 +151,19 @@ func ReadNamespace(n *corev1.Namespace) Namespace {
 	return Namespace{Name: n.Name, Labels: n.Labels, Isolation: n.Annotations[IsolationAnnotation]}
 }
 
-// ReadNetwork takes from a NetworkAttachmentDefinition what policy needs. With an error
-// all policies hold on the network.
+// ReadNetwork takes from a NetworkAttachmentDefinition what policy needs. An error is of
+// an annotation that is not valid; the network is then what the strictest value makes it.
 func ReadNetwork(nad *nadv1.NetworkAttachmentDefinition) (Network, error) {
 	n := Network{Name: nad.Namespace + "/" + nad.Name}
+	var wrong error
+	switch value := nad.Annotations[ExistingConnectionsAnnotation]; value {
+	case "", "keep":
+	case "cut":
+		n.Cut = true
+	default:
+		n.Cut = true
+		wrong = fmt.Errorf("NetworkAttachmentDefinition %s: annotation %s is %q, and so connections are cut: write keep (the default) or cut", n.Name, ExistingConnectionsAnnotation, value)
+	}
 	switch value := nad.Annotations[NetworkPolicyAnnotation]; value {
 	case "", "multi":
 	case "all":
@@ -158,9 +172,9 @@ func ReadNetwork(nad *nadv1.NetworkAttachmentDefinition) (Network, error) {
 		n.Enforcement = EnforceNone
 	default:
 		n.Enforcement = EnforceAll
-		return n, fmt.Errorf("NetworkAttachmentDefinition %s: annotation %s is %q, and so all policies hold: write multi (MultiNetworkPolicy, the default), all (NetworkPolicy too) or none", n.Name, NetworkPolicyAnnotation, value)
+		wrong = errors.Join(wrong, fmt.Errorf("NetworkAttachmentDefinition %s: annotation %s is %q, and so all policies hold: write multi (MultiNetworkPolicy, the default), all (NetworkPolicy too) or none", n.Name, NetworkPolicyAnnotation, value))
 	}
-	return n, nil
+	return n, wrong
 }
 
 // isolation is the policy that a namespace's annotation is; nil when it isolates nothing.

@@ -73,9 +73,22 @@ status: {phase: Running}
 func TestReadNetwork(t *testing.T) {
 	for value, want := range map[string]Enforcement{"": EnforceMulti, "multi": EnforceMulti, "all": EnforceAll, "none": EnforceNone, "true": EnforceAll} {
 		n, err := ReadNetwork(&nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "net", Annotations: map[string]string{NetworkPolicyAnnotation: value}}})
-		if n != (Network{"ns/net", want}) || (err != nil) != (value == "true") {
+		if n != (Network{Name: "ns/net", Enforcement: want}) || (err != nil) != (value == "true") {
 			t.Errorf("%q: %+v, %v", value, n, err)
 		}
+	}
+}
+
+func TestReadExistingConnections(t *testing.T) {
+	for value, want := range map[string]bool{"": false, "keep": false, "cut": true, "Keep": true} {
+		n, err := ReadNetwork(&nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "net", Annotations: map[string]string{ExistingConnectionsAnnotation: value}}})
+		if n != (Network{Name: "ns/net", Cut: want}) || (err != nil) != (value == "Keep") {
+			t.Errorf("%q: %+v, %v", value, n, err)
+		}
+	}
+	_, err := ReadNetwork(&nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{ExistingConnectionsAnnotation: "no", NetworkPolicyAnnotation: "yes"}}})
+	if err == nil || !strings.Contains(err.Error(), ExistingConnectionsAnnotation) || !strings.Contains(err.Error(), NetworkPolicyAnnotation) {
+		t.Errorf("two faults: %v", err)
 	}
 }
 

@@ -304,10 +304,10 @@ func TestMNP06NotValid(t *testing.T) {
 	}
 	// What cannot be read of the direction is both, of the networks all but those opted out.
 	x := park()
-	x.SetNetwork(Network{"x/net", EnforceNone})
+	x.SetNetwork(Network{Name: "x/net", Enforcement: EnforceNone})
 	set(t, x, mnp("p", "aux,a/b/c", "{podSelector: {}, ingress: [{}], policyTypes: [Ingres]}"))
 	want(t, x, "aux x/a y/a tcp/1 deny", "aux y/a x/a tcp/1 deny", "y/a x/a tcp/1 allow")
-	x.SetNetwork(Network{"x/net", EnforceMulti})
+	x.SetNetwork(Network{Name: "x/net", Enforcement: EnforceMulti})
 	x.Flush()
 	want(t, x, "y/a x/a tcp/1 deny")
 	// A policy that is not valid takes nothing from another.
@@ -340,9 +340,9 @@ func TestMNP08NetworksChange(t *testing.T) {
 		}
 		want(t, x, lines...)
 	}
-	x.SetNetwork(Network{"x/net", EnforceMulti})
+	x.SetNetwork(Network{Name: "x/net", Enforcement: EnforceMulti})
 	step("y/a x/a tcp/1 allow", "aux y/a x/a tcp/1 deny")
-	x.SetNetwork(Network{"x/aux", EnforceNone})
+	x.SetNetwork(Network{Name: "x/aux", Enforcement: EnforceNone})
 	step("aux y/a x/a tcp/1 allow")
 	if s := state(t, x, "x", "a", "x/aux", Ingress); !s.OptedOut || s.Verdicts.Isolated {
 		t.Errorf("%+v", s)
@@ -351,7 +351,7 @@ func TestMNP08NetworksChange(t *testing.T) {
 	x.RemoveNetwork("x/net")
 	x.RemoveNetwork("x/aux")
 	step("y/a x/a tcp/1 deny", "aux y/a x/a tcp/1 deny")
-	x.SetNetwork(Network{"x/net", EnforceMulti})
+	x.SetNetwork(Network{Name: "x/net", Enforcement: EnforceMulti})
 	step("y/a x/a tcp/1 allow")
 }
 
