@@ -40,8 +40,9 @@ type station struct {
 	v6    netip.Addr
 }
 
-// wait is how long a packet may take. One that is dropped costs as long.
-const wait = 500 * time.Millisecond
+// wait is how long a packet may take, before what should pass is tried again. One that is
+// dropped costs as long.
+var wait = 500 * time.Millisecond
 
 func newNetns(t testing.TB) *host.Netns {
 	t.Helper()
@@ -158,6 +159,14 @@ func newWorldOf(t testing.TB, addresses map[string][]netip.Addr) *world {
 		return nil
 	})
 	w.pods["wire"] = &station{world: w, name: "wire", ns: wire, link: "wire"}
+	w.settle(addresses)
+	return w
+}
+
+// settle gives the stations their addresses, and says that all others are on the link.
+func (w *world) settle(addresses map[string][]netip.Addr) {
+	w.Helper()
+	t := w.TB
 	for name, s := range w.pods {
 		inside(t, s.ns, func(h *netlink.Handle) error {
 			l, err := h.LinkByName(s.link)
@@ -190,7 +199,6 @@ func newWorldOf(t testing.TB, addresses map[string][]netip.Addr) *world {
 			return nil
 		})
 	}
-	return w
 }
 
 // iface is the station as enforcement sees it.
