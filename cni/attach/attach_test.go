@@ -425,15 +425,16 @@ func TestLateDelAfterFailedIPAM(t *testing.T) {
 
 func TestDelWithoutNamespace(t *testing.T) {
 	ctx := context.Background()
+	home := func(w *world) *host.Netdev { w.end(pod1); return &w.links[hostNS][len(w.links[hostNS])-1] }
 	for name, gone := range map[string]func(*world){
 		"path not given":           func(*world) {},
 		"namespace ended":          func(w *world) { w.end(pod1) },
-		"name taken meanwhile":     func(w *world) { w.end(pod1); w.links[hostNS][2].Name = "dev7" },
+		"name taken meanwhile":     func(w *world) { home(w).Name = "dev7" },
 		"path is another pod's":    func(w *world) { w.end(pod1); w.netns[pod1] = host.NetnsID{Dev: 4, Inode: 99} },
 		"renamed by the pod":       func(w *world) { w.links[w.netns[pod1]][0].Name = "eth7" },
 		"alternative name by pod":  func(w *world) { w.links[w.netns[pod1]][0].AltNames = []string{"enp1s0f0v0", "ens1f0"} },
 		"the VF is no more":        func(w *world) { w.end(pod1); delete(w.vfs, vf0) },
-		"set up by the host's NM ": func(w *world) { w.end(pod1); w.links[hostNS][2].Up = true },
+		"set up by the host's NM ": func(w *world) { home(w).Up = true },
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld()

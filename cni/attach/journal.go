@@ -67,19 +67,20 @@ func (b Baseline) Settings() host.VFSettings {
 // to undo it without the help of whoever asked for it.
 type Record struct {
 	Key
-	Pod        string       `json:"pod,omitempty"` // namespace/name
-	Device     string       `json:"device"`        // PCI address of the VF, or MacVLAN slot; empty for a sub-interface without a slot
-	Generation uint64       `json:"generation"`    // grows with every ADD of this node
-	Phase      Phase        `json:"phase"`
-	NetnsPath  string       `json:"netnsPath"`
-	Netns      host.NetnsID `json:"netns"`
-	Baseline   Baseline     `json:"baseline"`
-	MAC        string       `json:"mac,omitempty"` // of the interface in the pod
-	MTU        int          `json:"mtu,omitempty"`
-	Userspace  bool         `json:"userspace,omitempty"` // the VF has no netdev
-	RDMA       string       `json:"rdma,omitempty"`      // RDMA device that is in the pod with the VF
-	Promisc    *bool        `json:"promisc,omitempty"`
-	AllMulti   *bool        `json:"allMulti,omitempty"`
+	Pod         string       `json:"pod,omitempty"` // namespace/name
+	Device      string       `json:"device"`        // PCI address of the VF, or MacVLAN slot; empty for a sub-interface without a slot
+	Generation  uint64       `json:"generation"`    // grows with every ADD of this node
+	Phase       Phase        `json:"phase"`
+	NetnsPath   string       `json:"netnsPath"`
+	Netns       host.NetnsID `json:"netns"`
+	Baseline    Baseline     `json:"baseline"`
+	MAC         string       `json:"mac,omitempty"` // of the interface in the pod
+	MTU         int          `json:"mtu,omitempty"`
+	Userspace   bool         `json:"userspace,omitempty"`   // the VF has no netdev
+	Representor string       `json:"representor,omitempty"` // of the VF, set up for the attachment
+	RDMA        string       `json:"rdma,omitempty"`        // RDMA device that is in the pod with the VF
+	Promisc     *bool        `json:"promisc,omitempty"`
+	AllMulti    *bool        `json:"allMulti,omitempty"`
 
 	Settings host.VFSettings `json:"settings"`          // intended at the PF
 	Macvlan  *Macvlan        `json:"macvlan,omitempty"` // nil for a VF

@@ -44,11 +44,29 @@ func (a vfs) prepare(cfg *Config, ns *host.Netns, r *Record) (create, error) {
 	if r.RDMA, err = a.rdmaDevice(cfg); err != nil {
 		return nil, err
 	}
+	if vf.Representor != "" && r.Settings.LinkState != host.LinkDisable {
+		representor, err := a.Kernel.Link(nil, vf.Representor)
+		if err != nil {
+			return nil, refusal(cfg, CodeKernel, "look at the VF's representor: %w", err)
+		}
+		if !representor.Up {
+			r.Representor = vf.Representor
+		}
+	}
 	r.Promisc, r.AllMulti = cfg.Promisc, cfg.AllMulti
 	return func(ctx context.Context, r Record, ns *host.Netns) (host.Netdev, error) {
 		a.step("add: set VF")
-		if err := a.setVF(ctx, vf, r.Settings, asked); err != nil || r.Userspace {
+		if err := a.setVF(ctx, vf, r.Settings, asked); err != nil {
 			return host.Netdev{}, err
+		}
+		if r.Representor != "" {
+			a.step("add: set up representor")
+			if err := a.setRepresentor(ctx, r.Representor, host.SetUp); err != nil {
+				return host.Netdev{}, err
+			}
+		}
+		if r.Userspace {
+			return host.Netdev{}, nil
 		}
 		if r.RDMA != "" {
 			a.step("add: move RDMA device")
@@ -134,6 +152,18 @@ func (a vfs) setVF(ctx context.Context, vf host.VFRef, want host.VFSettings, ask
 	return a.Kernel.SetVFSettings(ctx, vf, want, asked)
 }
 
+// setRepresentor sets a VF's representor up, without which the VF has no link, or down.
+func (a vfs) setRepresentor(ctx context.Context, name string, state host.AdminState) error {
+	link, err := a.Kernel.Link(nil, name)
+	if err == nil {
+		err = a.Kernel.ChangeLink(ctx, nil, link.Index, host.LinkChange{State: state})
+	}
+	if err != nil {
+		return fmt.Errorf("change the VF's representor %s: %w", name, err)
+	}
+	return nil
+}
+
 // move takes the link from the host to the pod, complete and up, and returns it
 // as it is there.
 func (a vfs) move(ctx context.Context, r Record, link host.Netdev, stale []string, ns *host.Netns) (host.Netdev, error) {
@@ -200,6 +230,12 @@ func (a vfs) restore(ctx context.Context, r Record, ns *host.Netns) error {
 	a.step("del: reset VF")
 	if err := a.setVF(ctx, vf, r.Baseline.Settings(), 0); err != nil {
 		return refused("reset the VF: %w", err)
+	}
+	if r.Representor != "" && r.Representor == vf.Representor {
+		a.step("del: set down representor")
+		if err := a.setRepresentor(ctx, r.Representor, host.SetDown); err != nil {
+			return refused("%w", err)
+		}
 	}
 	if r.Userspace {
 		return nil

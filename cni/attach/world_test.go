@@ -70,12 +70,15 @@ func newWorld() *world {
 	for i, pci := range []string{vf0, vf1} {
 		mac := net.HardwareAddr{2, 0, 0, 0, 0, byte(0x10 + i)}
 		name := fmt.Sprintf("ens1f0v%d", i)
-		w.vfs[pci] = &host.VFRef{PCIAddress: pci, PF: "0000:01:00.0", PFName: "ens1f0", Index: i, Driver: "iavf"}
+		w.vfs[pci] = &host.VFRef{PCIAddress: pci, PF: "0000:01:00.0", PFName: "ens1f0", Index: i, Driver: "iavf", Representor: fmt.Sprintf("ens1f0npf0vf%d", i)}
 		w.settings[pci] = host.VFSettings{MAC: mac, VLANProto: host.Dot1Q, SpoofChk: true}
 		w.links[hostNS] = append(w.links[hostNS], host.Netdev{Index: 10 + i, Name: name, AltNames: []string{"enp1s0f0v" + fmt.Sprint(i)}, MAC: mac, MTU: 1500, PCIAddress: pci})
 	}
 	w.rdma = map[string]host.NetnsID{vf0: hostNS, vf1: hostNS}
 	w.links[hostNS] = append(w.links[hostNS], host.Netdev{Index: 5, Name: "ens1f0", MAC: net.HardwareAddr{2, 0, 0, 0, 0, 5}, MTU: 9000, Up: true})
+	for i := range 2 {
+		w.links[hostNS] = append(w.links[hostNS], host.Netdev{Index: 20 + i, Name: fmt.Sprintf("ens1f0npf0vf%d", i), MTU: 1500})
+	}
 	return w
 }
 

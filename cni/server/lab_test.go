@@ -292,6 +292,79 @@ func TestLabRefusals(t *testing.T) {
 	l.atHome(t, "the end")
 }
 
+// TestLabRepresentor attaches VFs in switchdev mode: a VF has a link while its representor
+// is up. ADD sets it up and DEL down again, unless it was up before, as a bridge's ports are.
+func TestLabRepresentor(t *testing.T) {
+	h, err := host.Open(host.DefaultSysfs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.Close)
+	pfs, err := h.Inventory(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pf := range pfs {
+		if pf.Eswitch == "" {
+			t.Skipf("driver %s has no eswitch that devlink can switch", pf.Driver)
+		}
+		if err := errors.Join(h.SetNumVFs(t.Context(), pf.PCIAddress, 0), h.SetEswitchMode(t.Context(), pf.PCIAddress, host.Switchdev)); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := errors.Join(h.SetNumVFs(context.Background(), pf.PCIAddress, 0), h.SetEswitchMode(context.Background(), pf.PCIAddress, host.Legacy)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	l, leases, pods := newLab(t), t.TempDir(), t.TempDir()
+	a := startAgent(t, t.TempDir(), -1)
+	up := func(i int) (host.Netdev, bool) {
+		ref, err := l.kernel.VF(l.vfs[i])
+		if err != nil || ref.Representor == "" {
+			t.Fatalf("%+v, %v", ref, err)
+		}
+		representor, err := l.kernel.Link(nil, ref.Representor)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return representor, representor.Up
+	}
+	bridged, _ := up(1)
+	if err := l.kernel.ChangeLink(t.Context(), nil, bridged.Index, host.LinkChange{State: host.SetUp}); err != nil {
+		t.Fatal(err)
+	}
+	for i, c := range []struct {
+		keys          string
+		before, after bool // whether the representor is up, without the pod and with it
+	}{{"", false, true}, {"", true, true}, {`,"link_state":"disable"`, false, false}} {
+		container := fmt.Sprintf("c%d", i)
+		pod := newPod(t, pods, container)
+		req := l.request("ADD", i, container, pod, leases)
+		req.Stdin = conf(l.vfs[i], c.keys+fmt.Sprintf(`,"ipam":{"type":"testipam","dir":%q}`, leases))
+		if _, on := up(i); on != c.before {
+			t.Errorf("%d: before ADD the representor's up is %v", i, on)
+		}
+		if _, err := a.call(req); err != nil {
+			t.Errorf("%d: %v", i, err)
+			continue
+		}
+		_, on := up(i)
+		dev, err := l.inPod(t, pod, "net1")
+		if err != nil || on != c.after || dev.Carrier != c.after {
+			t.Errorf("%d: the representor's up is %v, in the pod is %+v, %v", i, on, dev, err)
+		}
+		req.Command = "DEL"
+		if _, err := a.call(req); err != nil {
+			t.Errorf("%d: %v", i, err)
+		}
+		if _, on := up(i); on != c.before {
+			t.Errorf("%d: after DEL the representor's up is %v", i, on)
+		}
+	}
+	l.atHome(t, "the end")
+}
+
 // TestLabInjectedErrno makes the driver of the emulated NIC refuse one kind of
 // setting after the other.
 func TestLabInjectedErrno(t *testing.T) {

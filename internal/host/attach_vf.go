@@ -31,6 +31,8 @@ type VFRef struct {
 	Driver     string // empty when none is bound
 	Name       string // netdev in the host's namespace; empty when it is elsewhere or there is none
 	Userspace  bool   // bound to a driver that makes no netdev and hands the VF to a process
+
+	Representor string // netdev that stands for it in switchdev mode; empty without one in this namespace
 }
 
 // userspaceDrivers hand a whole PCI function to a process.
@@ -123,9 +125,11 @@ func (a *Attacher) VF(pciAddress string) (VFRef, error) {
 	if ref.Index < 0 {
 		return ref, fmt.Errorf("%w: PF %s does not list %s among its virtual functions", ErrNoVF, pf, pciAddress)
 	}
-	if ref.PFName, err = netdevOf(pfDevice); err != nil {
+	pfName, representors, err := netdevsOf(pfDevice)
+	if err != nil {
 		return ref, err
 	}
+	ref.PFName, ref.Representor = pfName, representors[ref.Index]
 	if ref.PFName == "" {
 		return ref, fmt.Errorf("PF %s of VF %s has no netdev in the host's network namespace", pf, pciAddress)
 	}
