@@ -20,6 +20,7 @@ import (
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	"github.com/vishvananda/netlink"
 	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/sluice-network/sluice/cni/attach"
 	"github.com/sluice-network/sluice/cni/enforce"
@@ -30,7 +31,8 @@ import (
 )
 
 // policies makes the agent of a test enforce the NetworkPolicies in the file
-// policies.json of its directory, which it follows, if it is there at the start.
+// policies.json of its directory, which it follows, if it is there at the start. What its
+// network says of existing connections is in the file existing-connections.
 func policies(dir string, kernel *host.Attacher) attach.Enforcer {
 	path := filepath.Join(dir, "policies.json")
 	if _, err := os.Stat(path); err != nil {
@@ -40,7 +42,10 @@ func policies(dir string, kernel *host.Attacher) attach.Enforcer {
 		Node: "node", Cluster: anyPod{}, Engine: enforce.NewEngine(kernel), OpenNetns: kernel.OpenNetns, Log: logr.Discard(),
 		Addresses: kernel.OwnAddresses, RDMA: func(string) bool { return false },
 	})
-	e.SetNetwork(policy.Network{Name: "ns/blue", Enforcement: policy.EnforceAll})
+	existing, _ := os.ReadFile(filepath.Join(dir, "existing-connections"))
+	e.SetNetwork(must(policy.ReadNetwork(&nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{
+		Namespace: "ns", Name: "blue", Annotations: map[string]string{policy.NetworkPolicyAnnotation: "all", policy.ExistingConnectionsAnnotation: string(existing)},
+	}})))
 	for _, name := range []string{"a", "b", "c"} { // those that an earlier agent may have had
 		p, _ := anyPod{}.Known("ns", name)
 		e.SetPod(p)
@@ -252,6 +257,54 @@ func (n *node) policies(list string) {
 func ingress(to, from string) string {
 	return fmt.Sprintf(`[{"metadata":{"namespace":"ns","name":"p"},"spec":{"podSelector":{"matchLabels":{"pod":%q}},
 		"ingress":[{"from":[{"podSelector":{"matchLabels":{"pod":%q}}}],"ports":[{"protocol":"UDP","port":7}]}]}}]`, to, from)
+}
+
+// What policy no longer allows goes on, or is cut if the network says so.
+func TestNetnsKeepConnections(t *testing.T) { existingConnections(t, "keep") }
+func TestNetnsCutConnections(t *testing.T)  { existingConnections(t, "cut") }
+
+func existingConnections(t *testing.T, existing string) {
+	if !netnsTest(t) {
+		return
+	}
+	n := newNode(t)
+	n.policies(ingress("a", "b"))
+	n.ok(os.WriteFile(filepath.Join(n.dir, "existing-connections"), []byte(existing), 0o600))
+	n.agent = startAgent(t, n.dir, -1)
+	a := n.request("a", `"deviceID":"p0-0"`, "10.20.1.1/16")
+	b := n.request("b", `"deviceID":"p0-1"`, "10.20.1.2/16")
+	for _, req := range []wire.Request{a, b} {
+		if _, err := n.pod(req); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.echo(a.Netns, "10.20.1.1")
+	var flow net.Conn
+	n.ok(in(b.Netns, func() (err error) { flow, err = net.Dial("udp", "10.20.1.1:7"); return err }))
+	defer flow.Close()
+	answered := func() (err error) {
+		for range 20 {
+			if _, err = flow.Write([]byte("?")); err == nil {
+				_ = flow.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+				if _, err = flow.Read(make([]byte, 8)); err == nil {
+					return nil
+				}
+			}
+		}
+		return err
+	}
+	n.ok(answered())
+	n.policies(ingress("a", "nobody"))
+	n.passes("one that begins", b.Netns, "10.20.1.1", false)
+	for { // answers to what was sent before
+		_ = flow.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+		if _, err := flow.Read(make([]byte, 8)); err != nil {
+			break
+		}
+	}
+	if err := answered(); (err == nil) != (existing == "keep") {
+		t.Errorf("one that goes on: %v", err)
+	}
 }
 
 // TestNetnsPolicy has packets pass, or not, as the policies say that come, change and go
