@@ -185,6 +185,28 @@ func TestAdoptionAndForeignTables(t *testing.T) {
 	}
 }
 
+// What nft lists of the table that judges connections it can read, so that whoever saves
+// and restores a namespace's rules can.
+func TestNftReadsWhatItLists(t *testing.T) {
+	w := newWorld(t, "a", "b")
+	a := w.pods["a"]
+	pod := openPod(t, a)
+	for _, verdicts := range [][2]*policy.Verdicts{{only(open80, w.pods["b"]), denied}, {openTo, only(&policy.Ports{All: true}, w.pods["b"])}} {
+		for _, cut := range []bool{false, true} {
+			i := a.iface()
+			i.Cut, i.DHCP, i.Node = cut, true, []netip.Addr{w.pods["wire"].v4}
+			if err := pod.Apply(i, verdicts[0], verdicts[1], 1); err != nil {
+				t.Fatal(err)
+			}
+			listed := nft(t, a, "list table inet sluice-net1")
+			nft(t, a, "delete table inet sluice-net1\n"+listed)
+			if again := nft(t, a, "list table inet sluice-net1"); again != listed {
+				t.Errorf("listed\n%s\nread as\n%s", listed, again)
+			}
+		}
+	}
+}
+
 // nft runs the tool in the station's namespace, as a second reader and a stranger.
 func nft(t testing.TB, s *station, commands string) string {
 	t.Helper()

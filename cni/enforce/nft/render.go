@@ -223,7 +223,7 @@ func (r *renderer) peers(d policy.Direction, addresses [2]load) (jumps [2]verdic
 		for side := range 2 {
 			m := set{table: r.table, name: mapName(r.prefix, d, f, side), key: addressTypes[f], interval: true, verdicts: true}
 			r.layout.sets = append(r.layout.sets, m)
-			c.rules = append(c.rules, on(dispatch{address, m.name}))
+			c.rules = append(c.rules, on(r.family(f), dispatch{address, m.name})) // without the family, nft cannot read it back
 		}
 		r.layout.chains = append(r.layout.chains, c)
 		jumps[f] = jump(c.name)
@@ -445,7 +445,7 @@ func (r *renderer) spoofing(name string, sender [6]byte, often [2]verdict) []rul
 	r.layout.chains = append(r.layout.chains, chain{table: r.table, name: r.name(name), rules: rules})
 	var first []rule
 	for f, more := range [][]expr{nil, {isnt(l4Proto, icmp6)}} {
-		from := []expr{is(linkSourceAndType, address+etherTypes[f])}
+		from := []expr{is(linkSourceAndType, address+etherTypes[f]), r.family(f)}
 		if !r.AnyAddress {
 			from = append(from, oneOf(sources[f], f, r.Addresses, own[f]))
 		}
