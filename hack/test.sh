@@ -91,14 +91,22 @@ guest() {
   go test -p 1 -tags lab -timeout 20m -run Lab -exec "$PWD/out/labrun -kind $kind" "$measured"
 }
 
+image() {
+  say "image"
+  export SLUICE_IMAGE=$PWD/out/sluice.tar
+  go run ./hack/image -o "$SLUICE_IMAGE"
+}
+
 # e2e KIND [FLAG OF go test]...
 e2e() {
   tools
-  say "image"
-  go run ./hack/image -o out/sluice.tar
+  [ -n "${SLUICE_IMAGE:-}" ] || image
   say "tests on a cluster of guests: $1"
-  LAB=$1 SLUICE_IMAGE=$PWD/out/sluice.tar go test -tags e2e -count 1 -timeout 30m -v "${@:2}" ./test/e2e/
+  LAB=$1 go test -tags e2e -count 1 -timeout 30m -v "${@:2}" ./test/e2e/
 }
+
+# Every second test on a cluster, from the first (1) or from the second (0) on.
+half() { sed -n 's/^func \(Test[A-Z][a-z]\w*\)(t .*/^\1$/p' test/e2e/*_test.go | awk "NR % 2 == $1" | paste -sd '|'; }
 
 bench() {
   tools
@@ -121,15 +129,22 @@ all)
   unit
   fuzz
   lab
-  guest uml
-  # Clusters of UML guests wait most of their time: QEMU's go beside.
+  image
+  # Guests wait most of their time: those of QEMU go beside those of UML, and two
+  # clusters share the tests that only clusters of UML guests run.
+  name=${SLUICE_LAB_NAME:-sluice-lab}
   say "begun beside the next: guests of qemu, bare and then in a cluster"
-  { hack/test.sh guest qemu && SLUICE_LAB_NAME=${SLUICE_LAB_NAME:-sluice-lab}-2 hack/test.sh e2e qemu; } >out/beside.log 2>&1 & beside=$!
+  { hack/test.sh guest qemu && SLUICE_LAB_NAME=$name-2 hack/test.sh e2e qemu; } >out/qemu.log 2>&1 & qemu=$!
   failed=0
-  hack/test.sh e2e uml || failed=1
-  say "waiting for what runs beside"
-  wait $beside || failed=1
-  cat out/beside.log
+  guest uml || failed=1
+  say "begun beside the next: the other half of the tests on a cluster of guests: uml"
+  SLUICE_LAB_NAME=$name-3 hack/test.sh e2e uml -run "$(half 1)" >out/uml.log 2>&1 & uml=$!
+  e2e uml -run "$(half 0)" || failed=1
+  for beside in uml qemu; do
+    say "waiting for what runs beside: $beside"
+    wait ${!beside} || failed=1
+    cat out/$beside.log
+  done
   [ $failed = 0 ]
   ;;
 verify | unit | fuzz | lab | bench) "$1" ;;
