@@ -16,6 +16,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/internal/netselect"
 	"github.com/sluice-network/sluice/internal/spelling"
 )
 
@@ -343,7 +344,7 @@ func (p *parser) completeMacvlan(slotParent string, keys map[string]json.RawMess
 		}
 		p.macvlan.Parent = slotParent
 	}
-	if p.macvlan.Parent != "" && !validLinkName(p.macvlan.Parent) {
+	if p.macvlan.Parent != "" && !netselect.ValidInterface(p.macvlan.Parent) {
 		return fmt.Errorf("master %q is not a valid interface name", p.macvlan.Parent)
 	}
 	if p.bcQueueLen != nil {
@@ -359,10 +360,6 @@ func (p *parser) completeMacvlan(slotParent string, keys map[string]json.RawMess
 	return nil
 }
 
-func validLinkName(s string) bool {
-	return s != "" && len(s) <= 15 && s != "." && s != ".." && !strings.ContainsAny(s, "/: \t\n\v\f\r%")
-}
-
 func checkEnvironment(req Request) error {
 	bad := func(format string, a ...any) error {
 		return fail(types.ErrInvalidEnvironmentVariables, format, a...)
@@ -370,7 +367,7 @@ func checkEnvironment(req Request) error {
 	switch {
 	case req.ContainerID == "":
 		return bad("CNI_CONTAINERID is empty")
-	case !validLinkName(req.IfName):
+	case !netselect.ValidInterface(req.IfName):
 		return bad("CNI_IFNAME %q is not a valid interface name", req.IfName)
 	case req.Netns == "" && req.Command != Del:
 		return bad("CNI_NETNS is empty")
@@ -436,14 +433,9 @@ func (p *parser) chooseMAC(fromArgs string) error {
 		if c.value == "" {
 			continue
 		}
-		mac, err := net.ParseMAC(c.value)
-		switch {
-		case err != nil || len(mac) != 6:
-			return fmt.Errorf("%s %q is not a MAC address like 02:00:00:00:00:01", c.where, c.value)
-		case mac[0]&1 != 0:
-			return fmt.Errorf("%s %q is a multicast address: the second digit must be even", c.where, c.value)
-		case bytes.Equal(mac, make([]byte, 6)):
-			return fmt.Errorf("%s %q is no address of an interface", c.where, c.value)
+		mac, err := netselect.ParseMAC(c.where, c.value)
+		if err != nil {
+			return err
 		}
 		p.MAC = mac
 	}

@@ -2,11 +2,9 @@ package ipam
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -21,62 +19,28 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
-	"k8s.io/client-go/rest"
-	"k8s.io/klog/v2"
-	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/envtest"
 
 	"github.com/sluice-network/sluice/apis/sluice/v1alpha1"
 	"github.com/sluice-network/sluice/cni/attach"
 	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/test/apiserver"
 )
 
 // Some tests of this package share one real API server, found through KUBEBUILDER_ASSETS.
-var apiConfig *rest.Config
-
-func TestMain(m *testing.M) {
-	if os.Getenv("KUBEBUILDER_ASSETS") == "" {
-		os.Exit(m.Run())
-	}
-	ctrl.SetLogger(klog.Background())
-	env := &envtest.Environment{
-		CRDDirectoryPaths: []string{filepath.Join("..", "..", "config", "crd", "bases")}, ErrorIfCRDPathMissing: true,
-		// A busy machine takes its time.
-		ControlPlaneStartTimeout: 3 * time.Minute, ControlPlaneStopTimeout: time.Minute, CRDInstallOptions: envtest.CRDInstallOptions{MaxTime: time.Minute},
-	}
-	config, err := env.Start()
-	code := 1
-	if err == nil {
-		apiConfig = config
-		apiConfig.QPS = -1
-		code = m.Run()
-	}
-	if err = errors.Join(err, env.Stop()); err != nil {
-		fmt.Fprintln(os.Stderr, "API server for the tests:", err)
-		code = 1
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { apiserver.Main(m) }
 
 // makePool makes a pool in a namespace of its own, and returns a client that may do
 // everything.
 func makePool(t testing.TB, namespace string, spec v1alpha1.IPPoolSpec) client.Client {
 	t.Helper()
-	if apiConfig == nil {
-		const why = "KUBEBUILDER_ASSETS is not set: point it at a directory with kube-apiserver and etcd"
-		if os.Getenv("CI") == "true" {
-			t.Fatal(why)
-		}
-		t.Skip(why)
-	}
 	scheme := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{v1alpha1.AddToScheme, clientgoscheme.AddToScheme} {
 		if err := add(scheme); err != nil {
 			t.Fatal(err)
 		}
 	}
-	c, err := client.New(apiConfig, client.Options{Scheme: scheme})
+	c, err := client.New(apiserver.Config(t), client.Options{Scheme: scheme})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -180,7 +144,7 @@ func (a *agent) del(key Key) {
 func startAgent(t testing.TB, namespace, name, dir string, records map[Key]attach.Lease) *agent {
 	t.Helper()
 	a := &agent{records: records}
-	config := rest.CopyConfig(apiConfig)
+	config := apiserver.Config(t)
 	config.Wrap(a.wrap)
 	server, err := Connect(config, namespace)
 	if err != nil {

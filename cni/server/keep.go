@@ -38,9 +38,8 @@ func (s *Server) keep(ctx context.Context) {
 		queued = w.Events
 	}
 	changes := s.watchLinks(ctx)
-	look, beat := time.NewTicker(audit), time.NewTicker(wire.Heartbeat)
+	look := time.NewTicker(audit)
 	defer look.Stop()
-	defer beat.Stop()
 	s.drain(ctx) // what came between the start's look and the watch
 	for {
 		select {
@@ -50,11 +49,6 @@ func (s *Server) keep(ctx context.Context) {
 			s.tidy(ctx)
 			if changes == nil {
 				changes = s.watchLinks(ctx)
-			}
-		case <-beat.C:
-			now := time.Now()
-			if err := os.Chtimes(s.socket, now, now); err != nil {
-				s.log.Error(err, "Cannot tell the shim that this agent lives")
 			}
 		case e := <-queued:
 			if e.Has(fsnotify.Create) && filepath.Ext(e.Name) == wire.QueueSuffix {
@@ -67,6 +61,22 @@ func (s *Server) keep(ctx context.Context) {
 			}
 			if c.All || slices.ContainsFunc(c.Devices, s.attacher.Orphan) {
 				s.collect(ctx)
+			}
+		}
+	}
+}
+
+// beat tells the shim that this agent lives, until ctx ends.
+func (s *Server) beat(ctx context.Context) {
+	t := time.NewTicker(wire.Heartbeat)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-t.C:
+			if err := os.Chtimes(s.socket, now, now); err != nil {
+				s.log.Error(err, "Cannot tell the shim that this agent lives")
 			}
 		}
 	}

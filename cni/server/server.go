@@ -145,6 +145,7 @@ func (s *Server) Run(ctx context.Context) error {
 	defer calls.Wait()
 	defer end()
 	calls.Go(func() { s.keep(ctx) })
+	calls.Go(func() { s.beat(ctx) })
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
 	defer l.Close()

@@ -207,6 +207,7 @@ func (n *Networks) plan(ctx context.Context, p pod, args [][2]string, selections
 	}
 	var devices map[string][]string
 	if resources {
+		// By the UID that kubelet has, also for a static pod.
 		if devices, err = n.Devices(ctx, p.namespace, p.name, podOf(req.Args).uid); err != nil {
 			return s, fail(types.ErrTryAgainLater, "pod %s/%s: %w", p.namespace, p.name, err)
 		}

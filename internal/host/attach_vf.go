@@ -152,7 +152,11 @@ func (a *Attacher) vfIndex(pfDevice, pf, vf string) (index int, err error) {
 	if known, ok := a.indexes.Load(vf); ok && is(known.(int)) {
 		return known.(int), nil
 	}
-	defer func() { a.indexes.Store(vf, index) }()
+	defer func() {
+		if index >= 0 {
+			a.indexes.Store(vf, index)
+		}
+	}()
 	offset, errOffset := readInt(filepath.Join(pfDevice, "sriov_offset"))
 	stride, errStride := readInt(filepath.Join(pfDevice, "sriov_stride"))
 	if errOffset == nil && errStride == nil {

@@ -137,7 +137,7 @@ func (e element) selection(namespace string, n int) (Selection, error) {
 	switch s.Interface = e.Interface + e.InterfaceRequest; {
 	case s.Interface == "":
 		s.Interface = fmt.Sprintf("net%d", n)
-	case !validInterface(s.Interface):
+	case !ValidInterface(s.Interface):
 		return s, fmt.Errorf("interface %q is not a name of an interface: at most 15 characters, no / or : or blank", s.Interface)
 	}
 	if problems := validation.IsDNS1123Subdomain(s.Name); len(problems) > 0 {
@@ -146,8 +146,10 @@ func (e element) selection(namespace string, n int) (Selection, error) {
 	if problems := validation.IsDNS1123Label(s.Namespace); len(problems) > 0 {
 		return s, fmt.Errorf("namespace %q is not a name of a namespace: %s", s.Namespace, problems[0])
 	}
-	if err := checkMAC(s.MAC); err != nil {
-		return s, err
+	if s.MAC != "" {
+		if _, err := ParseMAC("mac", s.MAC); err != nil {
+			return s, err
+		}
 	}
 	if guid, err := net.ParseMAC(s.InfinibandGUID); s.InfinibandGUID != "" && (err != nil || len(guid) != 8 || bytes.Equal(guid, make([]byte, 8))) {
 		return s, fmt.Errorf("infiniband-guid %q is not a GUID like 02:00:00:00:00:00:00:01", s.InfinibandGUID)
@@ -167,24 +169,24 @@ func (e element) selection(namespace string, n int) (Selection, error) {
 	return s, s.checkRates()
 }
 
-// validInterface follows dev_valid_name of the kernel, without the % that makes
-// a name a pattern.
-func validInterface(name string) bool {
-	return len(name) <= 15 && name != "." && name != ".." && !strings.ContainsAny(name, "/:% \t\n\v\f\r")
+// ValidInterface tells whether an interface can have the name: as dev_valid_name of the
+// kernel has it, without the % that makes a name a pattern.
+func ValidInterface(name string) bool {
+	return name != "" && len(name) <= 15 && name != "." && name != ".." && !strings.ContainsAny(name, "/:% \t\n\v\f\r\x00")
 }
 
-func checkMAC(text string) error {
-	if text == "" {
-		return nil
-	}
+// ParseMAC reads the Ethernet address of one interface; where is what an error calls it.
+func ParseMAC(where, text string) (net.HardwareAddr, error) {
 	mac, err := net.ParseMAC(text)
 	switch {
-	case err != nil || len(mac) != 6 || bytes.Equal(mac, make([]byte, 6)):
-		return fmt.Errorf("mac %q is not a MAC address like 02:00:00:00:00:01", text)
+	case err != nil || len(mac) != 6:
+		return nil, fmt.Errorf("%s %q is not a MAC address like 02:00:00:00:00:01", where, text)
 	case mac[0]&1 != 0:
-		return fmt.Errorf("mac %q is a multicast address: the second digit must be even", text)
+		return nil, fmt.Errorf("%s %q is a multicast address: the second digit must be even", where, text)
+	case bytes.Equal(mac, make([]byte, 6)):
+		return nil, fmt.Errorf("%s %q is no address of an interface", where, text)
 	}
-	return nil
+	return mac, nil
 }
 
 // setDefaultRoute takes at most one gateway of each family: a pod has no use for

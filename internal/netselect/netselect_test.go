@@ -84,7 +84,7 @@ func FuzzParse(f *testing.F) {
 		}
 		seen := map[string]bool{}
 		for _, s := range selections {
-			if s.Name == "" || s.Namespace == "" || !validInterface(s.Interface) || s.Interface == "" || seen[s.Interface] || len(s.DefaultRoute) > 2 {
+			if s.Name == "" || s.Namespace == "" || !ValidInterface(s.Interface) || seen[s.Interface] || len(s.DefaultRoute) > 2 {
 				t.Errorf("%q: %+v", annotation, s)
 			}
 			seen[s.Interface] = true

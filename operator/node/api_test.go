@@ -2,13 +2,10 @@ package node
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/url"
-	"os"
-	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -19,61 +16,27 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
-	"k8s.io/client-go/rest"
-	"k8s.io/klog/v2"
-	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/envtest"
 
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 	"github.com/sluice-network/sluice/internal/host"
+	"github.com/sluice-network/sluice/test/apiserver"
 )
 
-// Some tests of this package share one real API server, found through
-// KUBEBUILDER_ASSETS.
-var apiConfig *rest.Config
-
-func TestMain(m *testing.M) {
-	if os.Getenv("KUBEBUILDER_ASSETS") == "" {
-		os.Exit(m.Run())
-	}
-	ctrl.SetLogger(klog.Background())
-	env := &envtest.Environment{
-		CRDDirectoryPaths: []string{filepath.Join("..", "..", "config", "crd", "bases")}, ErrorIfCRDPathMissing: true,
-		// A busy machine takes its time.
-		ControlPlaneStartTimeout: 3 * time.Minute, ControlPlaneStopTimeout: time.Minute, CRDInstallOptions: envtest.CRDInstallOptions{MaxTime: time.Minute},
-	}
-	config, err := env.Start()
-	code := 1
-	if err == nil {
-		apiConfig = config
-		code = m.Run()
-	}
-	if err = errors.Join(err, env.Stop()); err != nil {
-		fmt.Fprintln(os.Stderr, "API server for the tests:", err)
-		code = 1
-	}
-	os.Exit(code)
-}
+// Some tests of this package share one real API server, found through KUBEBUILDER_ASSETS.
+func TestMain(m *testing.M) { apiserver.Main(m) }
 
 // newState makes the node's object in a namespace of its own, and a client that
 // may do everything.
 func newState(t *testing.T, namespace string) (client.Client, *v1.SriovNetworkNodeState) {
 	t.Helper()
-	if apiConfig == nil {
-		const why = "KUBEBUILDER_ASSETS is not set: point it at a directory with kube-apiserver and etcd"
-		if os.Getenv("CI") == "true" {
-			t.Fatal(why)
-		}
-		t.Skip(why)
-	}
 	scheme := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{v1.AddToScheme, clientgoscheme.AddToScheme} {
 		if err := add(scheme); err != nil {
 			t.Fatal(err)
 		}
 	}
-	c, err := client.New(apiConfig, client.Options{Scheme: scheme})
+	c, err := client.New(apiserver.Config(t), client.Options{Scheme: scheme})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +53,7 @@ func newState(t *testing.T, namespace string) (client.Client, *v1.SriovNetworkNo
 func TestConditionsOfTwoWriters(t *testing.T) {
 	t.Parallel()
 	c, state := newState(t, "conditions")
-	agent, stop, err := Connect(apiConfig, state.Namespace, state.Name)
+	agent, stop, err := Connect(apiserver.Config(t), state.Namespace, state.Name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -191,19 +154,19 @@ func (w *wire) cut() {
 func TestLongOutageOfTheAPIServer(t *testing.T) {
 	t.Parallel()
 	c, state := newState(t, "outage")
-	to, err := url.Parse(apiConfig.Host)
+	config := apiserver.Config(t)
+	to, err := url.Parse(config.Host)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if to.Host == "" {
-		to.Host = apiConfig.Host
+		to.Host = config.Host
 	}
 	w := &wire{to: to.Host, at: "127.0.0.1:0"}
 	if err := w.join(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(w.cut)
-	config := rest.CopyConfig(apiConfig)
 	config.Host = "https://" + w.at
 	states, stopEvents, err := Connect(config, state.Namespace, state.Name)
 	if err != nil {
