@@ -501,7 +501,7 @@ func (c *Cluster) Node(name string) (guest.Guest, error) {
 
 // KubectlCommand is the lab's own kubectl, as the administrator.
 func (c *Cluster) KubectlCommand(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, c.Kubelab, append([]string{"kubectl"}, args...)...)
+	cmd := exec.CommandContext(ctx, filepath.Join(filepath.Dir(c.Kubelab), "kubectl"), args...)
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig())
 	return cmd
 }

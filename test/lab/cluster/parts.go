@@ -17,8 +17,8 @@ const KubernetesVersion = "v1.36.3"
 
 // Parts are the artefacts of the cluster.
 type Parts struct {
-	// Kubelab is the multi-call control plane, file [KubelabFile], with links
-	// that make its directory one for KUBEBUILDER_ASSETS.
+	// Kubelab is the multi-call control plane, file [KubelabFile], with kubectl and
+	// links that make its directory one for KUBEBUILDER_ASSETS.
 	Kubelab *artefact.Step
 	// Root is the root image of a node, file [guest.RootFile].
 	Root *artefact.Step
@@ -34,13 +34,13 @@ func NewParts(repo string) Parts {
 		" -X k8s.io/component-base/version.gitMajor=" + part(KubernetesVersion, 0) +
 		" -X k8s.io/component-base/version.gitMinor=" + part(KubernetesVersion, 1) +
 		" -X k8s.io/client-go/pkg/version.gitVersion=" + KubernetesVersion
-	kubelab := goStep("kubelab", repo, "kube", goBuild{Flags: kubernetes, Packages: []string{"./kubelab"}})
+	kubelab := goStep("kubelab", repo, "kube", goBuild{Flags: kubernetes, Packages: []string{"./kubelab", "k8s.io/kubernetes/cmd/kubectl"}})
 	build := kubelab.Build
 	kubelab.Build = func(ctx context.Context, b *artefact.Build) error {
 		if err := build(ctx, b); err != nil {
 			return err
 		}
-		for _, name := range []string{"etcd", "kube-apiserver", "kubectl"} { // what envtest looks for
+		for _, name := range []string{"etcd", "kube-apiserver"} { // what envtest looks for
 			if err := os.Symlink(KubelabFile, filepath.Join(b.Out, name)); err != nil {
 				return err
 			}

@@ -1,6 +1,8 @@
 // Command kubelab is the lab's Kubernetes in one file: etcd, the API server,
-// the controller manager, the scheduler and kubectl share most of their code,
-// so together they are built and linked once instead of five times.
+// the controller manager and the scheduler share most of their code, so together
+// they are built and linked once instead of four times. kubectl is left out: tests
+// call it thousands of times, and what all the others prepare when they start would
+// be three quarters of each call.
 //
 // The program that runs is named by argv[0] (a link called kube-apiserver,
 // say, as test environments expect) or, when that is kubelab, by the first
@@ -20,8 +22,6 @@ import (
 	_ "k8s.io/component-base/logs/json/register"
 	_ "k8s.io/component-base/metrics/prometheus/clientgo"
 	_ "k8s.io/component-base/metrics/prometheus/version"
-	kubectl "k8s.io/kubectl/pkg/cmd"
-	kubectlutil "k8s.io/kubectl/pkg/cmd/util"
 	apiserver "k8s.io/kubernetes/cmd/kube-apiserver/app"
 	controllermanager "k8s.io/kubernetes/cmd/kube-controller-manager/app"
 	scheduler "k8s.io/kubernetes/cmd/kube-scheduler/app"
@@ -32,10 +32,6 @@ var programs = map[string]func(){
 	"kube-apiserver":          func() { os.Exit(cli.Run(apiserver.NewAPIServerCommand())) },
 	"kube-controller-manager": func() { os.Exit(cli.Run(controllermanager.NewControllerManagerCommand())) },
 	"kube-scheduler":          func() { os.Exit(cli.Run(scheduler.NewSchedulerCommand())) },
-	"kubectl": func() {
-		// kubectl reports its own errors, with its own exit codes.
-		kubectlutil.CheckErr(cli.RunNoErrOutput(kubectl.NewDefaultKubectlCommand()))
-	},
 	"relay": func() {
 		if err := relay(os.Args[1:]); err != nil {
 			fmt.Fprintln(os.Stderr, "kubelab relay:", err)
