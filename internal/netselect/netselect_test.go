@@ -55,7 +55,7 @@ func TestParseRefuses(t *testing.T) {
 		`[{}]`:                      `name "" is not`,
 		`[{"name":"a","mac":"01:00:00:00:00:01"}]`:                                           "multicast",
 		`[{"name":"a","mac":"00:00:00:00:00:00"}]`:                                           "is no address of an interface",
-		`[{"name":"a","mac":"02:00:00:00:00:00:00:01"}]`:                                     "is no address of an interface",
+		`[{"name":"a","mac":"02:00:00:00:00:00:00:01"}]`:                                     "is not a MAC address",
 		`[{"name":"a","infiniband-guid":"02:00:00:00:00:01"}]`:                               "is not a GUID",
 		`[{"name":"a","ips":["10.0.0.300"]}]`:                                                `ips has "10.0.0.300"`,
 		`[{"name":"a","ips":["10.0.0.3"],"ipam-claim-reference":"c"}]`:                       "only one can choose",
