@@ -169,7 +169,7 @@ func TestPolicyOnPodsFromBeforeSluice(t *testing.T) {
 	}
 	a = start()
 	is("next agent")
-	w.policed[w.loaded[0].Key] = policed{1, true}
+	w.policed[w.loaded[0].Key] = policed{generation: 1, enforced: true}
 	if err := a.Del(t.Context(), request(Del, "c1", pod1, vf0, `"ipam":{"type":"static"}`), nil); err != nil {
 		t.Error(err)
 	}

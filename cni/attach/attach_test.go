@@ -130,6 +130,7 @@ func TestCheckFindsEveryChange(t *testing.T) {
 		"route":         {func(w *world, l *host.Netdev) { w.routes[l.Index] = nil }, "route to 10.9.0.0/16"},
 		"vlan":          {func(w *world, _ *host.Netdev) { s := w.settings[vf0]; s.VLAN = 7; w.settings[vf0] = s }, "vlan of the VF is 7"},
 		"trust":         {func(w *world, _ *host.Netdev) { s := w.settings[vf0]; s.Trust = false; w.settings[vf0] = s }, "trust of the VF is off, not on"},
+		"link taken":    {func(w *world, _ *host.Netdev) { w.policed[Key{"blue", "c1", "net1"}] = policed{generation: 1, enforced: true, cut: true} }, "link_state of the VF is"},
 		"VF gone":       {func(w *world, _ *host.Netdev) { delete(w.vfs, vf0) }, "no such VF"},
 		"policy":        {func(w *world, _ *host.Netdev) { clear(w.policed) }, "policy is not in force"},
 		"IPAM disagree": {func(w *world, _ *host.Netdev) { w.failOn = "IPAM CHECK" }, "IPAM"},

@@ -29,6 +29,8 @@ type Interface struct {
 	Beside string // the pod's end of its host interface, by which its addresses are reached, too; empty for none
 	Bypass string // why packets go past the pod's kernel; empty when they do not
 
+	LinkState host.LinkState // that the VF is shown by its PF, unless policy takes its link
+
 	NetnsPath string
 	Netns     host.NetnsID
 }
@@ -63,6 +65,10 @@ type Enforcer interface {
 	// Enforcer knows nothing of. ns is nil when the pod's namespace is gone.
 	Remove(ctx context.Context, i Interface, ns *host.Netns) error
 
+	// Cut tells whether the VF's link is taken from the pod, because nothing else keeps
+	// it from what policy forbids.
+	Cut(i Interface) bool
+
 	// Differences lists what is not in force as it should be.
 	Differences(ctx context.Context, i Interface, ns *host.Netns) ([]error, error)
 }
@@ -81,7 +87,7 @@ func (a *Attacher) interfaces() (out []Interface) {
 func (r *Record) policed() Interface {
 	i := Interface{
 		Key: r.Key, Generation: r.Generation, Pod: r.Pod, PodUID: r.podUID(), Definition: r.Definition, Device: r.Device,
-		DHCP: r.IPAM == dhcpIPAM || r.AdoptedDHCP, Bypass: r.Bypass, NetnsPath: r.NetnsPath, Netns: r.Netns,
+		DHCP: r.IPAM == dhcpIPAM || r.AdoptedDHCP, Bypass: r.Bypass, LinkState: r.Settings.LinkState, NetnsPath: r.NetnsPath, Netns: r.Netns,
 	}
 	i.MAC, _ = net.ParseMAC(r.MAC) // written by us
 	if r.Macvlan != nil && !r.Macvlan.InPod {

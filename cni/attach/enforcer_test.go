@@ -18,6 +18,7 @@ import (
 type policed struct {
 	generation uint64
 	enforced   bool // else nothing can pass
+	cut        bool // its VF's link is taken
 }
 
 func (w *world) Load(interfaces []Interface) { w.loaded = interfaces }
@@ -41,9 +42,11 @@ func (w *world) Enforce(_ context.Context, i Interface, _ *host.Netns) error {
 	if err := w.call("enforce policy"); err != nil {
 		return err
 	}
-	w.policed[i.Key] = policed{i.Generation, true}
+	w.policed[i.Key] = policed{generation: i.Generation, enforced: true}
 	return nil
 }
+
+func (w *world) Cut(i Interface) bool { return w.policed[i.Key].cut }
 
 func (w *world) Leave(i Interface) { w.left = append(w.left, i.Key) }
 

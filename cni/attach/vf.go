@@ -379,6 +379,9 @@ func (a vfs) differences(r Record) (wrong []error, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if a.Enforcer != nil && a.Enforcer.Cut(r.policed()) {
+		r.Settings.LinkState = host.LinkDisable
+	}
 	for _, d := range host.DiffVFSettings(have, r.Settings) {
 		wrong = append(wrong, errors.New(d))
 	}

@@ -83,17 +83,17 @@ func (e *Enforcer) apply(f *face, ns *host.Netns) error {
 	worked := true
 	switch why := e.bypass(i); {
 	case !isolated(states):
-		if worked = f.rules; f.rules {
-			if err = e.Engine.Remove(i, ns); err == nil {
-				f.rules = false
-			} else {
-				status.Ingress, status.Egress = before.Ingress, before.Egress
-			}
+		worked = f.rules || f.cut
+		if err = e.open(f, i, ns); err != nil {
+			status.Ingress, status.Egress = before.Ingress, before.Egress
 		}
 	case why != "":
-		worked = false
-		// Nobody can filter it, and cutting the pod off is not ours to decide.
-		status.each(func(d *DirectionStatus) { d.Engine, d.Problem = EngineNone, "not enforced, because "+why })
+		f.cut = true
+		engine, problem := EngineLink, "nothing passes either way: the VF's link is taken, because nobody can filter it: "+why
+		if err = e.Engine.Cut(i, true); err != nil {
+			engine, problem = EngineNone, fmt.Sprintf("not enforced, because nobody can filter it: %s; and the VF's link cannot be taken: %v", why, err)
+		}
+		status.each(func(d *DirectionStatus) { d.Engine, d.Problem = engine, problem })
 	default:
 		verdicts := [2]*policy.Verdicts{{}, {}}
 		for d, s := range states {
@@ -126,6 +126,23 @@ func (e *Enforcer) apply(f *face, ns *host.Netns) error {
 	}
 	if err != nil {
 		return fmt.Errorf("enforce %s: %w", strings.Join(policies(states), ", "), err)
+	}
+	return nil
+}
+
+// open takes back whatever keeps packets from the interface.
+func (e *Enforcer) open(f *face, i attach.Interface, ns *host.Netns) error {
+	if f.rules {
+		if err := e.Engine.Remove(i, ns); err != nil {
+			return err
+		}
+		f.rules = false
+	}
+	if f.cut {
+		if err := e.Engine.Cut(i, false); err != nil {
+			return err
+		}
+		f.cut = false
 	}
 	return nil
 }

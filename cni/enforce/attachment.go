@@ -171,6 +171,19 @@ func (e *Enforcer) Remove(ctx context.Context, i attach.Interface, ns *host.Netn
 	return nil
 }
 
+// Cut implements attach.Enforcer.
+func (e *Enforcer) Cut(i attach.Interface) bool {
+	e.mu.Lock()
+	f := e.faces[i.Key]
+	e.mu.Unlock()
+	if f == nil {
+		return false
+	}
+	f.work.Lock()
+	defer f.work.Unlock()
+	return f.cut
+}
+
 // Differences implements attach.Enforcer.
 func (e *Enforcer) Differences(ctx context.Context, i attach.Interface, ns *host.Netns) ([]error, error) {
 	e.mu.Lock()

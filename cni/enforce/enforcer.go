@@ -75,6 +75,7 @@ type face struct {
 	work sync.Mutex // on its rules; taken before the Enforcer's mu
 	// Guarded by work.
 	rules   bool             // there may be some
+	cut     bool             // the VF may have no link
 	loaded  bool             // they are an earlier agent's
 	applied [2]*policy.State // what is in force; nil when that is not known
 	dropped nft.Dropped      // as far as it is counted
@@ -110,6 +111,7 @@ func (e *Enforcer) Load(interfaces []attach.Interface) {
 	for _, i := range interfaces {
 		f := e.add(i)
 		f.rules, f.loaded, f.ready = true, true, true
+		f.cut = e.bypass(i) != ""
 		e.queue.Add(f.Key) // for nothing, as long as not all is known
 	}
 }

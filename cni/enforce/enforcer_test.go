@@ -115,6 +115,13 @@ func (n *node) Apply(i attach.Interface, _ *host.Netns, verdicts [2]*policy.Verd
 	return n.call("Apply", i.Key, strings.Join(all, ", "))
 }
 
+func (n *node) Cut(i attach.Interface, cut bool) error {
+	if cut {
+		return n.call("Cut", i.Key, "no link")
+	}
+	return n.call("Join", i.Key, "")
+}
+
 func (n *node) Remove(i attach.Interface, _ *host.Netns) error {
 	if i.Key == (attach.Key{}) {
 		n.t.Error("remove from nothing")
@@ -214,6 +221,13 @@ func (n *node) policy(name string) {
 
 func (n *node) unpolicy(name string) {
 	n.DeletePolicy(cluster.Policy{Policy: &policy.Policy{Kind: "NetworkPolicy", Namespace: "ns", Name: name}})
+}
+
+// refusing makes the Engine's method fail, or work again.
+func (n *node) refusing(method string, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.refuse[method] = err
 }
 
 func face1(pod string) attach.Interface {
@@ -373,7 +387,7 @@ func TestRefused(t *testing.T) {
 }
 
 // What cannot be filtered and no policy isolates is attached as ever; a policy that comes
-// later is told.
+// later takes its link, and gives it back when it goes.
 func TestPolicyThatComesToRDMA(t *testing.T) {
 	n := newNode(t).run()
 	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
@@ -385,12 +399,37 @@ func TestPolicyThatComesToRDMA(t *testing.T) {
 	}
 	n.policy("p")
 	n.becomes("annotation", func() string { return n.status("a") },
-		`{"net1":{"network":"ns/blue","ingress":{"engine":"none","policies":["NetworkPolicy ns/p"],"problem":"not enforced, because rdma is true"}}}`)
+		`{"net1":{"network":"ns/blue","ingress":{"engine":"vf-link","policies":["NetworkPolicy ns/p"],"problem":"nothing passes either way: the VF's link is taken, because nobody can filter it: rdma is true"}}}`)
 	n.becomes("events", func() string { n.mu.Lock(); defer n.mu.Unlock(); return strings.Join(n.events, "\n") },
-		"Pod ns/a PolicyNotEnforced: interface net1: not enforced, because rdma is true")
-	if len(n.calls) > 0 {
-		t.Errorf("%v", n.calls)
+		"Pod ns/a PolicyNotEnforced: interface net1: nothing passes either way: the VF's link is taken, because nobody can filter it: rdma is true")
+	n.inForce("a", "no link")
+	if !n.Enforcer.Cut(i) {
+		t.Error("CHECK would miss the link")
 	}
+	n.refusing("Join", errors.New("EBUSY"))
+	n.unpolicy("p")
+	n.becomes("calls", func() string { n.mu.Lock(); defer n.mu.Unlock(); return n.calls[len(n.calls)-1] }, "Join")
+	n.inForce("a", "no link")
+	n.refusing("Join", nil)
+	n.inForce("a", "")
+	n.becomes("annotation", func() string { return n.status("a") }, "")
+	n.refusing("Cut", errors.New("EOPNOTSUPP"))
+	n.policy("p")
+	n.becomes("annotation", func() string { return n.status("a") },
+		`{"net1":{"network":"ns/blue","ingress":{"engine":"none","policies":["NetworkPolicy ns/p"],"problem":"not enforced, because nobody can filter it: rdma is true; and the VF's link cannot be taken: EOPNOTSUPP"}}}`)
+}
+
+// An agent that comes gives back a link that an earlier one took.
+func TestLinkThatAnEarlierAgentTook(t *testing.T) {
+	n := newNode(t)
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	i := face1("a")
+	i.Bypass = "rdma is true"
+	n.rules[i.Key] = "no link"
+	n.Load([]attach.Interface{i})
+	n.pod("a", "here", "", nil)
+	n.run()
+	n.inForce("a", "")
 }
 
 // A generation that the kernel refuses is tried again, and leaves the one before.
@@ -401,11 +440,6 @@ func TestRefusedGeneration(t *testing.T) {
 	if err := n.add(face1("a"), "10.0.0.1"); err != nil {
 		t.Fatal(err)
 	}
-	set := func(method string, err error) {
-		n.mu.Lock()
-		defer n.mu.Unlock()
-		n.refuse[method] = err
-	}
 	problem := func() string {
 		var s PodStatus
 		_ = json.Unmarshal([]byte(n.status("a")), &s)
@@ -414,19 +448,19 @@ func TestRefusedGeneration(t *testing.T) {
 		}
 		return ""
 	}
-	set("Apply", errors.New("ENOMEM"))
+	n.refusing("Apply", errors.New("ENOMEM"))
 	n.policy("p")
 	n.inForce("a", "denied")
 	n.becomes("problem", problem, "nft-pod closed, because the rules cannot be made: ENOMEM")
-	set("Apply", nil)
+	n.refusing("Apply", nil)
 	n.inForce("a", "ingress: 192.0.2.1, egress: open")
 	n.becomes("problem", problem, "nft-pod ")
 
-	set("Apply", errors.New("ENOMEM"))
+	n.refusing("Apply", errors.New("ENOMEM"))
 	n.pod("b", "there", "10.0.0.2", map[string]string{"from": "p"})
 	n.becomes("problem", problem, "nft-pod what was in force before stays so, because the rules cannot be made: ENOMEM")
 	n.inForce("a", "ingress: 192.0.2.1, egress: open")
-	set("Apply", nil)
+	n.refusing("Apply", nil)
 	n.inForce("a", "ingress: 10.0.0.2 192.0.2.1, egress: open")
 	n.becomes("problem", problem, "nft-pod ")
 	n.mu.Lock()
@@ -580,8 +614,8 @@ func TestCondition(t *testing.T) {
 	}
 	n.becomes("condition", condition, well)
 	n.pod("a", "here", "", map[string]string{"to": "p"})
-	n.becomes("condition", condition, "NetworkPolicyEnforced False NotEnforced pod ns/a, interface net1: not enforced, because driver vfio-pci gives the VF to user space")
-	if text := scrape(t, n); !strings.Contains(text, "sluice_policy_refused_total 2\n") || !strings.Contains(text, `sluice_policy_interfaces{direction="ingress",engine="none",problem="yes"} 1`) {
+	n.becomes("condition", condition, "NetworkPolicyEnforced False NotEnforced pod ns/a, interface net1: nothing passes either way: the VF's link is taken, because nobody can filter it: driver vfio-pci gives the VF to user space")
+	if text := scrape(t, n); !strings.Contains(text, "sluice_policy_refused_total 2\n") || !strings.Contains(text, `sluice_policy_interfaces{direction="ingress",engine="vf-link",problem="yes"} 1`) {
 		t.Error(text)
 	}
 	i.Definition = optedIn

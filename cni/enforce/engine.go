@@ -18,6 +18,9 @@ type Engine interface {
 	Apply(i attach.Interface, ns *host.Netns, verdicts [2]*policy.Verdicts, cut bool, generation uint64) error
 	// Generation is the one in force; held is false if there is none.
 	Generation(i attach.Interface, ns *host.Netns) (generation uint64, held bool, err error)
+	// Cut takes from a VF its link, which its PF keeps it without whoever has it, or gives
+	// it the one that it was attached with.
+	Cut(i attach.Interface, cut bool) error
 	// Remove removes what there is. ns may be nil: the namespace is gone.
 	Remove(i attach.Interface, ns *host.Netns) error
 	// Dropped counts the packets that the interface's rules have dropped; nothing when it

@@ -20,6 +20,8 @@ type Links interface {
 	HostNetns() *host.Netns
 	OpenNetns(path string) (*host.Netns, error)
 	Link(ns *host.Netns, name string) (host.Netdev, error)
+	VF(pciAddress string) (host.VFRef, error)
+	SetVFLinkState(ctx context.Context, vf host.VFRef, state host.LinkState) error
 }
 
 // nftables is the Engine of package nft: each interface has its own table in its pod, and
@@ -218,6 +220,21 @@ func (n *nftables) removeParent(i attach.Interface) error {
 	defer n.mu.Unlock()
 	delete(p.of, mac)
 	return nil
+}
+
+// Cut implements Engine.
+func (n *nftables) Cut(i attach.Interface, cut bool) error {
+	vf, err := n.links.VF(i.Device)
+	if err != nil {
+		return err
+	}
+	state := i.LinkState
+	if cut {
+		state = host.LinkDisable
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), wait)
+	defer cancel()
+	return n.links.SetVFLinkState(ctx, vf, state)
 }
 
 // Generation implements Engine.

@@ -44,6 +44,7 @@ const (
 	EngineNone = "none"
 	EnginePod  = "nft-pod"  // nftables in the pod's namespace
 	EngineHost = "nft-host" // nftables on the host, at the parent
+	EngineLink = "vf-link"  // nobody can filter it: the VF has no link
 )
 
 func engineOf(i attach.Interface) string {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -295,6 +296,19 @@ func (a *Attacher) SetVFSettings(ctx context.Context, vf VFRef, want VFSettings,
 			return fmt.Errorf("set %s of VF %d of %s (%s) to %s: %w",
 				attr.name, vf.Index, vf.PFName, vf.PCIAddress, attr.value(want), err)
 		}
+	}
+	return nil
+}
+
+// SetVFLinkState has the PF show the VF that link, and changes nothing else of it.
+func (a *Attacher) SetVFLinkState(ctx context.Context, vf VFRef, state LinkState) error {
+	pf, err := a.pfIndex(vf)
+	if err != nil {
+		return err
+	}
+	at := slices.IndexFunc(vfAttrs, func(attr vfAttr) bool { return attr.bit == VFLinkState })
+	if err := a.setVF(ctx, pf, vf.Index, VFSettings{LinkState: state}, vfAttrs[at]); err != nil {
+		return fmt.Errorf("set link_state of VF %d of %s (%s): %w", vf.Index, vf.PFName, vf.PCIAddress, err)
 	}
 	return nil
 }

@@ -78,6 +78,56 @@ func TestLabResetVFSettings(t *testing.T) {
 	}
 }
 
+// A VF has the link that its PF shows it, and keeps its other settings.
+func TestLabVFLinkState(t *testing.T) {
+	h := open(t)
+	pf := twoVFs(t, h)
+	a, err := OpenAttacher(DefaultSysfs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	ref, err := a.VF(pf.VFs[1].PCIAddress)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, link := range []string{pf.Name, ref.Name} {
+		if out, err := exec.Command("ip", "link", "set", link, "up").CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	before, err := a.VFSettings(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		state   LinkState
+		carrier bool
+	}{{LinkDisable, false}, {LinkEnable, true}, {LinkDisable, false}, {LinkAuto, true}} {
+		err := a.SetVFLinkState(t.Context(), ref, c.state)
+		if pf.Driver == "igb" { // has no ndo_set_vf_link_state
+			if !errors.Is(err, unix.EOPNOTSUPP) {
+				t.Errorf("%v", err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		within(t, h, pf.PCIAddress, func(PF) error {
+			text, err := os.ReadFile("/sys/class/net/" + ref.Name + "/carrier")
+			if has := string(text) == "1\n"; err == nil && has != c.carrier {
+				err = fmt.Errorf("link state %d, carrier %t", c.state, has)
+			}
+			return err
+		})
+		now, err := a.VFSettings(ref)
+		if before.LinkState = c.state; err != nil || fmt.Sprint(now) != fmt.Sprint(before) {
+			t.Errorf("%+v, want %+v, %v", now, before, err)
+		}
+	}
+}
+
 func TestLabUnbindDriver(t *testing.T) {
 	h := open(t)
 	pf := twoVFs(t, h)
