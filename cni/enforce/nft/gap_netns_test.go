@@ -237,11 +237,8 @@ func TestUpdatesHaveNoGap(t *testing.T) {
 // reachesWithin is reaches for UDP from a fresh port, with a short wait for what is
 // expected to be dropped and a long one for what is not.
 func (s *station) reachesWithin(to netip.Addr, port uint16) bool {
-	var c *net.UDPConn
-	if err := s.ns.Do(func() (err error) {
-		c, err = net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(to, port)))
-		return err
-	}); err != nil {
+	c, err := s.udp(to, port)
+	if err != nil {
 		return false
 	}
 	defer c.Close()
@@ -254,6 +251,15 @@ func (s *station) reachesWithin(to netip.Addr, port uint16) bool {
 	}
 	_ = c.SetReadDeadline(time.Now().Add(patience))
 	var b [1]byte
-	_, err := c.Read(b[:])
+	_, err = c.Read(b[:])
 	return err == nil
+}
+
+// udp is a socket of a fresh port for one peer.
+func (s *station) udp(to netip.Addr, port uint16) (c *net.UDPConn, err error) {
+	err = s.ns.Do(func() (err error) {
+		c, err = net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(to, port)))
+		return err
+	})
+	return c, err
 }

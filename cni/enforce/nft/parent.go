@@ -227,7 +227,7 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 				rules = append(rules, on(r.family(f), lookup{load: side.peer[f], set: node[f]}, accept))
 			}
 			rules = append(rules, on(is(etherType, etherARP), accept))
-			rules = append(rules, r.discovery()...)
+			rules = append(rules, r.discovery(d)...)
 			rules = append(rules, r.dhcp(d)...)
 			// Destination unreachable, time exceeded, parameter problem; packet too big.
 			for _, kind := range []string{"\x03", "\x0b", "\x0c"} {

@@ -246,15 +246,7 @@ func spoofing(t *testing.T, a, wire *station, macHeld bool) {
 	otherMAC := [6]byte{2, 7, 7, 7, 7, 7}
 	linkLocal := netip.MustParseAddr("fe80::abcd")
 	ip := func(mac [6]byte, source, destination netip.Addr, protocol uint8, payload []byte) []byte {
-		f := flow{source: source, destination: destination, protocol: protocol, sourceMAC: mac, destinationMAC: wire.mac}
-		p := f.packet()
-		if source.Is6() {
-			p.network[6], p.network[7] = protocol, 255
-			binary.BigEndian.PutUint16(p.network[4:], uint16(len(payload)))
-		} else {
-			binary.BigEndian.PutUint16(p.network[2:], uint16(20+len(payload)))
-		}
-		return slices.Concat(p.link, p.network, payload)
+		return ipFrame(mac, wire.mac, source, destination, protocol, 255, payload)
 	}
 	udpTo := func(from, to uint16) []byte {
 		return binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(nil, from), to)
@@ -263,7 +255,7 @@ func spoofing(t *testing.T, a, wire *station, macHeld bool) {
 		return slices.Concat([]byte{kind, 0, 0, 0, 0, 0, 0, 0}, target.AsSlice())
 	}
 	arp := func(mac, sender [6]byte, address netip.Addr) []byte {
-		return slices.Concat(wire.mac[:], mac[:], []byte(etherARP), []byte{0, 1, 8, 0, 6, 4, 0, 2}, sender[:], address.AsSlice(), wire.mac[:], wire.v4.AsSlice())
+		return arpFrame(mac, sender, wire.mac, address, wire.v4)
 	}
 	tagged := func(b []byte) []byte { return slices.Concat(b[:12], []byte{0x81, 0, 0, 5}, b[12:]) }
 	data := func() []byte { return append(udpTo(1, 9), make([]byte, 8)...) }
@@ -348,13 +340,21 @@ func packetFD(t testing.TB, s *station, protocol uint16) int {
 	return fd
 }
 
-// inject sends a frame from a raw socket of the station.
+// inject sends a frame from a raw socket of the station. There is one for all frames:
+// to close one takes the kernel long.
 func inject(t testing.TB, s *station, frame []byte, bypass bool) {
 	t.Helper()
-	fd := packetFD(t, s, 0)
-	if bypass {
-		if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_QDISC_BYPASS, 1); err != nil {
-			t.Fatal(err)
+	fd, open := s.senders[bypass]
+	if !open {
+		fd = packetFD(s.world.TB, s, 0) // as long as the world
+		if s.senders == nil {
+			s.senders = map[bool]int{}
+		}
+		s.senders[bypass] = fd
+		if bypass {
+			if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_QDISC_BYPASS, 1); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	if err := unix.Sendto(fd, frame, 0, &unix.SockaddrLinklayer{Ifindex: s.index}); err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EPERM) {

@@ -192,13 +192,19 @@ func on(parts ...any) rule {
 	return r
 }
 
-// discovery is what IPv6 cannot be without: neighbour discovery, whose hop limit shows
-// that it comes from this link (RFC 4861), and multicast listeners' reports, without
-// which switches that snoop do not pass it on (RFC 2710, 3810).
-func (r *renderer) discovery() []rule {
+// discovery is what IPv6 cannot be without, as far as a host says and hears it: neighbour
+// discovery, whose hop limit shows that it comes from this link (RFC 4861), and multicast
+// listeners' reports and the queries for them, without which switches that snoop do not
+// pass it on (RFC 2710, 3810).
+func (r *renderer) discovery(d policy.Direction) []rule {
+	const mld, nd = "\x01", "\xff" // hop limits
+	types := [...][][3]string{
+		policy.Ingress: {{nd, "\x86", "\x88"}, {mld, "\x82", "\x82"}},
+		policy.Egress:  {{nd, "\x85", "\x85"}, {nd, "\x87", "\x88"}, {mld, "\x83", "\x84"}, {mld, "\x8f", "\x8f"}},
+	}[d]
 	var rules []rule
-	for _, types := range [][3]string{{"\xff", "\x85", "\x89"}, {"\x01", "\x82", "\x84"}, {"\x01", "\x8f", "\x8f"}} {
-		rules = append(rules, on(r.family(1), is(l4Proto, icmp6), is(hopLimit, types[0]), between(icmpType, types[1], types[2]), accept))
+	for _, t := range types {
+		rules = append(rules, on(r.family(1), is(l4Proto, icmp6), is(hopLimit, t[0]), between(icmpType, t[1], t[2]), accept))
 	}
 	return rules
 }
@@ -325,7 +331,7 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 		for f, peers := range r.peers(side.direction, side.peers) {
 			rules = append(rules, on(r.family(f), peers))
 		}
-		rules = append(rules, r.discovery()...)
+		rules = append(rules, r.discovery(side.direction)...)
 		rules = append(rules, r.dhcp(side.direction)...)
 		for f := range node {
 			rules = append(rules, on(r.family(f), lookup{load: side.peers[f], set: node[f]}, accept))

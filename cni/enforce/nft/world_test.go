@@ -38,6 +38,8 @@ type station struct {
 	mac   [6]byte
 	v4    netip.Addr
 	v6    netip.Addr
+
+	senders map[bool]int // sockets that inject has opened
 }
 
 // wait is how long a packet may take, before what should pass is tried again. One that is
