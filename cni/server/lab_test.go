@@ -10,6 +10,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -363,6 +364,75 @@ func TestLabRepresentor(t *testing.T) {
 		}
 	}
 	l.atHome(t, "the end")
+}
+
+// TestLabPolicy: a pod that a policy isolates does not get a VF with a userspace driver, and
+// one that none isolates does. Of the rules of a pod nothing is there for the next one that
+// has its VF.
+func TestLabPolicy(t *testing.T) {
+	l, dir, leases := newLab(t), t.TempDir(), t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "policies.json"), []byte(ingress("a", "none")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n := &node{T: t, kernel: l.kernel, dir: dir, agent: startAgent(t, dir, -1)}
+	attach := func(name string) (wire.Request, error) {
+		add := l.request("ADD", 0, name, newPod(t, t.TempDir(), name), leases)
+		_, err := n.agent.call(add)
+		add.Command = "DEL"
+		return add, err
+	}
+	release := func(del wire.Request) {
+		t.Helper()
+		if _, err := n.agent.call(del); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, name := range []string{"a", "b", "a"} {
+		del, err := attach(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if has := n.tables(del.Netns) > 0; has != (name == "a") {
+			t.Errorf("pod %s has rules: %t", name, has)
+		}
+		release(del)
+		if n.tables(del.Netns) > 0 {
+			t.Errorf("rules are left in pod %s", name)
+		}
+	}
+	l.atHome(t, "after policy")
+
+	device := filepath.Join("/sys/bus/pci/devices", l.vfs[0])
+	driver := func(name string) {
+		t.Helper()
+		for _, write := range [][2]string{{filepath.Join(device, "driver_override"), name + "\n"}, {filepath.Join(device, "driver/unbind"), l.vfs[0]}, {"/sys/bus/pci/drivers_probe", l.vfs[0]}} {
+			if err := os.WriteFile(write[0], []byte(write[1]), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	const noIOMMU = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+	if _, err := os.Stat(noIOMMU); err != nil {
+		if out, err := exec.Command("modprobe", "vfio-pci").CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	if err := os.WriteFile(noIOMMU, []byte("1"), 0); err != nil {
+		t.Fatal(err)
+	}
+	driver("vfio-pci")
+	t.Cleanup(func() { driver("") })
+	_, err := attach("a")
+	for _, says := range []string{"NetworkPolicy ns/p", "driver vfio-pci gives the VF to user space", "108"} {
+		if err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("no %q in %v", says, err)
+		}
+	}
+	del, err := attach("b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	release(del)
 }
 
 // TestLabInjectedErrno makes the driver of the emulated NIC refuse one kind of

@@ -5,6 +5,9 @@ package e2e
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -59,6 +62,45 @@ func enforced(t *testing.T, pod string, want ...string) {
 	})
 }
 
+func contains(text, want string) error {
+	if !strings.Contains(text, want) {
+		return fmt.Errorf("there is no %q in:\n%s", want, text)
+	}
+	return nil
+}
+
+func without(text, not string) error {
+	if strings.Contains(text, not) {
+		return fmt.Errorf("there is a %q in:\n%s", not, text)
+	}
+	return nil
+}
+
+// tables are those of nf_tables on the node and in its pods' namespaces, sorted.
+func tables(t *testing.T, node string) string {
+	t.Helper()
+	return inNode(t, node, `{ nft list tables; for ns in $(ls /var/run/netns); do ip netns exec $ns nft list tables 2>/dev/null; done; } | sort`)
+}
+
+// explains asks as people do why the friend reaches the server and its neighbour does not.
+func explains(t *testing.T) {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "kubectl-sluice")
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "./operator/cmd/kubectl-sluice").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for peer, want := range map[string][]string{
+		"friend": {"allowed", "NetworkPolicy default/friends, spec.ingress[0]", "nft-pod", "MultiNetworkPolicy default/friends", "nft-host"},
+		"near":   {"denied", "isolated by NetworkPolicy default/friends, none of which allows it"},
+	} {
+		out, err := exec.CommandContext(t.Context(), program, "explain", "server", "-n", "default", "--from", peer, "--port", "80", "--kubeconfig", cluster.Kubeconfig()).CombinedOutput()
+		if err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+		mentions(t, string(out), want...)
+	}
+}
+
 // friends is a policy's spec: only pods with role friend may talk to those with role server.
 const friends = `
 spec:
@@ -69,7 +111,6 @@ spec:
 // Policies hold on VFs and on MacVLAN sub-interfaces, of pods on the same and on different
 // nodes, from when a pod starts until the policy goes.
 func TestNetworkPolicy(t *testing.T) {
-	onlyUML(t, "the rules are in the pods, whatever the NIC")
 	usePools(t)
 	apply(t, multiNetworkPolicies)
 	apply(t, slots("guarded", "ens2f0", 5)+macvlan("guarded-net", "resourceName: guarded", staticIP, capIPs))
@@ -120,8 +161,59 @@ func TestNetworkPolicy(t *testing.T) {
 	kubectl(t, "", "label", "--overwrite", "pod", "near", "role=stranger")
 	reaches(t, "near", "192.168.120.1", false)
 
+	explains(t)
+	// What the network says holds at once, and is shown.
+	kubectl(t, "", "annotate", "--overwrite", "net-attach-def", "guarded-net", "sluice.dev/network-policy=none")
+	reaches(t, "near", "192.168.121.1", true)
+	enforced(t, "server", `"the network is annotated sluice.dev/network-policy=none"`)
+	kubectl(t, "", "annotate", "net-attach-def", "guarded-net", "sluice.dev/network-policy-")
+	reaches(t, "near", "192.168.121.1", false)
+	// What is not valid closes, and is told.
+	const odd = "apiVersion: k8s.cni.cncf.io/v1beta1\nkind: MultiNetworkPolicy\nmetadata: {name: odd, annotations: {k8s.v1.cni.cncf.io/policy-for: guarded-net}}\nspec: {podSelector: {matchLabels: {role: stranger}}, policyTypes: [Sideways]}\n---"
+	apply(t, odd)
+	reaches(t, "near", "192.168.121.2", false)
+	eventually(t, time.Minute, func() error {
+		return contains(kubectl(t, "", "get", "events", "-o", "jsonpath={.items[*].message}"), `spec.policyTypes[0] is "Sideways"`)
+	})
+	remove(t, odd)
+	eventually(t, time.Minute, func() error {
+		out := kubectl(t, "", "-n", namespace, "get", "sriovnetworknodestate", "vm1", "-o", `jsonpath={.status.conditions[?(@.type=="NetworkPolicyEnforced")]}`)
+		return contains(out, `"status":"True"`)
+	})
+
+	// Rules that go are put back, those of others are nobody's business, an agent that is
+	// away leaves both.
+	inNode(t, "vm1", "nft add table inet foreign; nft delete table netdev sluice-ens2f0")
+	t.Cleanup(func() { inNodeAfter(t, "vm1", "nft delete table inet foreign") })
+	eventually(t, time.Minute, func() error { return contains(tables(t, "vm1"), "sluice-ens2f0") })
+	eventually(t, time.Minute, func() error {
+		return contains(kubectl(t, "", "get", "events", "--field-selector", "reason=PolicyTampered,involvedObject.name=server", "-o", "jsonpath={.items[*].message}"), "nft changed the rules")
+	})
+	before := tables(t, "vm1")
+	inNode(t, "vm1", "kill -9 $(pidof sluice-agent)")
+	reaches(t, "near", "192.168.120.1", false)
+	if now := tables(t, "vm1"); now != before {
+		t.Errorf("without an agent there is\n%s\nand was\n%s", now, before)
+	}
+	// A pod that goes under policy, and another that has its VF.
+	server := all("server", "vm1", "server", "1")
+	remove(t, server)
+	apply(t, strings.Replace(server, "role: server", "role: none", 1))
+	waitReady(t, "server")
+	reaches(t, "near", "192.168.120.1", true)
+	eventually(t, time.Minute, func() error { return without(tables(t, "vm1"), "sluice-") })
+	if err := contains(tables(t, "vm2"), "sluice-ens2f0"); err != nil { // of late
+		t.Error(err)
+	}
+
 	remove(t, np)
 	remove(t, mnp)
+	for _, n := range nodes {
+		eventually(t, time.Minute, func() error { return without(tables(t, n), "sluice-") })
+	}
+	if err := contains(tables(t, "vm1"), "foreign"); err != nil {
+		t.Error(err)
+	}
 	for _, address := range []string{"192.168.120.1", "192.168.121.1", "192.168.121.4"} {
 		reaches(t, "near", address, true)
 	}

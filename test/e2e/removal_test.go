@@ -61,6 +61,9 @@ func TestWebhookAndRemoval(t *testing.T) {
 		if strings.TrimSpace(out) != "0\n0" {
 			t.Errorf("%s still has VFs or a CNI plugin:\n%s", n, out)
 		}
+		if err := without(tables(t, n), "sluice-"); err != nil {
+			t.Errorf("%s: %v", n, err)
+		}
 		eventually(t, time.Minute, func() error { // the kubelet writes its node's status each 10 s
 			for _, resource := range []string{left, right} {
 				if got := allocatable(t, n, resource); got != "" && got != "0" {

@@ -231,6 +231,9 @@ func (c *Cluster) readPod(o *corev1.Pod) (*Pod, error) {
 	}
 	p := &Pod{Pod: read}
 	if !c.own(o) {
+		if len(p.Interfaces) == 0 { // nobody's peer, as most pods are
+			p.Labels, p.Ports = nil, nil
+		}
 		return p, nil
 	}
 	for _, key := range c.keep {
