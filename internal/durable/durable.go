@@ -23,7 +23,7 @@ func step(name string) {
 const unfinished = ".tmp"
 
 // Files are not opened by os here: that tries each in the runtime's poller, which takes
-// five system calls more each, in vain.
+// five system calls more each, in vain; nor renamed, for it looks first what is there.
 
 // WriteFile replaces the file at path. After a crash there is either the old
 // file or the new one, whole; once WriteFile has returned it is the new one.
@@ -54,7 +54,9 @@ func Replace(path string, b []byte) error {
 		err = &os.PathError{Op: "write", Path: tmp, Err: err}
 	} else {
 		step("rename")
-		err = os.Rename(tmp, path)
+		if err = again(func() error { return syscall.Rename(tmp, path) }); err != nil {
+			err = &os.LinkError{Op: "rename", Old: tmp, New: path, Err: err}
+		}
 	}
 	if err != nil {
 		return errors.Join(err, os.Remove(tmp))

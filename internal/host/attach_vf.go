@@ -138,7 +138,14 @@ func (a *Attacher) VF(pciAddress string) (VFRef, error) {
 		return ref, err
 	}
 	ref.Userspace = userspaceDrivers[ref.Driver]
-	ref.Name, err = netdevOf(device)
+	// Below a VF there is no representor: the first netdev is its own.
+	netdevs, err := names(filepath.Join(device, "net"))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	if len(netdevs) > 0 {
+		ref.Name = netdevs[0]
+	}
 	return ref, err
 }
 
@@ -269,15 +276,11 @@ var vfAttrs = []vfAttr{
 // a driver cannot change is not changed by a pod either. A want without MAC
 // leaves the MAC as it is.
 func (a *Attacher) SetVFSettings(ctx context.Context, vf VFRef, want VFSettings, required VFAttrs) error {
-	pf, err := a.pfIndex(vf)
-	if err != nil {
-		return err
-	}
 	attrs := vfAttrs
 	if len(want.MAC) == 0 {
 		attrs = attrs[1:]
 	}
-	if a.setVF(ctx, pf, vf.Index, want, attrs...) == nil {
+	if a.setVF(ctx, vf, want, attrs...) == nil {
 		return nil
 	}
 	have, err := a.VFSettings(vf)
@@ -288,7 +291,7 @@ func (a *Attacher) SetVFSettings(ctx context.Context, vf VFRef, want VFSettings,
 		if attr.value(have) == attr.value(want) {
 			continue
 		}
-		err := a.setVF(ctx, pf, vf.Index, want, attr)
+		err := a.setVF(ctx, vf, want, attr)
 		if errors.Is(err, unix.EOPNOTSUPP) && required&attr.bit == 0 {
 			continue
 		}
@@ -302,35 +305,36 @@ func (a *Attacher) SetVFSettings(ctx context.Context, vf VFRef, want VFSettings,
 
 // SetVFLinkState has the PF show the VF that link, and changes nothing else of it.
 func (a *Attacher) SetVFLinkState(ctx context.Context, vf VFRef, state LinkState) error {
-	pf, err := a.pfIndex(vf)
-	if err != nil {
-		return err
-	}
 	at := slices.IndexFunc(vfAttrs, func(attr vfAttr) bool { return attr.bit == VFLinkState })
-	if err := a.setVF(ctx, pf, vf.Index, VFSettings{LinkState: state}, vfAttrs[at]); err != nil {
+	if err := a.setVF(ctx, vf, VFSettings{LinkState: state}, vfAttrs[at]); err != nil {
 		return fmt.Errorf("set link_state of VF %d of %s (%s): %w", vf.Index, vf.PFName, vf.PCIAddress, err)
 	}
 	return nil
 }
 
 // setVF sends the attributes in one message, again while the driver is busy.
-func (a *Attacher) setVF(ctx context.Context, pf, vf int, want VFSettings, attrs ...vfAttr) error {
+func (a *Attacher) setVF(ctx context.Context, vf VFRef, want VFSettings, attrs ...vfAttr) error {
 	conn, err := a.rtnl(nil)
 	if err != nil {
 		return err
 	}
 	a.vfMessages.Add(1)
-	return conn.setVF(ctx, pf, vf, want, attrs...)
+	return conn.setVF(ctx, 0, vf.PFName, vf.Index, want, attrs...)
 }
 
-func (r *rtnl) setVF(ctx context.Context, pf, vf int, want VFSettings, attrs ...vfAttr) error {
+// setVF has the PF by its link's index, or by its name when that is 0.
+func (r *rtnl) setVF(ctx context.Context, pf int, name string, vf int, want VFSettings, attrs ...vfAttr) error {
 	return retry(ctx, func() error {
 		list := nl.NewRtAttr(unix.IFLA_VFINFO_LIST|unix.NLA_F_NESTED, nil)
 		info := list.AddRtAttr(nl.IFLA_VF_INFO|unix.NLA_F_NESTED, nil)
 		for _, attr := range attrs {
 			attr.encode(info, uint32(vf), want)
 		}
-		_, err := r.link(unix.RTM_SETLINK, pf, nil, list)
+		data := []*nl.RtAttr{list}
+		if pf == 0 {
+			data = append(data, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+		}
+		_, err := r.link(unix.RTM_SETLINK, pf, nil, data...)
 		return err
 	})
 }

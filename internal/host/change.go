@@ -114,7 +114,7 @@ func (h *Host) ResetVFSettings(ctx context.Context, pf Link, index int, have VFS
 		}
 		op := fmt.Sprintf("set %s of VF %d from %s to %s", attr.name, index, attr.value(have), attr.value(Baseline()))
 		err := pf.change(ctx, op, vfHints, func(netlink.Link) error {
-			return h.vf.setVF(ctx, pf.Index, index, Baseline(), attr)
+			return h.vf.setVF(ctx, pf.Index, "", index, Baseline(), attr)
 		})
 		if errors.Is(err, unix.EOPNOTSUPP) {
 			unsupported |= attr.bit

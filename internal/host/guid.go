@@ -36,7 +36,7 @@ func (h *Host) SetVFGUID(ctx context.Context, pf Link, index int, guid net.Hardw
 				info.AddRtAttr(kind, m.Serialize())
 			}}
 		}
-		return h.vf.setVF(ctx, pf.Index, index, VFSettings{}, set(nl.IFLA_VF_IB_NODE_GUID), set(nl.IFLA_VF_IB_PORT_GUID))
+		return h.vf.setVF(ctx, pf.Index, "", index, VFSettings{}, set(nl.IFLA_VF_IB_NODE_GUID), set(nl.IFLA_VF_IB_PORT_GUID))
 	})
 }
 
