@@ -417,6 +417,9 @@ func TestLabPolicy(t *testing.T) {
 			t.Fatalf("%v: %s", err, out)
 		}
 	}
+	if _, err := os.Stat(noIOMMU); errors.Is(err, os.ErrNotExist) {
+		t.Skip("this kernel binds vfio-pci with an IOMMU only")
+	}
 	if err := os.WriteFile(noIOMMU, []byte("1"), 0); err != nil {
 		t.Fatal(err)
 	}

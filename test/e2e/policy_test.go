@@ -111,6 +111,7 @@ spec:
 // Policies hold on VFs and on MacVLAN sub-interfaces, of pods on the same and on different
 // nodes, from when a pod starts until the policy goes.
 func TestNetworkPolicy(t *testing.T) {
+	onlyUML(t, "the rules are in the pods, whatever the NIC")
 	usePools(t)
 	apply(t, multiNetworkPolicies)
 	apply(t, slots("guarded", "ens2f0", 5)+macvlan("guarded-net", "resourceName: guarded", staticIP, capIPs))
