@@ -106,21 +106,13 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 	}
 	prepare, flip = append(prepare, add...), append(flip, del...)
 	if !full {
-		for name, c := range old.chains {
-			if _, ok := next.chains[name]; !ok {
-				sweep = append(sweep, op{do: flushChain, table: c.table, chain: &c}, op{do: deleteChain, table: c.table, chain: &c})
-			}
-		}
+		sweep = old.sweep(next)
 		for _, o := range add {
 			o.do = deleteElements
 			undo = append(undo, o)
 		}
 	}
-	record := &set{table: next.table, name: generations, key: etherAddr}
-	if held {
-		flip = append(flip, op{do: deleteElements, table: next.table, set: record, elements: []element{{key: string(i.MAC[:]), comment: strconv.FormatUint(was, 10)}}})
-	}
-	flip = append(flip, op{do: addElements, table: next.table, set: record, elements: []element{{key: string(i.MAC[:]), comment: strconv.FormatUint(generation, 10)}}})
+	flip = append(flip, next.record(was, held)...)
 	if !full && (len(add) == 0 || len(del) == 0) {
 		prepare, flip = nil, append(prepare, flip...)
 	}
@@ -145,6 +137,25 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 		next.stale = true
 	}
 	return nil
+}
+
+// record writes down the generation, in place of the one that was if one is held.
+func (s *state) record(was uint64, held bool) (ops []op) {
+	in := &set{table: s.table, name: generations, key: etherAddr}
+	if held {
+		ops = append(ops, op{do: deleteElements, table: s.table, set: in, elements: []element{{key: string(s.MAC[:]), comment: strconv.FormatUint(was, 10)}}})
+	}
+	return append(ops, op{do: addElements, table: s.table, set: in, elements: []element{{key: string(s.MAC[:]), comment: strconv.FormatUint(s.generation, 10)}}})
+}
+
+// sweep takes away the chains of ports that next has no use for.
+func (s *state) sweep(next *state) (ops []op) {
+	for name, c := range s.chains {
+		if !next.has(name) {
+			ops = append(ops, op{do: flushChain, table: c.table, chain: &c}, op{do: deleteChain, table: c.table, chain: &c})
+		}
+	}
+	return ops
 }
 
 // force does the two transactions of a generation. There is an undo if the first one has

@@ -202,7 +202,10 @@ func MNP(name, networks, spec string) string {
 }
 
 // Specs that isolate all pods of the namespace and allow nothing.
-const DenyIngress, DenyEgress = "{podSelector: {}, policyTypes: [Ingress]}", "{podSelector: {}, policyTypes: [Egress]}"
+const (
+	DenyIngress = "{podSelector: {}, policyTypes: [Ingress]}"
+	DenyEgress  = "{podSelector: {}, policyTypes: [Egress]}"
+)
 
 // Cases are examples of the statements.
 var Cases = []Case{
