@@ -41,8 +41,8 @@ unit() {
   say "vet, with the tests of guests and clusters"
   go vet -tags lab,e2e ./... # no file is there only without them
   say "unit tests, tests against a real API server, tests on this kernel"
-  # Half of them wait for a kernel or an API server most of their time.
-  go test -p 4 -timeout 30m ./...
+  # Many wait for a kernel or an API server most of their time.
+  go test -p 4 -parallel 4 -timeout 30m ./...
 }
 
 # Every fuzz target there is, with so many inputs beyond its seeds. A count, because

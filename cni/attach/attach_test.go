@@ -121,16 +121,18 @@ func TestCheckFindsEveryChange(t *testing.T) {
 		do   func(*world, *host.Netdev)
 		says string
 	}{
-		"renamed":       {func(_ *world, l *host.Netdev) { l.Name = "eth9" }, "interface net1 is missing"},
-		"MAC":           {func(_ *world, l *host.Netdev) { l.MAC = []byte{2, 0, 0, 0, 0, 1} }, "MAC 02:00:00:00:00:01"},
-		"MTU":           {func(_ *world, l *host.Netdev) { l.MTU = 1400 }, "MTU 1400"},
-		"down":          {func(_ *world, l *host.Netdev) { l.Up = false }, "is down"},
-		"other link":    {func(_ *world, l *host.Netdev) { l.PCIAddress = "" }, "is not the VF's"},
-		"address":       {func(w *world, l *host.Netdev) { w.addrs[l.Index] = w.addrs[l.Index][1:] }, "lacks address 10.1.0.5/24"},
-		"route":         {func(w *world, l *host.Netdev) { w.routes[l.Index] = nil }, "route to 10.9.0.0/16"},
-		"vlan":          {func(w *world, _ *host.Netdev) { s := w.settings[vf0]; s.VLAN = 7; w.settings[vf0] = s }, "vlan of the VF is 7"},
-		"trust":         {func(w *world, _ *host.Netdev) { s := w.settings[vf0]; s.Trust = false; w.settings[vf0] = s }, "trust of the VF is off, not on"},
-		"link taken":    {func(w *world, _ *host.Netdev) { w.policed[Key{"blue", "c1", "net1"}] = policed{generation: 1, enforced: true, cut: true} }, "link_state of the VF is"},
+		"renamed":    {func(_ *world, l *host.Netdev) { l.Name = "eth9" }, "interface net1 is missing"},
+		"MAC":        {func(_ *world, l *host.Netdev) { l.MAC = []byte{2, 0, 0, 0, 0, 1} }, "MAC 02:00:00:00:00:01"},
+		"MTU":        {func(_ *world, l *host.Netdev) { l.MTU = 1400 }, "MTU 1400"},
+		"down":       {func(_ *world, l *host.Netdev) { l.Up = false }, "is down"},
+		"other link": {func(_ *world, l *host.Netdev) { l.PCIAddress = "" }, "is not the VF's"},
+		"address":    {func(w *world, l *host.Netdev) { w.addrs[l.Index] = w.addrs[l.Index][1:] }, "lacks address 10.1.0.5/24"},
+		"route":      {func(w *world, l *host.Netdev) { w.routes[l.Index] = nil }, "route to 10.9.0.0/16"},
+		"vlan":       {func(w *world, _ *host.Netdev) { s := w.settings[vf0]; s.VLAN = 7; w.settings[vf0] = s }, "vlan of the VF is 7"},
+		"trust":      {func(w *world, _ *host.Netdev) { s := w.settings[vf0]; s.Trust = false; w.settings[vf0] = s }, "trust of the VF is off, not on"},
+		"link taken": {func(w *world, _ *host.Netdev) {
+			w.policed[Key{"blue", "c1", "net1"}] = policed{generation: 1, enforced: true, cut: true}
+		}, "link_state of the VF is"},
 		"VF gone":       {func(w *world, _ *host.Netdev) { delete(w.vfs, vf0) }, "no such VF"},
 		"policy":        {func(w *world, _ *host.Netdev) { clear(w.policed) }, "policy is not in force"},
 		"IPAM disagree": {func(w *world, _ *host.Netdev) { w.failOn = "IPAM CHECK" }, "IPAM"},

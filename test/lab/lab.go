@@ -453,7 +453,8 @@ func (c *Cluster) Load(ctx context.Context, archive string) error {
 			defer file.Close()
 			var out bytes.Buffer
 			// A node that is starting may not have containerd yet.
-			const script = "until [ -S /run/containerd/containerd.sock ]; do sleep 0.1; done; exec ctr -n k8s.io images import --local -"
+			// A containerd that starts has a socket some time before it answers there.
+			const script = "until ctr version >/dev/null 2>&1; do sleep 0.2; done; exec ctr -n k8s.io images import --local -"
 			err = g.Exec(ctx, guest.Command{Args: []string{"sh", "-c", script}, Stdin: file, Stdout: &out, Stderr: &out})
 			if err != nil {
 				return fmt.Errorf("load image %s into %s: %w: %s", archive, c.Nodes[i].Name, err, bytes.TrimSpace(out.Bytes()))

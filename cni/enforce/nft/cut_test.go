@@ -118,6 +118,7 @@ func (c connection) passes(patience time.Duration) (got [2]bool) {
 // through any more, in either direction; what is still allowed goes on. The guard on the
 // parent knows no connections: if both directions are isolated it ends them anyway.
 func TestEstablishedConnectionsWhenPolicyTightens(t *testing.T) {
+	t.Parallel()
 	ports := &policy.Ports{TCP: []policy.PortRange{{First: 8080, Last: 8080}}, UDP: []policy.PortRange{{First: 80, Last: 80}}}
 	for _, cut := range []bool{false, true} {
 		for _, guarded := range []bool{false, true} {

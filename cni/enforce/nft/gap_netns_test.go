@@ -73,6 +73,7 @@ func (h holder) failing(k, last int) (failed *bool) {
 
 // A failure anywhere leaves the generation before in force, and the next try works.
 func TestEveryFailingOperationLeavesTheOldGeneration(t *testing.T) {
+	t.Parallel()
 	eachHolder(t, func(t *testing.T, w *world, h holder) {
 		a, b, c := w.pods["a"], w.pods["b"], w.pods["c"]
 		all := cells([2]string{"b", "a"}, [2]string{"c", "a"}, [2]string{"a", "b"})
@@ -151,6 +152,7 @@ func TestAFailingUndoIsTold(t *testing.T) {
 // While verdicts change, a cell that both the old and the new ones allow is open at each
 // instant, and one that both deny is closed. The rules count what they drop.
 func TestUpdatesHaveNoGap(t *testing.T) {
+	t.Parallel()
 	eachHolder(t, func(t *testing.T, w *world, h holder) {
 		a, b := w.pods["a"], w.pods["b"]
 		draw := func() *policy.Verdicts {

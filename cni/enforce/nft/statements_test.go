@@ -219,6 +219,7 @@ func (r *ruleset) pass(network string, f flow, state uint32) (bool, string) {
 // Of each statement's examples the packets do what they should, between MacVLAN pods
 // with their own tables and their parent's.
 func TestStatementsAsPackets(t *testing.T) {
+	t.Parallel()
 	parents := map[*world]*Parent{}
 	statementsAsPackets(t, func(_ string, addresses map[string][]netip.Addr) *world {
 		w := newWorldOf(t, addresses)

@@ -12,6 +12,7 @@ import (
 
 // Whatever somebody does to the rules is noticed, told and put right, by an event each.
 func TestTampering(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, "a", "b")
 	a, b := w.pods["a"], w.pods["b"]
 	pod, parent := openPod(t, a), openParent(t, w)
