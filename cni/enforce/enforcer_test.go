@@ -581,7 +581,7 @@ func TestRulesOfAnOldRecordAreRemoved(t *testing.T) {
 	n.becomes("annotation", func() string { return n.status("a") }, "")
 	n.policy("p")
 	n.inForce("a", "ingress: 192.0.2.1, egress: open")
-	n.Enforcer.Leave(i)
+	n.Leave(i)
 	if err := n.Enforcer.Remove(t.Context(), i, &host.Netns{}); err != nil || n.force("a") != "" || len(n.faces) > 0 {
 		t.Errorf("%v, left %v, %v", err, n.rules, n.faces)
 	}
