@@ -81,7 +81,9 @@ func (e *Enforcer) apply(f *face, ns *host.Netns) error {
 	status := InterfaceStatus{Network: i.Definition, Ingress: direction(states[policy.Ingress]), Egress: direction(states[policy.Egress])}
 	var err error
 	worked := true
-	switch why := e.bypass(i); {
+	why := e.bypass(i)
+	f.cut = f.cut || f.loaded && why != "" // an earlier agent may have
+	switch {
 	case !isolated(states):
 		worked = f.rules || f.cut
 		if err = e.open(f, i, ns); err != nil {

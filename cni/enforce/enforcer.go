@@ -111,7 +111,6 @@ func (e *Enforcer) Load(interfaces []attach.Interface) {
 	for _, i := range interfaces {
 		f := e.add(i)
 		f.rules, f.loaded, f.ready = true, true, true
-		f.cut = e.bypass(i) != ""
 		e.queue.Add(f.Key) // for nothing, as long as not all is known
 	}
 }
