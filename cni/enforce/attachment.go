@@ -175,13 +175,14 @@ func (e *Enforcer) Remove(ctx context.Context, i attach.Interface, ns *host.Netn
 func (e *Enforcer) Cut(i attach.Interface) bool {
 	e.mu.Lock()
 	f := e.faces[i.Key]
+	untold := f != nil && !f.told
 	e.mu.Unlock()
 	if f == nil {
 		return false
 	}
 	f.work.Lock()
 	defer f.work.Unlock()
-	return f.cut
+	return f.cut || f.loaded && untold && e.bypass(i) != "" // an earlier agent may have
 }
 
 // Differences implements attach.Enforcer.
