@@ -146,6 +146,7 @@ func (e *Enforcer) open(f *face, i attach.Interface, ns *host.Netns) error {
 		}
 		f.cut = false
 	}
+	f.loaded = false // nothing is left of an earlier agent's
 	return nil
 }
 
