@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/go-logr/logr/testr"
+	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -78,9 +79,9 @@ func TestAgentFollowsPolicies(t *testing.T) {
 	})
 	eventually(t, s.is("Namespace "+operatorNamespace, ""))
 
-	pod := func(name, node string) *corev1.Pod {
+	pod := func(name, node, status string) *corev1.Pod {
 		p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: name, Labels: map[string]string{"a": "1"}, Annotations: map[string]string{
-			"sluice.dev/enforcement": "y", "other": "x",
+			"sluice.dev/enforcement": "y", "other": "x", nadv1.NetworkStatusAnnot: status,
 		}}}
 		p.Spec.NodeName, p.Spec.Containers = node, []corev1.Container{{Name: "c", Image: "i"}}
 		if err := api.Create(t.Context(), p); err != nil {
@@ -88,14 +89,16 @@ func TestAgentFollowsPolicies(t *testing.T) {
 		}
 		return p
 	}
-	own := pod("pol-own", "pol-1")
-	pod("pol-other", "pol-2")
+	own := pod("pol-own", "pol-1", "[]")
+	pod("pol-peer", "pol-2", `[{"name":"default/blue","interface":"net1","ips":["192.0.2.1"],"mac":"02:00:00:00:00:01"}]`)
+	pod("pol-other", "pol-2", "[]")
 	eventually(t, s.is("Pod "+operatorNamespace+"/pol-own", "map[a:1] map[sluice.dev/enforcement:y]"))
-	eventually(t, s.is("Pod "+operatorNamespace+"/pol-other", "map[a:1] map[]"))
+	eventually(t, s.is("Pod "+operatorNamespace+"/pol-peer", "map[a:1] map[]"))
+	eventually(t, s.is("Pod "+operatorNamespace+"/pol-other", "map[] map[]")) // is nobody's peer
 	if p, err := follow.Pod(t.Context(), own.Namespace, own.Name, string(own.UID), time.Minute); err != nil || p.UID != string(own.UID) {
 		t.Errorf("%v, %v", p, err)
 	}
-	if _, err := follow.Pod(t.Context(), own.Namespace, "nosuch", "", 0); err == nil || !strings.Contains(err.Error(), "read pod "+operatorNamespace+"/nosuch") {
+	if _, err := follow.Pod(t.Context(), own.Namespace, "nosuch", "", 10*time.Second); err == nil || !strings.Contains(err.Error(), "pod "+operatorNamespace+"/nosuch") || !strings.Contains(err.Error(), "not found") {
 		t.Errorf("%v", err)
 	}
 	np := &networkingv1.NetworkPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: operatorNamespace, Name: "pol"}}
