@@ -6,13 +6,13 @@ cd "$(dirname "$0")/.."
 export GOTOOLCHAIN=local GOFLAGS="-buildvcs=false -trimpath" CGO_ENABLED=0
 # A test whose prerequisite is missing fails instead of skipping.
 export CI=true
-start=$SECONDS
+export SLUICE_TEST_BEGAN=${SLUICE_TEST_BEGAN:-$(date +%s)}
 mkdir -p out
 
 # The packages that have functions whose names begin so.
 with() { git grep --untracked -l "^func $1" -- '*_test.go' | xargs -n 1 dirname | sort -u | sed 's|^|./|'; }
 
-say() { printf '\n=== [%4ds] %s\n' $((SECONDS - start)) "$*"; }
+say() { printf '\n=== [%4ds] %s\n' $(($(date +%s) - SLUICE_TEST_BEGAN)) "$*"; }
 
 verify() {
   say "generated files are up to date"
@@ -68,11 +68,15 @@ fuzz() {
     exit $rc' <"$FUZZ_OUT.list"
 }
 
-lab() {
+# Built here and not by the tests: go test would hold back the progress.
+guests() {
   tools
-  # Built here and not by the tests: go test would hold back the progress.
   say "artefacts of the guests"
   out/lab build --kind uml,qemu
+}
+
+lab() {
+  guests
   say "the lab's own tests, with guests of both kinds"
   go test -p 1 -tags lab -count 1 -timeout 40m ./test/lab ./test/lab/guest ./test/lab/cmd/labrun
 }
@@ -127,21 +131,26 @@ bench() {
 case ${1:-all} in
 all)
   verify
-  unit
-  fuzz
-  lab
+  guests
   image
-  # Guests wait most of their time: those of QEMU go beside those of UML, and two
-  # clusters share the tests that only clusters of UML guests run.
+  # Guests wait most of their time: those of QEMU go beside all else, and two clusters
+  # share the tests that only clusters of UML guests run.
   name=${SLUICE_LAB_NAME:-sluice-lab}
   say "begun beside the next: guests of qemu, bare and then in a cluster"
   { hack/test.sh guest qemu && SLUICE_LAB_NAME=$name-2 hack/test.sh e2e qemu; } >out/qemu.log 2>&1 & qemu=$!
   failed=0
-  guest uml || failed=1
-  say "begun beside the next: the other half of the tests on a cluster of guests: uml"
-  SLUICE_LAB_NAME=$name-3 hack/test.sh e2e uml -run "$(half 1)" >out/uml.log 2>&1 & uml=$!
-  e2e uml -run "$(half 0)" || failed=1
-  for beside in uml qemu; do
+  for stage in unit fuzz lab "guest uml"; do
+    # In a shell of its own, where the first failure ends it.
+    hack/test.sh $stage || { failed=1; break; }
+  done
+  besides=qemu
+  if [ $failed = 0 ]; then
+    say "begun beside the next: the other half of the tests on a cluster of guests: uml"
+    SLUICE_LAB_NAME=$name-3 hack/test.sh e2e uml -run "$(half 1)" >out/uml.log 2>&1 & uml=$!
+    besides="uml qemu"
+    hack/test.sh e2e uml -run "$(half 0)" || failed=1
+  fi
+  for beside in $besides; do
     say "waiting for what runs beside: $beside"
     wait ${!beside} || failed=1
     cat out/$beside.log

@@ -338,7 +338,7 @@ func statementsAsPackets(t *testing.T, build func(network string, addresses map[
 					wg.Go(func() {
 						from := at[end{p.Network, p.From}]
 						got := from.reachesFrom(p.From, p.To, p.Protocol, p.Port)
-						for try := 0; p.Allow && !got && try < 5; try++ { // a busy machine is late
+						for try := 0; p.Allow && !got && try < 20; try++ { // a busy machine is late
 							got = from.reachesFrom(p.From, p.To, p.Protocol, p.Port)
 						}
 						if got != p.Allow {

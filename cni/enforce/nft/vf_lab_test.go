@@ -21,9 +21,6 @@ import (
 // These run in a lab guest: pods have VFs of a NIC in legacy mode, and their own rules
 // only.
 
-// A guest is slower than its host.
-func init() { wait = 2 * time.Second }
-
 // vfsOf makes a world of a card's VFs, each in a namespace of its own.
 func vfsOf(t *testing.T, card int, addresses map[string][]netip.Addr) *world {
 	t.Helper()

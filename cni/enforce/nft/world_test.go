@@ -435,7 +435,7 @@ func (w *world) expect(all []cell, want func(c cell, source, destination netip.A
 				from, to := w.pods[c.from], w.pods[c.to]
 				want := want(c, from.address(family), to.address(family))
 				got := from.reaches(to.address(family), c.protocol, c.port)
-				for try := 0; want && !got && try < 5; try++ { // a busy machine is late
+				for try := 0; want && !got && try < 20; try++ { // a busy machine is late
 					got = from.reaches(to.address(family), c.protocol, c.port)
 				}
 				if got != want {
