@@ -187,7 +187,7 @@ func eventually(t *testing.T, limit time.Duration, f func() error) {
 		if time.Now().After(deadline) {
 			t.Fatalf("after %s: %v\n%s", limit, err, diagnosis(context.Background()))
 		}
-		time.Sleep(300 * time.Millisecond)
+		time.Sleep(500 * time.Millisecond)
 	}
 }
 
