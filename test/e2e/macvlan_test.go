@@ -58,6 +58,7 @@ func pings(t *testing.T, from, address string, options ...string) {
 // Slots on a NIC and on a VLAN of it, which is made, are there for pods to ask for, and
 // become sub-interfaces in them.
 func TestMacvlan(t *testing.T) {
+	onlyUML(t, "parents are tested in guests of both kinds, and sub-interfaces are the kernel's alone")
 	apply(t, slots("slots", "ens2f0", 5)+slots("tagged", "ens2f0", 7, "vlan: 30")+
 		macvlan("slot-net", "resourceName: slots", staticIP, `capabilities: '{"ips": true, "mac": true}'`)+
 		macvlan("tagged-net", "resourceName: tagged", "master: ens2f0.30", "mode: vepa", "mtu: 1400", staticIP, capIPs))
