@@ -57,12 +57,13 @@ func TestWhoHasADevice(t *testing.T) {
 	mentions(t, kubectl(t, "", "-n", namespace, "describe", "sriovnetworknodestate", "vm1"), "openshift.io/left", "default/holder", before.Device)
 	mentions(t, kubectl(t, "", "exec", "holder", "--", "env"), `"resource":"openshift.io/left"`)
 
-	inNode(t, "vm1", `kill -9 $(pidof kubelet) $(pidof sluice-agent)`)
+	restartKubelet(t, "vm1", "kill -9 $pid $(pidof sluice-agent)")
 	eventually(t, 3*time.Minute, func() error {
 		_, err := cluster.Kubectl(t.Context(), "-n", namespace, "rollout", "status", "daemonset/sluice-agent", "--timeout=2m")
 		return err
 	})
 	waitAllocatable(t, left, "4", "vm1")
+	waitAllocatable(t, "openshift.io/lasting", "2", "vm1")
 	if after := inHand(t, left, "Attached", "default/holder"); after != before {
 		t.Errorf("before %+v, after %+v", before, after)
 	}
@@ -79,7 +80,6 @@ func TestWhoHasADevice(t *testing.T) {
 // restartRuntime kills containerd, while a pod is being attached, too: pods that hold VFs
 // and slots keep them, others get other ones, and nothing is left when they are gone.
 func restartRuntime(t *testing.T, held string) {
-	waitAllocatable(t, "openshift.io/lasting", "2", "vm1")
 	waitNetwork(t, "lasting-net")
 	with := func(name, address string) string {
 		return pod(name, "vm1", "["+on("left-net", "192.168.100."+address)+","+on("lasting-net", "192.168.112."+address)+"]", left, "openshift.io/lasting")
