@@ -92,7 +92,7 @@ func (l *Ledger) now() life.Instant { return life.Instant(time.Since(l.started))
 // give writes down that the kubelet is about to be promised the devices. Those whose
 // promise is all it takes to use them (exclusive) are refused while they are still attached
 // to a pod, which the kubelet forgot or deleted by force; for the others ADD waits.
-func (l *Ledger) give(ids []string, resource string, exclusive bool) error {
+func (l *Ledger) give(ids []string, resource string, exclusive, rdma bool) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, id := range ids {
@@ -101,7 +101,7 @@ func (l *Ledger) give(ids []string, resource string, exclusive bool) error {
 		}
 	}
 	for _, id := range ids {
-		l.book.Give(id, resource, l.now())
+		l.book.Give(id, resource, rdma, l.now())
 	}
 	l.dirty = true
 	return l.save()
@@ -211,6 +211,14 @@ func (l *Ledger) GivenFrom(id string) string {
 	defer l.mu.Unlock()
 	h, _ := l.book.Hand(id)
 	return h.Resource
+}
+
+// RDMA tells whether who has the device can use RDMA with it, whatever its pool is now.
+func (l *Ledger) RDMA(id string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	h, _ := l.book.Hand(id)
+	return h.RDMA
 }
 
 func (l *Ledger) inHand(id string) bool {

@@ -87,7 +87,7 @@ func TestAnAllocationCountsAtOnce(t *testing.T) {
 		if _, held := u.Holder(vf1); held {
 			t.Error("held by nobody")
 		}
-		must(t, u.give([]string{vf1}, "p.io/r", false)) // younger than the kubelet's answer
+		must(t, u.give([]string{vf1}, "p.io/r", false, false)) // younger than the kubelet's answer
 		if _, held := u.Holder(vf1); !held {
 			t.Error("not held when it was just allocated")
 		}
@@ -104,7 +104,7 @@ func TestHeld(t *testing.T) {
 		a := &authorities{allocated: map[string]string{vf1: "ns/b"}}
 		u := a.ledger(t)
 		u.Holder("none")
-		must(t, u.give([]string{"ens1f0-3"}, "p.io/r", false))
+		must(t, u.give([]string{"ens1f0-3"}, "p.io/r", false, false))
 		want := map[string]string{vf1: "ns/b", "ens1f0-3": ""}
 		if held, err := u.Held(); err != nil || !maps.Equal(held, want) {
 			t.Errorf("%v, %v", held, err)
@@ -142,7 +142,7 @@ func TestACheckpointIsDoubted(t *testing.T) {
 			t.Errorf("asked for %d times in an hour in which it is the same", repeated)
 		}
 		before := repeated
-		must(t, l.give([]string{vf2}, "p.io/r", false))
+		must(t, l.give([]string{vf2}, "p.io/r", false, false))
 		a.allocated[vf2] = holder.Unnamed("u2")
 		pass(recheck + 1)
 		if repeated != before+1 {
@@ -228,12 +228,15 @@ func must(t *testing.T, err error) {
 func TestAPromiseSurvivesTheAgent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, path := &authorities{}, filepath.Join(t.TempDir(), "devices.json")
-		must(t, a.open(t, path).give([]string{vf1}, "p.io/r", false))
+		must(t, a.open(t, path).give([]string{vf1}, "p.io/r", false, true))
 		l := a.open(t, path)
+		if !l.RDMA(vf1) || l.RDMA(vf2) {
+			t.Error("the next agent does not know who has RDMA")
+		}
 		if _, held := l.Holder(vf1); !held {
 			t.Error("the next agent does not know of the promise")
 		}
-		must(t, l.give([]string{vf2}, "p.io/r", false))
+		must(t, l.give([]string{vf2}, "p.io/r", false, false))
 		if g := l.record(vf2, true).generation; g != 2 {
 			t.Errorf("generation %d, want 2", g)
 		}
@@ -244,7 +247,7 @@ func TestRecordsThatCannotBeReadAreSetAside(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "devices.json")
 	must(t, os.WriteFile(path, []byte("{"), 0o600))
 	a := &authorities{}
-	must(t, a.open(t, path).give([]string{vf1}, "p.io/r", false))
+	must(t, a.open(t, path).give([]string{vf1}, "p.io/r", false, false))
 	if b, err := os.ReadFile(path + ".unreadable"); err != nil || string(b) != "{" {
 		t.Errorf("%q, %v", b, err)
 	}
@@ -255,7 +258,7 @@ func TestNoPromiseWithoutRecord(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "gone")
 	l := (&authorities{}).open(t, filepath.Join(dir, "devices.json"))
 	must(t, os.RemoveAll(dir))
-	if err := l.give([]string{vf1}, "p.io/r", false); err == nil || !strings.Contains(err.Error(), "write allocation records") {
+	if err := l.give([]string{vf1}, "p.io/r", false, false); err == nil || !strings.Contains(err.Error(), "write allocation records") {
 		t.Error(err)
 	}
 }

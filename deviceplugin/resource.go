@@ -391,7 +391,7 @@ func (r *resource) allocate(ids []string) (*api.ContainerAllocateResponse, error
 		return nil, fail(err)
 	}
 	exclusive := r.pool.RDMA || slices.ContainsFunc(devices, func(d Device) bool { return r.pool.userspace(d) || d.VDPA == host.VDPAVhost })
-	if err := r.opts.Ledger.give(ids, r.name, exclusive); err != nil {
+	if err := r.opts.Ledger.give(ids, r.name, exclusive, r.pool.RDMA); err != nil {
 		return nil, fail(err)
 	}
 	for _, d := range devices {

@@ -158,6 +158,8 @@ func (a *Attacher) identifyOne(ctx context.Context, r Record) error {
 	r.Pod = pod
 	if r.Userspace {
 		r.Bypass = "its driver gives the VF to user space"
+	} else if a.RDMA != nil && a.RDMA(r.Device) {
+		r.Bypass = ofRDMAPool
 	}
 	var conf sriovConf
 	if err := json.Unmarshal(r.Config, &conf); err != nil {

@@ -86,6 +86,10 @@ type Options struct {
 	// whoever names it: there is no kubelet.
 	Allocated func(ctx context.Context, deviceID string) (pod string, ok bool, err error)
 
+	// RDMA tells whether the pod that is given the device can use RDMA with it, whose packets
+	// go past the kernel. Nil is none.
+	RDMA func(deviceID string) bool
+
 	// Ready tells why no ADD can work, nil when one can. Nil is ready.
 	Ready func() error
 

@@ -97,6 +97,28 @@ func TestWhatAnEnforcerIsTold(t *testing.T) {
 	})
 }
 
+// Whether a pod has RDMA by its VF's pool is written down: an agent that has just started
+// knows of no pool.
+func TestVFOfAnRDMAPool(t *testing.T) {
+	w, dir := newWorld(), t.TempDir()
+	a := newAttacher(t, w, dir, nil)
+	a.RDMA = func(id string) bool { return id == vf0 }
+	for i, vf := range []string{vf0, vf1} {
+		if _, err := a.Add(t.Context(), request(Add, fmt.Sprintf("c%d", i+1), []string{pod1, pod2}[i], vf, ""), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	newAttacher(t, w, dir, nil)
+	for _, i := range w.loaded {
+		if (i.Bypass == ofRDMAPool) != (i.Device == vf0) {
+			t.Errorf("%s: %q", i.Device, i.Bypass)
+		}
+	}
+	if len(w.loaded) != 2 {
+		t.Errorf("%+v", w.loaded)
+	}
+}
+
 // A container that is no pod has no policy, and a parent in the pod is filtered there.
 func TestWithoutPolicy(t *testing.T) {
 	w := newWorld()

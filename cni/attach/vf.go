@@ -19,6 +19,8 @@ import (
 // moves to the pod and back.
 type vfs struct{ *Attacher }
 
+const ofRDMAPool = "the VF is of a pool with isRdma"
+
 // prepare implements kind.
 func (a vfs) prepare(cfg *Config, ns *host.Netns, r *Record) (create, error) {
 	vf, link, stale, err := a.inspect(cfg, ns, r)
@@ -26,10 +28,13 @@ func (a vfs) prepare(cfg *Config, ns *host.Netns, r *Record) (create, error) {
 		return nil, err
 	}
 	r.Userspace = vf.Userspace
-	if vf.Userspace {
+	switch {
+	case vf.Userspace:
 		r.Bypass = "driver " + vf.Driver + " gives the VF to user space"
-	} else if cfg.RDMA {
+	case cfg.RDMA:
 		r.Bypass = "rdma is true"
+	case a.RDMA != nil && a.RDMA(cfg.DeviceID):
+		r.Bypass = ofRDMAPool
 	}
 	if r.Baseline, err = a.baseline(vf, link); err != nil {
 		return nil, refusal(cfg, CodeKernel, "%w", err)

@@ -81,19 +81,18 @@ func (e *Enforcer) apply(f *face, ns *host.Netns) error {
 	status := InterfaceStatus{Network: i.Definition, Ingress: direction(states[policy.Ingress]), Egress: direction(states[policy.Egress])}
 	var err error
 	worked := true
-	why := e.bypass(i)
-	f.cut = f.cut || f.loaded && why != "" // an earlier agent may have
+	f.cut = f.cut || f.loaded && i.Bypass != "" // an earlier agent may have
 	switch {
 	case !isolated(states):
 		worked = f.rules || f.cut
 		if err = e.open(f, i, ns); err != nil {
 			status.Ingress, status.Egress = before.Ingress, before.Egress
 		}
-	case why != "":
+	case i.Bypass != "":
 		f.cut = true
-		engine, problem := EngineLink, "nothing passes either way: the VF's link is taken, because nobody can filter it: "+why
+		engine, problem := EngineLink, "nothing passes either way: the VF's link is taken, because nobody can filter it: "+i.Bypass
 		if err = e.Engine.Cut(i, true); err != nil {
-			engine, problem = EngineNone, fmt.Sprintf("not enforced, because nobody can filter it: %s; and the VF's link cannot be taken: %v", why, err)
+			engine, problem = EngineNone, fmt.Sprintf("not enforced, because nobody can filter it: %s; and the VF's link cannot be taken: %v", i.Bypass, err)
 		}
 		status.each(func(d *DirectionStatus) { d.Engine, d.Problem = engine, problem })
 	default:

@@ -77,9 +77,9 @@ func (e *Enforcer) Deny(ctx context.Context, i attach.Interface, ns *host.Netns)
 	if !isolated(states) {
 		return nil
 	}
-	if why := e.bypass(i); why != "" {
+	if i.Bypass != "" {
 		err := fmt.Errorf("%s on network %s by %s, and this cannot be enforced on %s, because %s: take the pod out of the policy, or annotate the network %s=none",
-			isolates(states), i.Definition, strings.Join(policies(states), ", "), i.IfName, why, policy.NetworkPolicyAnnotation)
+			isolates(states), i.Definition, strings.Join(policies(states), ", "), i.IfName, i.Bypass, policy.NetworkPolicyAnnotation)
 		e.refuse(i.Pod, err.Error())
 		return attach.WithCode(attach.CodePolicy, err)
 	}
@@ -182,7 +182,7 @@ func (e *Enforcer) Cut(i attach.Interface) bool {
 	}
 	f.work.Lock()
 	defer f.work.Unlock()
-	return f.cut || f.loaded && untold && e.bypass(i) != "" // an earlier agent may have
+	return f.cut || f.loaded && untold && i.Bypass != "" // an earlier agent may have
 }
 
 // Differences implements attach.Enforcer.
@@ -247,17 +247,6 @@ func (e *Enforcer) stateOf(f *face) (states [2]*policy.State) {
 		states[d], _ = e.index.State(f.id, policy.Direction(d))
 	}
 	return states
-}
-
-// bypass says why packets of the interface cannot be filtered, empty when they can.
-func (e *Enforcer) bypass(i attach.Interface) string {
-	switch {
-	case i.Bypass != "":
-		return i.Bypass
-	case i.Parent == "" && i.Device != "" && e.RDMA != nil && e.RDMA(i.Device):
-		return "the VF is of a pool with isRdma"
-	}
-	return ""
 }
 
 func isolated(states [2]*policy.State) bool {

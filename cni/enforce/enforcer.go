@@ -33,9 +33,7 @@ type Options struct {
 	OpenNetns func(path string) (*host.Netns, error)
 	// Addresses are the node's own.
 	Addresses func() ([]netip.Addr, error)
-	// RDMA tells whether a pod that has the device can use RDMA with it.
-	RDMA func(deviceID string) bool
-	API  API // where it is shown; nil for nowhere
+	API       API // where it is shown; nil for nowhere
 	// Changed is called when Condition may be another one. Nil is nobody.
 	Changed func()
 	Log     logr.Logger

@@ -53,7 +53,6 @@ func newNode(t *testing.T) *node {
 		Node: "here", Cluster: n, Engine: n, API: n, Log: testr.New(t),
 		OpenNetns: func(string) (*host.Netns, error) { return &host.Netns{}, nil },
 		Addresses: func() ([]netip.Addr, error) { return []netip.Addr{netip.MustParseAddr("192.0.2.1")}, nil },
-		RDMA:      func(id string) bool { return id == "0000:01:10.7" },
 		Changed: func() {
 			n.mu.Lock()
 			defer n.mu.Unlock()
@@ -359,7 +358,7 @@ func TestRefused(t *testing.T) {
 		says    string
 	}{
 		"userspace driver": {func(_ *node, i *attach.Interface) { i.Bypass = "driver vfio-pci gives the VF to user space" }, attach.CodePolicy, "NetworkPolicy ns/p, and this cannot be enforced on net1, because driver vfio-pci"},
-		"RDMA pool":        {func(_ *node, i *attach.Interface) { i.Device = "0000:01:10.7" }, attach.CodePolicy, "isRdma: take the pod out of the policy"},
+		"RDMA pool":        {func(_ *node, i *attach.Interface) { i.Bypass = "the VF is of a pool with isRdma" }, attach.CodePolicy, "isRdma: take the pod out of the policy"},
 		"not known yet":    {func(n *node, _ *attach.Interface) { n.unsynced = true }, types.ErrTryAgainLater, "policies hold for pod ns/a is not known, because the API server does not answer"},
 		"another pod":      {func(_ *node, i *attach.Interface) { i.PodUID = "other" }, types.ErrTryAgainLater, "no such pod"},
 		"annotation": {func(n *node, _ *attach.Interface) {

@@ -40,7 +40,7 @@ func policies(dir string, kernel *host.Attacher) attach.Enforcer {
 	}
 	e := enforce.New(enforce.Options{
 		Node: "node", Cluster: anyPod{}, Engine: enforce.NewEngine(kernel), OpenNetns: kernel.OpenNetns, Log: logr.Discard(),
-		Addresses: kernel.OwnAddresses, RDMA: func(string) bool { return false },
+		Addresses: kernel.OwnAddresses,
 	})
 	existing, _ := os.ReadFile(filepath.Join(dir, "existing-connections"))
 	e.SetNetwork(must(policy.ReadNetwork(&nadv1.NetworkAttachmentDefinition{ObjectMeta: metav1.ObjectMeta{

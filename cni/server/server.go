@@ -29,7 +29,7 @@ import (
 	"github.com/sluice-network/sluice/internal/host"
 )
 
-// Options are what a Server stands on. All fields but Addresses, Enforcer, Allocated and OnStep are needed.
+// Options are what a Server stands on. All fields but Addresses, Enforcer, Allocated, RDMA and OnStep are needed.
 type Options struct {
 	Socket    string // path of the unix socket, usually wire.Socket
 	StateDir  string // holds the journal (attachments) and the shim's queue (del-queue)
@@ -42,6 +42,7 @@ type Options struct {
 	Log       logr.Logger
 
 	Allocated func(ctx context.Context, pciAddress string) (pod string, ok bool, err error) // see attach.Options
+	RDMA      func(pciAddress string) bool                                                  // see attach.Options
 	OnStep    func(step string)                                                             // see attach.Options
 
 	// Ready tells why no ADD can work, nil when one can. STATUS tells it when it has
@@ -92,7 +93,7 @@ func New(o Options) (*Server, error) {
 	a, err := attach.New(attach.Options{
 		Kernel: timedKernel{o.Kernel, m}, Baselines: o.Baselines, IPAM: timedIPAM{plugins, m}, Enforcer: timedEnforcer(o.Enforcer, m),
 		Dir: filepath.Join(o.StateDir, "attachments"), SriovCNI: o.SriovCNI, Log: o.Log,
-		Allocated: o.Allocated, OnStep: o.OnStep, Ready: lasting(o.Ready, time.Now),
+		Allocated: o.Allocated, RDMA: o.RDMA, OnStep: o.OnStep, Ready: lasting(o.Ready, time.Now),
 	})
 	if err == nil && o.Addresses != nil {
 		err = o.Addresses.Load(a.Leases)

@@ -36,6 +36,7 @@ type Hand struct {
 	Generation uint64 `json:"generation"`         // greater than those of all hands before
 	Pod        string `json:"pod,omitempty"`      // namespace/name; empty until the kubelet told
 	Resource   string `json:"resource,omitempty"` // it was given from; empty when only the kubelet knows
+	RDMA       bool   `json:"rdma,omitempty"`     // given with its RDMA device
 	Attached   bool   `json:"attached,omitempty"` // the device has been an interface of Pod
 
 	given   Instant // when the kubelet was promised it, or first told of it
@@ -97,10 +98,11 @@ func Load(data []byte, now Instant) (*Book, error) {
 	return b, nil
 }
 
-// Give takes down that the kubelet is promised the device of a resource. Whose it will be is learnt
+// Give takes down that the kubelet is promised the device of a resource, if so with its RDMA
+// device. Whose it will be is learnt
 // from the kubelet, which also gives a pod's init container what it gives another later.
-func (b *Book) Give(id, resource string, now Instant) {
-	b.pass(id, Hand{Resource: resource, given: now})
+func (b *Book) Give(id, resource string, rdma bool, now Instant) {
+	b.pass(id, Hand{Resource: resource, RDMA: rdma, given: now})
 }
 
 func (b *Book) pass(id string, h Hand) {
@@ -118,7 +120,7 @@ func (b *Book) Hear(allocated map[string]string, asked Instant, attached Attachm
 		case known && h.given >= asked:
 			continue // older than the promise
 		case !known, another(h.Pod, pod):
-			b.pass(id, Hand{Pod: pod, Resource: h.Resource, given: asked, told: true})
+			b.pass(id, Hand{Pod: pod, Resource: h.Resource, RDMA: h.RDMA, given: asked, told: true})
 			changed = true
 		default:
 			if h.Pod == "" || unnamed(h.Pod) && h.Pod != pod {

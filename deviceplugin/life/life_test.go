@@ -34,7 +34,7 @@ func TestPhases(t *testing.T) {
 	if got := b.PhaseOf("a", false, false); got != Configured {
 		t.Errorf("not offered: %s", got)
 	}
-	b.Give("a", "r", now)
+	b.Give("a", "r", false, now)
 	want(Allocated, 1, "")
 	listed["a"] = "ns/p"
 	hear()
@@ -61,7 +61,7 @@ func TestPhases(t *testing.T) {
 	listed["a"] = holder.Unnamed("1") // nothing says that it is not ns/r
 	hear()
 	want(Allocated, 3, "ns/r")
-	b.Give("a", "r", now)
+	b.Give("a", "r", false, now)
 	hear()
 	want(Allocated, 4, holder.Unnamed("1"))
 	listed["a"] = "ns/s"
@@ -72,7 +72,7 @@ func TestPhases(t *testing.T) {
 func TestAnAnswerOlderThanThePromiseSaysNothing(t *testing.T) {
 	b := New()
 	b.Hear(map[string]string{"a": "ns/old"}, 5, nobody)
-	b.Give("a", "r", 10)
+	b.Give("a", "r", false, 10)
 	b.Hear(map[string]string{"a": "ns/old"}, 9, nobody)
 	if h, _ := b.Hand("a"); h.Generation != 2 || h.Pod != "" {
 		t.Errorf("%+v", h)
@@ -81,7 +81,7 @@ func TestAnAnswerOlderThanThePromiseSaysNothing(t *testing.T) {
 
 func TestAPromiseCountsForItsGrace(t *testing.T) {
 	b := New()
-	b.Give("a", "r", 0)
+	b.Give("a", "r", false, 0)
 	for now := second; now < Grace; now += second {
 		b.Hear(nil, now, nobody)
 	}
@@ -259,7 +259,7 @@ func TestNoDeviceIsInTwoHands(t *testing.T) {
 				}
 				w.pods++
 				p := promise{pod: fmt.Sprintf("ns/p%d", w.pods), at: w.now}
-				w.book.Give(id, "r", w.now)
+				w.book.Give(id, "r", false, w.now)
 				w.save()
 				if !rapid.Bool().Draw(t, "the answer is lost") {
 					p.due = w.now + Instant(rapid.Int64Range(1, int64(Grace)-1).Draw(t, "taken down after"))

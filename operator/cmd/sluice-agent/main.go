@@ -191,7 +191,7 @@ func run(ctx context.Context, c *settings) error {
 	}
 
 	claims, err := ipam.Connect(apiServer, c.namespace)
-	enforcer, policies, policyErr := enforcement(apiServer, c.node, objects.Recorder(), attacher, func(id string) bool { return plugin.RDMA(id) }, log.WithName("policy"))
+	enforcer, policies, policyErr := enforcement(apiServer, c.node, objects.Recorder(), attacher, log.WithName("policy"))
 	if err = errors.Join(err, policyErr); err != nil {
 		return err
 	}
@@ -208,6 +208,7 @@ func run(ctx context.Context, c *settings) error {
 			mac, mtu, ok := agent.Baseline(id)
 			return mac, mtu, ok || plugin.Offers(id) // as it was found, when it is not ours
 		}), Allocated: func(ctx context.Context, id string) (string, bool, error) { return ledger.Allocated(ctx, id) },
+		RDMA:     func(id string) bool { return ledger.RDMA(id) || plugin.RDMA(id) }, // the latter of devices that an earlier plugin gave
 		Requests: attacher.Requests, Changes: kernel.Watch, Ready: func() error { return registered(plugin)() },
 		Events: objects.Recorder(),
 		PodNetworks: standalone.Options{API: pods, Kernel: attacher, Devices: kubelet.Pod, DeviceInfo: func(resource, id string) (*nadv1.DeviceInfo, error) {

@@ -205,13 +205,13 @@ func aliasCondition(err error) metav1.Condition {
 
 // enforcement makes what puts network policy in force on the node, and what follows the
 // policies for it.
-func enforcement(apiServer *rest.Config, node string, events record.EventRecorder, kernel *host.Attacher, rdma func(string) bool, log logr.Logger) (*enforce.Enforcer, *cluster.Cluster, error) {
+func enforcement(apiServer *rest.Config, node string, events record.EventRecorder, kernel *host.Attacher, log logr.Logger) (*enforce.Enforcer, *cluster.Cluster, error) {
 	shown, err := enforce.Connect(apiServer, events)
 	if err != nil {
 		return nil, nil, err
 	}
 	enforcer := enforce.New(enforce.Options{
-		Node: node, Engine: enforce.NewEngine(kernel), OpenNetns: kernel.OpenNetns, Addresses: kernel.OwnAddresses, RDMA: rdma, API: shown, Log: log,
+		Node: node, Engine: enforce.NewEngine(kernel), OpenNetns: kernel.OpenNetns, Addresses: kernel.OwnAddresses, API: shown, Log: log,
 	})
 	policies, err := cluster.New(apiServer, node, []string{enforce.Annotation}, enforcer, log)
 	if err != nil {
