@@ -12,8 +12,8 @@
 // a reply passes, where the other direction's policy allows that peer, and the pod's
 // own table is exact.
 //
-// Rules do not grow with peers: addresses are interval maps to one chain for each
-// distinct set of ports; where answers are judged too, of ports and of those that answers
+// Rules do not grow with peers: addresses are maps to one chain for each distinct set of
+// ports, single ones a hash, so that ten thousand are found as fast as ten, and others intervals; where answers are judged too, of ports and of those that answers
 // come from, so that one lookup judges a packet.
 //
 // No change has a gap, though a packet may be in the middle of the rules when they change.
@@ -32,9 +32,10 @@
 //
 // A failure leaves the old generation wholly in force.
 //
-// There are two maps for each family, a and b: what remains of an interval goes to the
-// other one. Before Linux 6.17 an interval that waits for its transaction hides an
-// active one around it.
+// There are two interval maps for each family, a and b: what remains of an interval goes to
+// the other one, or as a single address to the hash; what changes of a single address in the
+// hash goes to an interval map. Before Linux 6.17 an interval that waits for its transaction
+// hides an active one around it.
 //
 // Watch notices what others do to the tables, by the kernel's events, and puts a new
 // version of all in force. Other tables are never touched.

@@ -241,15 +241,15 @@ func (s *state) lead(d policy.Direction) (del, add []op) {
 		return nil, nil
 	}
 	for f, want := range s.peersOf(d, s.verdicts, s.chains) {
-		var changes [2]change
+		var changes [len(sides{})]change
 		s.peers[d][f], changes = s.peers[d][f].diff(want)
 		for side, c := range changes {
-			in := &set{table: s.table, name: mapName(s.prefix, d, f, side), interval: true}
+			in := peerMap(s.table, s.prefix, d, f, side)
 			if len(c.del) > 0 {
-				del = append(del, op{do: deleteElements, table: in.table, set: in, elements: elements(c.del)})
+				del = append(del, op{do: deleteElements, table: in.table, set: &in, elements: elements(c.del)})
 			}
 			if len(c.add) > 0 {
-				add = append(add, op{do: addElements, table: in.table, set: in, elements: elements(c.add)})
+				add = append(add, op{do: addElements, table: in.table, set: &in, elements: elements(c.add)})
 			}
 		}
 	}

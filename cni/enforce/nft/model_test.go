@@ -413,7 +413,8 @@ func versions(t failer, k kernel, r rendering, verdicts [2]*policy.Verdicts) {
 		for f, want := range r.peersOf(policy.Direction(d), verdicts, chains) {
 			next, _ := sides{}.diff(want)
 			for side, peers := range next {
-				fill = append(fill, op{do: addElements, table: r.table, set: &set{name: mapName(r.prefix, policy.Direction(d), f, side), interval: true}, elements: elements(peers)})
+				in := peerMap(r.table, r.prefix, policy.Direction(d), f, side)
+				fill = append(fill, op{do: addElements, table: r.table, set: &in, elements: elements(peers)})
 			}
 		}
 	}

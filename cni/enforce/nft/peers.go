@@ -21,37 +21,60 @@ func (p peer) element() element {
 
 func bytesOf(a netip.Addr) string { return string(a.AsSlice()) }
 
-// sides are the maps a and b of one direction and family, each sorted. No address is in
-// both.
-type sides [2][]peer
+// sides are the maps of one direction and family, each sorted. No address is in two.
+type sides [3][]peer
+
+// The sides: a hash of single addresses, as nearly all peers are, and the interval maps.
+const (
+	single = iota
+	intervalA
+	intervalB
+)
+
+// next is the side for a peer whose addresses the side was has, or none (-1).
+func (p peer) next(was int) int {
+	switch {
+	case was != single && p.first == p.last:
+		return single
+	case was == intervalA:
+		return intervalB
+	}
+	return intervalA
+}
 
 // change is what is to be done to one of the maps.
 type change struct{ del, add []peer }
 
-// diff makes of the peers in the maps those wanted, which are sorted. An interval that
-// stays as it is stays where it is; of another one, what remains goes to the other map,
-// where nothing can be in its place. What no interval had goes to map a.
-func (s sides) diff(want []peer) (next sides, changes [2]change) {
+// diff makes of the peers in the maps those wanted, which are sorted. A peer that stays
+// as it is stays where it is; of another one, what remains goes to another map, where
+// nothing can be in its place.
+func (s sides) diff(want []peer) (next sides, changes [len(sides{})]change) {
 	type held struct {
 		peer
 		side int
 	}
 	var have []held
-	for a, b := s[0], s[1]; len(a)+len(b) > 0; {
-		if len(b) == 0 || len(a) > 0 && a[0].first.Less(b[0].first) {
-			have, a = append(have, held{a[0], 0}), a[1:]
-		} else {
-			have, b = append(have, held{b[0], 1}), b[1:]
+	for rest := s; ; {
+		least := -1
+		for side, peers := range rest {
+			if len(peers) > 0 && (least < 0 || peers[0].first.Less(rest[least][0].first)) {
+				least = side
+			}
 		}
+		if least < 0 {
+			break
+		}
+		have, rest[least] = append(have, held{rest[least][0], least}), rest[least][1:]
 	}
-	put := func(p peer, side int) {
+	put := func(p peer, was int) {
+		side := p.next(was)
 		changes[side].add = append(changes[side].add, p)
 		next[side] = append(next[side], p)
 	}
 	i, want := 0, slices.Clone(want)
 	for _, h := range have {
 		for i < len(want) && want[i].last.Less(h.first) {
-			put(want[i], 0)
+			put(want[i], -1)
 			i++
 		}
 		if i < len(want) && want[i] == h.peer {
@@ -64,7 +87,7 @@ func (s sides) diff(want []peer) (next sides, changes [2]change) {
 		for i < len(want) && !h.last.Less(want[i].first) {
 			w := want[i]
 			if w.first.Less(h.first) {
-				put(peer{w.first, h.first.Prev(), w.chain}, 0)
+				put(peer{w.first, h.first.Prev(), w.chain}, -1)
 				w.first = h.first
 			}
 			if h.last.Less(w.last) {
@@ -81,11 +104,11 @@ func (s sides) diff(want []peer) (next sides, changes [2]change) {
 		}
 		changes[h.side].del = append(changes[h.side].del, h.peer)
 		for _, p := range pieces {
-			put(p, 1-h.side)
+			put(p, h.side)
 		}
 	}
 	for ; i < len(want); i++ {
-		put(want[i], 0)
+		put(want[i], -1)
 	}
 	return next, changes
 }

@@ -40,8 +40,8 @@ func chainAt(peers []peer, a netip.Addr) string {
 	return ""
 }
 
-// After any sequence of changes the two maps together say what is wanted, and while a
-// change is under way nothing in a map hides anything else in it: what is added to a map
+// After any sequence of changes the maps together say what is wanted, the hash has single
+// addresses only, and while a change is under way nothing in a map hides anything else in it: what is added to a map
 // overlaps nothing that is in it before, deleted or not.
 func TestPeersChangeInPlace(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
@@ -78,18 +78,24 @@ func TestPeersChangeInPlace(t *testing.T) {
 			for i := range space {
 				a := addressAt(i)
 				// Between adding and taking away both what was and what will be is found.
-				before, after := chainAt(now[0], a)+chainAt(now[1], a), chainAt(want, a)
-				both := chainAt(now[0], a) + chainAt(now[1], a) + chainAt(changes[0].add, a) + chainAt(changes[1].add, a)
+				var in [len(sides{})]string
+				before, after, both := "", chainAt(want, a), ""
+				for side, c := range changes {
+					before, both = before+chainAt(now[side], a), both+chainAt(now[side], a)+chainAt(c.add, a)
+					in[side] = chainAt(next[side], a)
+				}
 				if both != before && both != after && both != before+after && both != after+before {
 					t.Fatalf("%s: while it changes from %q to %q it is %q", a, before, after, both)
 				}
 				if !strings.Contains(both, before) || !strings.Contains(both, after) {
 					t.Fatalf("%s: while it changes from %q to %q only %q is found", a, before, after, both)
 				}
-				in := []string{chainAt(next[0], a), chainAt(next[1], a)}
-				if got := in[0] + in[1]; got != chainAt(want, a) {
-					t.Fatalf("%s: maps have %q, wanted %q", a, in, chainAt(want, a))
+				if got := strings.Join(in[:], ""); got != after {
+					t.Fatalf("%s: maps have %q, wanted %q", a, in, after)
 				}
+			}
+			if i := slices.IndexFunc(next[single], func(p peer) bool { return p.first != p.last }); i >= 0 {
+				t.Fatalf("the hash has %v", next[single][i])
 			}
 			now = next
 		}
@@ -110,6 +116,9 @@ func TestOnePeerIsAFewElements(t *testing.T) {
 			n += len(c.del) + len(c.add)
 		}
 		return n
+	}
+	if len(now[single]) != len(peers) {
+		t.Errorf("%d of %d are in the hash", len(now[single]), len(peers))
 	}
 	if n := elements(slices.Delete(slices.Clone(peers), 2500, 2501)); n != 1 {
 		t.Errorf("one that goes is %d elements", n)

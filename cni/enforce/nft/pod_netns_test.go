@@ -172,7 +172,7 @@ func TestAdoptionAndForeignTables(t *testing.T) {
 		}
 		pod.Close()
 	}
-	if rules := nft(t, a, "list table inet sluice-net1"); strings.Count(rules, "chain v") != 7 || strings.Count(rules, "map v") != 8 {
+	if rules := nft(t, a, "list table inet sluice-net1"); strings.Count(rules, "chain v") != 7 || strings.Count(rules, "map v") != 12 {
 		t.Errorf("not one version:\n%s", rules)
 	}
 	w.expect(cells([2]string{"b", "a"}), func(c cell, _, _ netip.Addr) bool { return c.port == 80 })

@@ -126,9 +126,10 @@ type renderer struct {
 
 func (r *renderer) name(what string) string { return r.prefix + what }
 
-// mapName is the name of a map of peers.
-func mapName(prefix string, d policy.Direction, family, side int) string {
-	return fmt.Sprintf("%s%s%d%c", prefix, d, 4+2*family, 'a'+side)
+// peerMap is a map of peers.
+func peerMap(t table, prefix string, d policy.Direction, family, side int) set {
+	name := fmt.Sprintf("%s%s%d%c", prefix, d, 4+2*family, "sab"[side])
+	return set{table: t, name: name, key: addressTypes[family], interval: side != single, verdicts: true}
 }
 
 func portsName(prefix string, d policy.Direction, a allowed) string {
@@ -226,8 +227,8 @@ func (r *renderer) dhcp(d policy.Direction) []rule {
 func (r *renderer) peers(d policy.Direction, addresses [2]load) (jumps [2]verdict) {
 	for f, address := range addresses {
 		c := chain{table: r.table, name: r.name(d.String() + [2]string{"4", "6"}[f])}
-		for side := range 2 {
-			m := set{table: r.table, name: mapName(r.prefix, d, f, side), key: addressTypes[f], interval: true, verdicts: true}
+		for side := range len(sides{}) {
+			m := peerMap(r.table, r.prefix, d, f, side)
 			r.layout.sets = append(r.layout.sets, m)
 			c.rules = append(c.rules, on(r.family(f), dispatch{address, m.name})) // without the family, nft cannot read it back
 		}

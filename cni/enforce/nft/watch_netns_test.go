@@ -66,7 +66,7 @@ func TestTampering(t *testing.T) {
 				where, key, states = &station{ns: w.node}, macPrefix(a.mac), parent.engine
 			}
 			states.mu.Lock()
-			peers := mapName(states.states[key].prefix, policy.Ingress, 0, 0)
+			peers := peerMap(states.states[key].table, states.states[key].prefix, policy.Ingress, 0, single).name
 			states.mu.Unlock()
 			if element != "" && c.what[:3] == "add" && c.what[4] == 'e' {
 				c.what = fmt.Sprintf(c.what, peers)
