@@ -268,7 +268,7 @@ func isolates(states [2]*policy.State) string {
 func policies(states [2]*policy.State) (all []string) {
 	for _, s := range states {
 		if s != nil {
-			all = append(all, s.Policies...)
+			all = append(all, s.Verdicts.Policies...)
 		}
 	}
 	slices.Sort(all)

@@ -64,7 +64,7 @@ func direction(s *policy.State) *DirectionStatus {
 	case !s.Verdicts.Isolated:
 		return nil
 	}
-	return &DirectionStatus{Policies: s.Policies, Notes: s.Faults}
+	return &DirectionStatus{Policies: s.Verdicts.Policies, Notes: s.Faults}
 }
 
 // each calls f for the directions that are isolated.

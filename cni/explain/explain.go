@@ -165,7 +165,7 @@ func because(r policy.Reason, d policy.Direction) string {
 	case r.NodeItself:
 		return "the peer is the pod's node"
 	case len(r.By) == 0:
-		return "isolated by " + strings.Join(r.State.Policies, ", ") + ", none of which allows it"
+		return "isolated by " + strings.Join(r.State.Verdicts.Policies, ", ") + ", none of which allows it"
 	}
 	var rules []string
 	for _, rule := range r.By {

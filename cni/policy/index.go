@@ -23,14 +23,13 @@ func (a ID) compare(b ID) int {
 // State is what holds for one interface and direction. It is never changed.
 type State struct {
 	Verdicts *Verdicts
-	Policies []string // those that isolate it, sorted
 	Faults   []string // why it may be stricter than was meant
 	// OptedOut says that no policy holds, because the network says so.
 	OptedOut bool
 }
 
 func (s *State) equal(o *State) bool {
-	return s == o || s != nil && o != nil && s.OptedOut == o.OptedOut && slices.Equal(s.Policies, o.Policies) && slices.Equal(s.Faults, o.Faults) && s.Verdicts.Equal(o.Verdicts)
+	return s == o || s != nil && o != nil && s.OptedOut == o.OptedOut && slices.Equal(s.Faults, o.Faults) && s.Verdicts.Equal(o.Verdicts)
 }
 
 // Change is a new State of an interface and direction.

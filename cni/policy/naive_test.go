@@ -80,14 +80,14 @@ func rawInterfaces(pod *corev1.Pod) []rawInterface {
 	return some
 }
 
-// allowed is one packet's fate at one end.
-func (w *world) allowed(pod *corev1.Pod, network string, egress bool, peer netip.Addr, protocol corev1.Protocol, port int32) bool {
+// allowed is one packet's fate at one end, and the policies that allow it, sorted.
+func (w *world) allowed(pod *corev1.Pod, network string, egress bool, peer netip.Addr, protocol corev1.Protocol, port int32) (allowed bool, by []string) {
 	enforcement := "all"
 	if nad, known := w.networks[network]; known {
 		enforcement = nad.Annotations["sluice.dev/network-policy"]
 	}
 	if enforcement == "none" {
-		return true
+		return true, nil
 	}
 	isolated := !egress && enforcement == "all" && w.namespaces[pod.Namespace].Annotations["net.beta.kubernetes.io/network-policy"] != ""
 	for _, p := range w.policies {
@@ -99,10 +99,11 @@ func (w *world) allowed(pod *corev1.Pod, network string, egress bool, peer netip
 		}
 		isolated = true
 		if !p.invalid && w.somethingAllows(p, pod, network, egress, peer, protocol, port) {
-			return true
+			by = append(by, map[bool]string{false: "NetworkPolicy ", true: "MultiNetworkPolicy "}[p.multi]+p.namespace+"/"+p.name)
 		}
 	}
-	return !isolated || slices.Contains(w.node, peer)
+	slices.Sort(by)
+	return !isolated || len(by) > 0 || slices.Contains(w.node, peer), by
 }
 
 func (p rawPolicy) lists(network string) bool {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"iter"
 	"slices"
+	"strings"
 )
 
 // of is the list of a protocol's ports; nil for a protocol without ports.
@@ -29,6 +30,21 @@ func (p *Ports) add(protocol uint8, r PortRange) {
 func (p *Ports) addAll(o *Ports) {
 	p.All = p.All || o.All
 	p.TCP, p.UDP, p.SCTP = append(p.TCP, o.TCP...), append(p.UDP, o.UDP...), append(p.SCTP, o.SCTP...)
+	for _, s := range o.By {
+		i, known := slices.BinarySearchFunc(p.By, s.Policy, func(s Share, policy string) int { return strings.Compare(s.Policy, policy) })
+		if !known {
+			p.By = slices.Insert(p.By, i, Share{s.Policy, &Ports{}})
+		}
+		p.By[i].Ports.addAll(s.Ports)
+	}
+}
+
+// grantedBy is the ports with the policy that allows them.
+func (p *Ports) grantedBy(policy string) *Ports {
+	if p.empty() {
+		return p
+	}
+	return &Ports{p.All, p.TCP, p.UDP, p.SCTP, []Share{{policy, p}}}
 }
 
 // meanings yields what the names mean at a pod that has these ports. Several containers
@@ -45,17 +61,34 @@ func meanings(named []namedPort, ports []NamedPort) iter.Seq[NamedPort] {
 	}
 }
 
-// appendMeaning appends a key of what the names mean.
-func appendMeaning(key []byte, named []namedPort, ports []NamedPort) []byte {
-	for port := range meanings(named, ports) {
-		key = append(key, port.Protocol, byte(port.Port>>8), byte(port.Port))
+// with is the ports, and what the names mean at a pod that has these ports.
+func (p *Ports) with(named []namedPort, ports []NamedPort) *Ports {
+	if len(named) == 0 || p.All {
+		return p
 	}
-	return key
+	all := &Ports{}
+	all.addAll(p)
+	for port := range meanings(named, ports) {
+		all.add(port.Protocol, PortRange{port.Port, port.Port})
+	}
+	all.canonical()
+	return all
+}
+
+func (p *Ports) and(o *Ports) *Ports {
+	all := &Ports{}
+	all.addAll(p)
+	all.addAll(o)
+	all.canonical()
+	return all
 }
 
 func (p *Ports) canonical() {
+	for _, s := range p.By {
+		s.Ports.canonical()
+	}
 	if p.All {
-		*p = Ports{All: true}
+		*p = Ports{All: true, By: p.By}
 		return
 	}
 	p.TCP, p.UDP, p.SCTP = merge(p.TCP), merge(p.UDP), merge(p.SCTP)
@@ -84,10 +117,20 @@ func (in interner) intern(p *Ports) *Ports {
 	if p.empty() {
 		return nil
 	}
-	key := make([]byte, 0, 64)
-	if p.All {
-		key = append(key, 1)
+	key := p.appendKey(make([]byte, 0, 256))
+	if same := in[string(key)]; same != nil {
+		return same
 	}
+	in[string(key)] = p
+	return p
+}
+
+func (p *Ports) appendKey(key []byte) []byte {
+	all := byte(0)
+	if p.All {
+		all = 1
+	}
+	key = append(key, all)
 	for _, list := range [][]PortRange{p.TCP, p.UDP, p.SCTP} {
 		key = binary.BigEndian.AppendUint16(key, uint16(len(list))) // at most 32768 ranges do not touch
 		for _, r := range list {
@@ -95,11 +138,11 @@ func (in interner) intern(p *Ports) *Ports {
 			key = binary.BigEndian.AppendUint16(key, r.Last)
 		}
 	}
-	if same := in[string(key)]; same != nil {
-		return same
+	for _, s := range p.By {
+		key = binary.BigEndian.AppendUint16(key, uint16(len(s.Policy)))
+		key = s.Ports.appendKey(append(key, s.Policy...))
 	}
-	in[string(key)] = p
-	return p
+	return key
 }
 
 // union takes interned sets.

@@ -17,6 +17,7 @@ type profile struct {
 	network   string
 	direction Direction
 	policies  []*numbered
+	names     []string    // of the policies
 	ports     []NamedPort // of the pods themselves, for the names in ingress rules
 
 	fixed    []source
@@ -36,7 +37,13 @@ type source struct {
 	blocks []addrRange
 	group  *group
 	ports  *Ports
-	named  []namedPort // resolved by each member
+	named  []policyNames // resolved by each member
+}
+
+// policyNames are names of ports at which a policy allows something.
+type policyNames struct {
+	policy string
+	ports  []namedPort
 }
 
 // patchLimit is the number of addresses from which on it is cheaper to make a map anew.
@@ -224,8 +231,9 @@ func (x *Index) profile(network string, d Direction, policies []*numbered, ports
 	}
 	x.profiles[p.key] = p
 	for _, n := range p.policies {
+		p.names = append(p.names, n.String())
 		for i := range n.rules[d] {
-			x.use(p, n.Namespace, &n.rules[d][i])
+			x.use(p, n.Policy, &n.rules[d][i])
 		}
 	}
 	x.stale[p] = struct{}{}
@@ -233,12 +241,16 @@ func (x *Index) profile(network string, d Direction, policies []*numbered, ports
 	return p
 }
 
-// use makes a rule's sources the profile's.
-func (x *Index) use(p *profile, namespace string, r *rule) {
-	ports, named := r.ports, r.named
-	if len(named) > 0 && p.direction == Ingress {
-		ports, named = ports.with(named, p.ports), nil
+// use makes the sources of a policy's rule the profile's.
+func (x *Index) use(p *profile, of *Policy, r *rule) {
+	ports, by := r.ports, of.String()
+	var named []policyNames
+	if p.direction == Ingress {
+		ports = ports.with(r.named, p.ports)
+	} else if len(r.named) > 0 {
+		named = []policyNames{{by, r.named}}
 	}
+	ports = ports.grantedBy(by)
 	blocks := r.blocks
 	if r.anyone {
 		blocks = allAddrs
@@ -251,7 +263,7 @@ func (x *Index) use(p *profile, namespace string, r *rule) {
 		p.groups = append(p.groups, source{blocks: blocks, group: g, ports: &Ports{}, named: named})
 	}
 	for _, peer := range r.pods {
-		key, name := oneNamespace(namespace), namespace
+		key, name := oneNamespace(of.Namespace), of.Namespace
 		if peer.namespaces != nil {
 			key, name = "~"+peer.namespaces.String(), ""
 		}
@@ -266,26 +278,24 @@ func (x *Index) use(p *profile, namespace string, r *rule) {
 	}
 }
 
-// with is the ports, and what the names mean at a pod that has these ports.
-func (p *Ports) with(named []namedPort, ports []NamedPort) *Ports {
-	if len(named) == 0 || p.All {
-		return p
+// with is what the source allows with a pod of its group that has these ports.
+func (s *source) with(ports []NamedPort) *Ports {
+	all := s.ports
+	for _, n := range s.named {
+		all = all.and((&Ports{}).with(n.ports, ports).grantedBy(n.policy))
 	}
-	all := &Ports{}
-	all.addAll(p)
-	for port := range meanings(named, ports) {
-		all.add(port.Protocol, PortRange{port.Port, port.Port})
-	}
-	all.canonical()
 	return all
 }
 
-func (p *Ports) and(o *Ports) *Ports {
-	all := &Ports{}
-	all.addAll(p)
-	all.addAll(o)
-	all.canonical()
-	return all
+// appendMeaning appends a key of what the names mean at a pod that has these ports.
+func (s *source) appendMeaning(key []byte, ports []NamedPort) []byte {
+	for _, n := range s.named {
+		for port := range meanings(n.ports, ports) {
+			key = append(key, port.Protocol, byte(port.Port>>8), byte(port.Port))
+		}
+		key = append(key, 0) // no protocol: the policy's end
+	}
+	return key
 }
 
 // refresh brings the verdict map up to date and says whether it is another.
@@ -337,9 +347,9 @@ func (x *Index) compile(p *profile) {
 			ports := base
 			if len(s.named) > 0 {
 				var known bool
-				meaning = appendMeaning(meaning[:0], s.named, e.Ports)
+				meaning = s.appendMeaning(meaning[:0], e.Ports)
 				if ports, known = byMeaning[string(meaning)]; !known {
-					ports = p.sets.intern(s.ports.with(s.named, e.Ports))
+					ports = p.sets.intern(s.with(e.Ports))
 					byMeaning[string(meaning)] = ports
 				}
 			}
@@ -364,9 +374,8 @@ func (x *Index) compile(p *profile) {
 }
 
 func (p *profile) show(peers []PeerRange) {
-	p.state = &State{Verdicts: &Verdicts{Isolated: true, Peers: peers}}
+	p.state = &State{Verdicts: &Verdicts{Isolated: true, Policies: p.names, Peers: peers}}
 	for _, n := range p.policies {
-		p.state.Policies = append(p.state.Policies, n.String())
 		p.state.Faults = append(p.state.Faults, n.Faults...)
 	}
 }
@@ -390,7 +399,7 @@ func (x *Index) at(p *profile, a netip.Addr) *Ports {
 		for i := range p.groups {
 			s := &p.groups[i]
 			if _, in := s.group.members[e]; in && s.within(a) {
-				if ports := p.sets.intern(s.ports.with(s.named, e.Ports)); ports != nil {
+				if ports := p.sets.intern(s.with(e.Ports)); ports != nil {
 					sets = append(sets, ports)
 				}
 			}

@@ -289,18 +289,29 @@ func (w *world) compare(t *rapid.T, x *Index) {
 				}
 				seen++
 				wantCanonical(t, state.Verdicts)
+				if v := state.Verdicts; v.Isolated != (len(v.Policies) > 0) || !slices.IsSorted(v.Policies) {
+					t.Fatalf("%v %v is isolated %v by %q", id, Direction(d), v.Isolated, v.Policies)
+				}
 				for n, peer := range probes {
 					for protocol, number := range map[corev1.Protocol]uint8{"TCP": TCP, "UDP": UDP, "SCTP": SCTP, "ICMP": 1} {
 						ports := []int32{80, 81, 443, 1, 82, 85, 65535, 0, 79}
 						for _, port := range []int32{ports[n%3], ports[n%len(ports)]} {
-							want := w.allowed(&pod, i.network, d == int(Egress), peer, protocol, port)
+							want, by := w.allowed(&pod, i.network, d == int(Egress), peer, protocol, port)
 							got := state.Verdicts.Allows(peer, number, uint16(port))
 							if got != want {
 								t.Fatalf("%v %v with %s %s/%d: %v, want %v\n%s", id, Direction(d), peer, protocol, port, got, want, w)
 							}
-							p := x.sides[id][d].profile
-							if p != nil && (len(x.by(p, peer, number, uint16(port))) > 0 || x.isNode(peer)) != want {
-								t.Fatalf("%v %v with %s %s/%d: allowed %v by %v\n%s", id, Direction(d), peer, protocol, port, want, x.by(p, peer, number, uint16(port)), w)
+							if shares := sharers(state.Verdicts, peer, number, uint16(port)); !slices.Equal(shares, by) {
+								t.Fatalf("%v %v with %s %s/%d: shares of %q, want %q\n%s", id, Direction(d), peer, protocol, port, shares, by, w)
+							}
+							if p := x.sides[id][d].profile; p != nil {
+								var said []string
+								for _, r := range x.by(p, peer, number, uint16(port)) {
+									said = append(said, r.Policy)
+								}
+								if said = slices.Compact(said); !slices.Equal(said, by) {
+									t.Fatalf("%v %v with %s %s/%d: said to be allowed by %q, want %q\n%s", id, Direction(d), peer, protocol, port, said, by, w)
+								}
 							}
 						}
 					}
@@ -311,6 +322,20 @@ func (w *world) compare(t *rapid.T, x *Index) {
 	if seen != 2*len(x.sides) {
 		t.Fatalf("%d sides are known, want %d", 2*len(x.sides), seen)
 	}
+}
+
+// sharers are the policies whose share of the verdicts has the cell.
+func sharers(v *Verdicts, peer netip.Addr, protocol uint8, port uint16) (all []string) {
+	i, found := find(v.Peers, peer)
+	if !found {
+		return nil
+	}
+	for _, s := range v.Peers[i].Ports.By {
+		if s.Ports.allow(protocol, port) {
+			all = append(all, s.Policy)
+		}
+	}
+	return all
 }
 
 func (w *world) String() string {
@@ -346,10 +371,19 @@ func wantCanonical(t interface{ Fatalf(string, ...any) }, v *Verdicts) {
 			}
 		}
 		sets = append(sets, r.Ports)
-		for _, list := range [][]PortRange{r.Ports.TCP, r.Ports.UDP, r.Ports.SCTP} {
-			for j, p := range list {
-				if r.Ports.All || p.Last < p.First || j > 0 && int(list[j-1].Last)+1 >= int(p.First) {
-					t.Fatalf("%v is not canonical", r.Ports)
+		shares := []*Ports{r.Ports}
+		for j, s := range r.Ports.By {
+			if !slices.Contains(v.Policies, s.Policy) || j > 0 && s.Policy <= r.Ports.By[j-1].Policy || s.Ports.empty() || s.Ports.By != nil {
+				t.Fatalf("%v of %v is no share", s, r.Ports)
+			}
+			shares = append(shares, s.Ports)
+		}
+		for _, set := range shares {
+			for _, list := range [][]PortRange{set.TCP, set.UDP, set.SCTP} {
+				for j, p := range list {
+					if set.All || p.Last < p.First || j > 0 && int(list[j-1].Last)+1 >= int(p.First) {
+						t.Fatalf("%v is not canonical", set)
+					}
 				}
 			}
 		}

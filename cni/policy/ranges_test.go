@@ -36,13 +36,16 @@ func TestUniteAndPut(t *testing.T) {
 			p.TCP = many(t, 2, func(t *rapid.T) PortRange { n := one[uint16](t, 0, 1, 2, 65534); return PortRange{n, n + 1} })
 			p.UDP = []PortRange{{5, 5}}
 			p.canonical()
+			if by := one(t, "", "p", "q"); by != "" {
+				p = p.grantedBy(by)
+			}
 			return sets.intern(p)
 		}
 		var spans []span
 		for range rapid.IntRange(0, 8).Draw(t, "spans") {
 			spans = append(spans, span{drawRange(t), drawPorts(t)})
 		}
-		v := &Verdicts{Isolated: true, Peers: (&scratch{spans: spans}).unite(sets)}
+		v := &Verdicts{Isolated: true, Policies: []string{"p", "q"}, Peers: (&scratch{spans: spans}).unite(sets)}
 		wantCanonical(t, v)
 		want := map[netip.Addr]*Ports{}
 		for _, a := range edges {

@@ -407,7 +407,7 @@ func TestVerdictNamesPolicyAndRule(t *testing.T) {
 		if id := a.Ingress[0].ID; id != (ID{"x", "a", "a", "x/net", "net1"}) {
 			t.Errorf("the destination is %v", id)
 		}
-		if by := a.Ingress[0].State.Policies; !slices.Equal(by, []string{"MultiNetworkPolicy x/r", "NetworkPolicy x/p", "NetworkPolicy x/q"}) {
+		if by := a.Ingress[0].State.Verdicts.Policies; !slices.Equal(by, []string{"MultiNetworkPolicy x/r", "NetworkPolicy x/p", "NetworkPolicy x/q"}) {
 			t.Errorf("it is isolated by %q", by)
 		}
 	}

@@ -27,6 +27,15 @@ type Ports struct {
 	// All is every protocol, those without ports included; the rest is empty then.
 	All            bool
 	TCP, UDP, SCTP []PortRange
+	// By is which policies allow which part of it: of those in Verdicts.Policies, in
+	// their order. What only the node's own addresses may is nobody's.
+	By []Share
+}
+
+// Share is the part of some Ports that one policy allows.
+type Share struct {
+	Policy string
+	Ports  *Ports // not empty, and with no By
 }
 
 // PeerRange is the addresses First to Last, of one family, and what is allowed with
@@ -41,6 +50,8 @@ type Verdicts struct {
 	// Isolated says that some policy isolates the interface in this direction. If
 	// not, everything is allowed and there are no Peers.
 	Isolated bool
+	// Policies are those that isolate it, sorted.
+	Policies []string
 	// Peers are the only ones allowed: sorted, IPv4 before IPv6, not overlapping,
 	// and neighbours with equal ports are one range.
 	Peers []PeerRange
@@ -77,15 +88,16 @@ func find(peers []PeerRange, a netip.Addr) (int, bool) {
 	})
 }
 
-// Equal says whether both allow the same.
+// Equal says whether both allow the same, by the same policies.
 func (v *Verdicts) Equal(o *Verdicts) bool {
-	return v == o || v.Isolated == o.Isolated && slices.EqualFunc(v.Peers, o.Peers, func(a, b PeerRange) bool {
+	return v == o || v.Isolated == o.Isolated && slices.Equal(v.Policies, o.Policies) && slices.EqualFunc(v.Peers, o.Peers, func(a, b PeerRange) bool {
 		return a.First == b.First && a.Last == b.Last && a.Ports.equal(b.Ports)
 	})
 }
 
 func (p *Ports) equal(o *Ports) bool {
-	return p == o || p.All == o.All && slices.Equal(p.TCP, o.TCP) && slices.Equal(p.UDP, o.UDP) && slices.Equal(p.SCTP, o.SCTP)
+	return p == o || p.All == o.All && slices.Equal(p.TCP, o.TCP) && slices.Equal(p.UDP, o.UDP) && slices.Equal(p.SCTP, o.SCTP) &&
+		slices.EqualFunc(p.By, o.By, func(a, b Share) bool { return a.Policy == b.Policy && a.Ports.equal(b.Ports) })
 }
 
 func (p *Ports) allow(protocol uint8, port uint16) bool {
