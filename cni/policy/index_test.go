@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 )
 
@@ -55,6 +56,43 @@ func TestSetsOfPortsDoNotPileUp(t *testing.T) {
 			t.Errorf("%d sets of ports, %d in use", len(p.sets), p.compiled)
 		}
 	}
+	if wrong := audit(x); len(wrong) > 0 {
+		t.Errorf("the audit found %v", wrong)
+	}
+}
+
+// Two policies that name ports allow the same by other names: each has its share, in maps
+// made anew and patched. One that allows only what another does is a change all the same.
+func TestSharesByNamesOfPorts(t *testing.T) {
+	x := park()
+	allow := func(policy, name string) {
+		set(t, x, np(policy, "{podSelector: {matchLabels: {pod: a}}, policyTypes: [Egress], egress: [{to: [{namespaceSelector: {}}], ports: [{port: "+name+"}]}]}"))
+	}
+	pods := manyPods(3)
+	for i, names := range [][]string{{"web"}, {"dns"}, {"web", "dns"}} {
+		pods[i].Ports = nil
+		for _, name := range names {
+			pods[i].Ports = append(pods[i].Ports, NamedPort{name, TCP, 80})
+		}
+	}
+	allow("p", "web")
+	allow("q", "dns")
+	shares := func(want ...string) {
+		t.Helper()
+		v := state(t, x, "x", "a", "x/net", Egress).Verdicts
+		for i, p := range pods {
+			if got := sharers(v, p.Interfaces[0].IPs[0], TCP, 80); strings.Join(got, " ") != want[i] {
+				t.Errorf("pod %d is allowed by %q, want %q", i, got, want[i])
+			}
+		}
+	}
+	for _, p := range pods {
+		x.SetPod(p)
+	}
+	x.Flush()
+	shares("NetworkPolicy x/p", "NetworkPolicy x/q", "NetworkPolicy x/p NetworkPolicy x/q")
+	allow("r", "dns") // made anew
+	shares("NetworkPolicy x/p", "NetworkPolicy x/q NetworkPolicy x/r", "NetworkPolicy x/p NetworkPolicy x/q NetworkPolicy x/r")
 	if wrong := audit(x); len(wrong) > 0 {
 		t.Errorf("the audit found %v", wrong)
 	}
