@@ -75,8 +75,6 @@ func TestSharesByNamesOfPorts(t *testing.T) {
 			pods[i].Ports = append(pods[i].Ports, NamedPort{name, TCP, 80})
 		}
 	}
-	allow("p", "web")
-	allow("q", "dns")
 	shares := func(want ...string) {
 		t.Helper()
 		v := state(t, x, "x", "a", "x/net", Egress).Verdicts
@@ -86,12 +84,21 @@ func TestSharesByNamesOfPorts(t *testing.T) {
 			}
 		}
 	}
-	for _, p := range pods {
-		x.SetPod(p)
+	each := func(tell func(Pod)) {
+		for _, p := range pods {
+			tell(p)
+		}
+		x.Flush()
 	}
-	x.Flush()
-	shares("NetworkPolicy x/p", "NetworkPolicy x/q", "NetworkPolicy x/p NetworkPolicy x/q")
-	allow("r", "dns") // made anew
+	each(x.SetPod)
+	allow("p", "web")
+	allow("q", "dns")
+	for range 2 { // made anew, and patched
+		shares("NetworkPolicy x/p", "NetworkPolicy x/q", "NetworkPolicy x/p NetworkPolicy x/q")
+		each(func(p Pod) { x.RemovePod(p.Namespace, p.Name) })
+		each(x.SetPod)
+	}
+	allow("r", "dns")
 	shares("NetworkPolicy x/p", "NetworkPolicy x/q NetworkPolicy x/r", "NetworkPolicy x/p NetworkPolicy x/q NetworkPolicy x/r")
 	if wrong := audit(x); len(wrong) > 0 {
 		t.Errorf("the audit found %v", wrong)
