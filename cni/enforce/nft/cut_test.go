@@ -3,6 +3,7 @@ package nft
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -56,7 +57,18 @@ func TestPodRulesCutWhatVerdictsForbid(t *testing.T) {
 			default:
 				want = begins
 			}
-			got, counter := k.walk(r.table, base, p)
+			var got bool
+			var counter string
+			counted := k.counts(r.table, func() { got, counter = k.walk(r.table, base, p) })
+			wantCounted := hits(verdicts[d], d, peer, f.protocol, f.destinationPort)
+			init := f.protocol == policy.SCTP && f.flags == 1
+			answered := answer && f.protocol != policy.SCTP || f.protocol == policy.SCTP && verdicts[1-d].Isolated && answers
+			if !got || (p.state == 2 || answered) && !init || (f.protocol == 1 || f.protocol == 58) && p.state == 4 {
+				clear(wantCounted) // it begins nothing
+			}
+			if !maps.Equal(counted, wantCounted) {
+				t.Fatalf("%s %+v in state %d, answer %v is counted by %v, should be by %v", d, f, p.state, answer, counted, wantCounted)
+			}
 			if got != want {
 				t.Fatalf("%s %+v in state %d, answer %v: rules say %v, should be %v", d, f, p.state, answer, got, want)
 			}

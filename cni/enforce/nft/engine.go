@@ -52,8 +52,10 @@ type rendering struct {
 	// whose answers are judged.
 	replies bool
 	ports   func(policy.Direction, allowed) chain
-	judged  [2]bool // directions that have maps
-	flip    []op    // besides the base chains
+	judged  [2]bool  // directions that have maps
+	counts  bool     // hits of policies
+	hits    []string // the counters of them
+	flip    []op     // besides the base chains
 	owns    func(name string) bool
 }
 
@@ -93,6 +95,14 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 		prepare, flip, sweep = r.make(there)
 	} else {
 		next.rendering, next.peers = old.rendering, old.peers
+		if next.counts {
+			next.hits = hitsCounters(verdicts)
+		}
+		for _, name := range next.hits {
+			if !slices.Contains(old.hits, name) {
+				prepare = append(prepare, op{do: addCounter, table: next.table, counter: name})
+			}
+		}
 	}
 	var del, add []op
 	for _, d := range []policy.Direction{policy.Ingress, policy.Egress} {
@@ -148,11 +158,16 @@ func (s *state) record(was uint64, held bool) (ops []op) {
 	return append(ops, op{do: addElements, table: s.table, set: in, elements: []element{{key: string(s.MAC[:]), comment: strconv.FormatUint(s.generation, 10)}}})
 }
 
-// sweep takes away the chains of ports that next has no use for.
+// sweep takes away the chains of ports and the counters that next has no use for.
 func (s *state) sweep(next *state) (ops []op) {
 	for name, c := range s.chains {
 		if !next.has(name) {
 			ops = append(ops, op{do: flushChain, table: c.table, chain: &c}, op{do: deleteChain, table: c.table, chain: &c})
+		}
+	}
+	for _, name := range s.hits {
+		if !slices.Contains(next.hits, name) {
+			ops = append(ops, op{do: deleteCounter, table: s.table, counter: name})
 		}
 	}
 	return ops
@@ -297,6 +312,9 @@ func (r *rendering) make(present present) (prepare, flip, sweep []op) {
 			prepare = append(prepare, op{do: addCounter, table: t, counter: c})
 		}
 	}
+	for _, c := range r.hits {
+		prepare = append(prepare, op{do: addCounter, table: r.table, counter: c})
+	}
 	prepare = append(prepare, op{do: addSet, table: r.table, set: &set{table: r.table, name: generations, key: etherAddr}})
 	for _, s := range r.sets {
 		prepare = append(prepare, op{do: addSet, table: s.table, set: &s})
@@ -325,7 +343,7 @@ func (r *rendering) make(present present) (prepare, flip, sweep []op) {
 		}
 	}
 	flip = append(flip, r.flip...)
-	var flush, sets, chains []op
+	var flush, sets, chains, counters []op
 	for _, t := range r.tables {
 		for _, name := range present.chains[t] {
 			if c := (&chain{table: t, name: name}); r.owns(name) && !stays[t][name] {
@@ -338,12 +356,17 @@ func (r *rendering) make(present present) (prepare, flip, sweep []op) {
 				sets = append(sets, op{do: deleteSet, table: t, set: &set{table: t, name: name}})
 			}
 		}
+		for _, name := range present.counters[t] {
+			if r.owns(name) && !slices.Contains(r.counters, name) && !(t == r.table && slices.Contains(r.hits, name)) {
+				counters = append(counters, op{do: deleteCounter, table: t, counter: name})
+			}
+		}
 	}
-	return prepare, flip, slices.Concat(flush, sets, chains)
+	return prepare, flip, slices.Concat(flush, sets, chains, counters)
 }
 
 // present are the names of what there is in tables.
-type present struct{ chains, sets map[table][]string }
+type present struct{ chains, sets, counters map[table][]string }
 
 func (p present) holds(prefix string) bool {
 	for _, names := range []map[table][]string{p.chains, p.sets} {
@@ -357,7 +380,7 @@ func (p present) holds(prefix string) bool {
 }
 
 func (e *engine) names(r rendering) (present, error) {
-	p := present{map[table][]string{}, map[table][]string{}}
+	p := present{map[table][]string{}, map[table][]string{}, map[table][]string{}}
 	for _, t := range r.tables {
 		if err := e.conn.get(unix.NFT_MSG_GETCHAIN, t, nil, func(a map[uint16][]byte) {
 			p.chains[t] = append(p.chains[t], text(a[unix.NFTA_CHAIN_NAME]))
@@ -369,6 +392,11 @@ func (e *engine) names(r rendering) (present, error) {
 		}); err != nil {
 			return p, err
 		}
+		counters, err := e.conn.counters(t)
+		if err != nil {
+			return p, err
+		}
+		p.counters[t] = slices.Collect(maps.Keys(counters))
 	}
 	return p, nil
 }

@@ -166,7 +166,7 @@ func TestErrorsOfWhatIsAllowed(t *testing.T) {
 		}
 		// Too big for a router on the way, which says so; another time of a flow that is not.
 		put(denied, only(open80, b), 4)
-		before, err := pod.Dropped(a.iface())
+		before, err := pod.dropped(a.iface())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -186,7 +186,7 @@ func TestErrorsOfWhatIsAllowed(t *testing.T) {
 			}
 			after := before
 			for end := time.Now().Add(10 * time.Second); sport == 9 && after == before && time.Now().Before(end); {
-				if after, err = pod.Dropped(a.iface()); err != nil {
+				if after, err = pod.dropped(a.iface()); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -31,7 +31,7 @@ func eachHolder(t *testing.T, f func(t *testing.T, w *world, h holder)) {
 		w := newWorld(t, "a", "b", "c")
 		a := w.pods["a"]
 		pod := openPod(t, a)
-		f(t, w, holder{pod.engine, pod.Apply, func() (Dropped, error) { return pod.Dropped(a.iface()) }, func() (uint64, error) {
+		f(t, w, holder{pod.engine, pod.Apply, func() (Dropped, error) { return pod.dropped(a.iface()) }, func() (uint64, error) {
 			g, _, err := pod.Generation(a.iface())
 			return g, err
 		}})

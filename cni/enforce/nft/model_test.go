@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -19,9 +20,10 @@ import (
 type kernel map[table]*modelTable
 
 type modelTable struct {
-	chains map[string]*chain
-	sets   map[string]map[string]element // by set and key
-	kinds  map[string]set
+	chains   map[string]*chain
+	sets     map[string]map[string]element // by set and key
+	kinds    map[string]set
+	counters map[string]int // packets, by name
 }
 
 // do does a transaction as the kernel would, and complains where the kernel would.
@@ -31,7 +33,7 @@ func (k kernel) do(t failer, ops []op) {
 		tab := k[o.table]
 		if o.do == addTable {
 			if tab == nil {
-				k[o.table] = &modelTable{map[string]*chain{}, map[string]map[string]element{}, map[string]set{}}
+				k[o.table] = &modelTable{map[string]*chain{}, map[string]map[string]element{}, map[string]set{}, map[string]int{}}
 			}
 			continue
 		}
@@ -79,6 +81,10 @@ func (k kernel) do(t failer, ops []op) {
 					if tab.sets[e.set] == nil {
 						t.Fatalf("%v: looks into %s, which is not there", o, e.set)
 					}
+				case count:
+					if _, there := tab.counters[e.counter]; !there {
+						t.Fatalf("%v: counts with %s, which is not there", o, e.counter)
+					}
 				}
 			}
 			c.rules = append(c.rules, o.rule)
@@ -91,6 +97,15 @@ func (k kernel) do(t failer, ops []op) {
 				t.Fatalf("%v: busy", o)
 			}
 			delete(tab.sets, o.set.name)
+		case addCounter:
+			if _, there := tab.counters[o.counter]; !there {
+				tab.counters[o.counter] = 0
+			}
+		case deleteCounter:
+			if _, there := tab.counters[o.counter]; !there || tab.used()[o.counter] {
+				t.Fatalf("%v: busy, or not there", o)
+			}
+			delete(tab.counters, o.counter)
 		case addElements:
 			for _, e := range o.elements {
 				if e.verdict != nil && tab.chains[e.verdict.chain] == nil {
@@ -127,6 +142,8 @@ func (m *modelTable) used() map[string]bool {
 					used[e.set] = true
 				case dispatch:
 					used[e.set] = true
+				case count:
+					used[e.counter] = true
 				}
 			}
 		}
@@ -223,6 +240,7 @@ rules:
 			switch e := e.(type) {
 			case count:
 				counter = e.counter
+				tab.counters[counter]++
 			case verdict:
 				v = e
 			case match:
@@ -353,7 +371,38 @@ var (
 	ownMAC       = [6]byte{2, 0, 0, 0, 0, 9}
 )
 
+// drawPorts draws the shares of up to three policies, and of nobody: that is the node's.
 func drawPorts(t *rapid.T) *policy.Ports {
+	var all policy.Ports
+	for _, by := range []string{"", "p", "q", "r"} {
+		if (by == "") != rapid.Bool().Draw(t, "share of "+by) {
+			continue
+		}
+		s := drawShare(t)
+		if all.All = all.All || s.All; by != "" {
+			all.By = append(all.By, policy.Share{Policy: by, Ports: s})
+		}
+		all.TCP, all.UDP, all.SCTP = union(all.TCP, s.TCP), union(all.UDP, s.UDP), union(all.SCTP, s.SCTP)
+	}
+	if all.All {
+		return &policy.Ports{All: true, By: all.By}
+	}
+	return &all
+}
+
+// union is all ports of both, as ranges that do not touch.
+func union(a, b []policy.PortRange) (all []policy.PortRange) {
+	for _, r := range slices.SortedFunc(slices.Values(slices.Concat(a, b)), func(a, b policy.PortRange) int { return int(a.First) - int(b.First) }) {
+		if n := len(all); n > 0 && int(r.First) <= int(all[n-1].Last)+1 {
+			all[n-1].Last = max(all[n-1].Last, r.Last)
+		} else {
+			all = append(all, r)
+		}
+	}
+	return all
+}
+
+func drawShare(t *rapid.T) *policy.Ports {
 	ranges := func(label string) []policy.PortRange {
 		return rapid.SampledFrom([][]policy.PortRange{nil, {{First: 80, Last: 80}}, {{First: 0, Last: 65535}}, {{First: 79, Last: 81}, {First: 1000, Last: 65535}}, {{First: 0, Last: 0}}}).Draw(t, label)
 	}
@@ -367,7 +416,7 @@ func drawVerdicts(t *rapid.T, label string) *policy.Verdicts {
 	if rapid.IntRange(0, 3).Draw(t, label+" open") == 0 {
 		return &policy.Verdicts{}
 	}
-	v := &policy.Verdicts{Isolated: true}
+	v := &policy.Verdicts{Isolated: true, Policies: []string{"p", "q", "r", "s"}}
 	for _, family := range [][]netip.Addr{peers4, peers6} {
 		for i := 0; i < len(family); i++ {
 			if rapid.Bool().Draw(t, label+" peer") {
@@ -427,8 +476,39 @@ func versions(t failer, k kernel, r rendering, verdicts [2]*policy.Verdicts) {
 	k.do(t, flip)
 }
 
+// hits are the counters of those whose shares allow it.
+func hits(v *policy.Verdicts, d policy.Direction, peer netip.Addr, protocol uint8, port uint16) map[string]int {
+	counters := map[string]int{}
+	for _, r := range v.Peers {
+		for _, s := range r.Ports.By {
+			of := policy.Verdicts{Isolated: true, Peers: []policy.PeerRange{{First: r.First, Last: r.Last, Ports: s.Ports}}}
+			if of.Allows(peer, protocol, port) {
+				counters[HitsCounter(d, s.Policy)] = 1
+			}
+		}
+	}
+	return counters
+}
+
+// counts does the walk, and says what hits it counted.
+func (k kernel) counts(t table, walk func()) map[string]int {
+	var before map[string]int
+	if k[t] != nil {
+		before = maps.Clone(k[t].counters)
+	}
+	walk()
+	counted := map[string]int{}
+	for name, n := range before {
+		if now := k[t].counters[name]; now != n && strings.HasPrefix(name, "hits-") {
+			counted[name] = now - n
+		}
+	}
+	return counted
+}
+
 // What the rules in the pod say of a new connection is what the verdicts say, for every
-// packet; of the rest conntrack's word counts.
+// packet; of the rest conntrack's word counts. A new one is counted for the policies that
+// allow it, and nothing else is.
 func TestPodRulesSayWhatVerdictsSay(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		i := Interface{Name: "net1", Index: rapid.IntRange(0, 1).Draw(t, "index") * 7, MAC: ownMAC, Addresses: ownAddresses}
@@ -450,9 +530,18 @@ func TestPodRulesSayWhatVerdictsSay(t *testing.T) {
 			icmpError := f.protocol == 1 || f.protocol == 58
 			init := f.protocol == policy.SCTP && f.flags == 1 // judged always: it begins an association
 			want := verdicts[d].Allows(peer, f.protocol, f.destinationPort) || p.state == 2 && !init || p.state == 4 && icmpError
-			got, counter := k.walk(r.table, base, p)
+			var got bool
+			var counter string
+			counted := k.counts(r.table, func() { got, counter = k.walk(r.table, base, p) })
 			if got != want {
 				t.Fatalf("%s %+v in state %d: rules say %v, verdicts %v", d, f, p.state, got, want)
+			}
+			wantCounted := hits(verdicts[d], d, peer, f.protocol, f.destinationPort)
+			if p.state == 2 && !init || p.state == 4 && icmpError {
+				clear(wantCounted)
+			}
+			if !maps.Equal(counted, wantCounted) {
+				t.Fatalf("%s %+v in state %d is counted by %v, should be by %v", d, f, p.state, counted, wantCounted)
 			}
 			if want := [2]string{droppedIn, droppedOut}[d]; !got && counter != want {
 				t.Fatalf("dropped packet is counted by %q", counter)

@@ -153,18 +153,7 @@ func (p *Parent) Remove(mac [6]byte) error {
 		ops = append(ops, op{do: deleteElements, table: t, set: &set{table: t, name: name}, elements: []element{{key: string(mac[:])}}})
 	}
 	_, _, sweep := r.make(present)
-	ops = append(ops, sweep...)
-	counters, err := p.conn.counters(t)
-	if err != nil {
-		return err
-	}
-	for c := range counters {
-		if !r.owns(c) {
-			continue
-		}
-		ops = append(ops, op{do: deleteCounter, table: t, counter: c})
-	}
-	return p.commit(ops)
+	return p.commit(append(ops, sweep...))
 }
 
 // The maps from MACs to their chains, which all pods of a parent share.
@@ -254,19 +243,17 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 
 // guardPorts renders the chain of what peers of a direction are allowed.
 func (r *renderer) guardPorts(d policy.Direction, a allowed) chain {
-	c := chain{table: r.table, name: portsName(r.prefix, d, a)}
+	var rules []rule
 	switch {
 	case a.new != nil && a.new.All:
-		c.rules = []rule{on(accept)}
-		return c
+		return portsChain(r.table, r.prefix, d, []rule{on(accept)})
 	case a.new != nil:
-		c.rules = ports(a.new, destinationPort, anything)
+		rules = ports(a.new, destinationPort, anything)
 	}
 	if a.replies != nil {
-		c.rules = append(c.rules, replies(a.replies, inConnection, nil)...)
+		rules = append(rules, replies(a.replies, inConnection, nil)...)
 	}
-	c.rules = append(c.rules, r.fragments()...)
-	return c
+	return portsChain(r.table, r.prefix, d, append(rules, r.fragments()...))
 }
 
 // fragments are those that are not the first, and so have no ports. Without a first

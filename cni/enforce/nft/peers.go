@@ -126,7 +126,12 @@ func byFamily(own, answered []policy.PeerRange, chainOf func(allowed) string) [2
 		if first.Is6() {
 			f = 1
 		}
-		families[f] = append(families[f], peer{first, last, chainOf(a)})
+		chain, to := chainOf(a), &families[f]
+		if n := len(*to); n > 0 && (*to)[n-1].chain == chain && (*to)[n-1].last.Next() == first {
+			(*to)[n-1].last = last // other policies allow the same
+			return
+		}
+		*to = append(*to, peer{first, last, chain})
 	}
 	own, answered = slices.Clone(own), slices.Clone(answered)
 	for len(own)+len(answered) > 0 {

@@ -60,6 +60,7 @@ func podRendering(i Interface, verdicts [2]*policy.Verdicts, version int) render
 		ports:  func(d policy.Direction, a allowed) chain { return portsOf(t, prefix, i.Cut, d, a) },
 		owns:   func(string) bool { return true },
 		judged: [2]bool{in || i.Cut && out, out || i.Cut && in}, replies: i.Cut,
+		counts: true, hits: hitsCounters(verdicts),
 	}
 }
 
@@ -81,20 +82,27 @@ func (p *Pod) Generation(i Interface) (generation uint64, held bool, err error) 
 // Dropped counts packets dropped since the interface has rules.
 type Dropped struct{ Ingress, Egress, Spoofed uint64 }
 
-// Dropped reads the counters of an interface.
-func (p *Pod) Dropped(i Interface) (d Dropped, err error) {
+// Counted is what the rules of an interface count.
+type Counted struct {
+	Dropped
+	// Hits are by the names that HitsCounter gives, since the policy isolates the interface.
+	Hits map[string]uint64
+}
+
+// Counted reads the counters of an interface.
+func (p *Pod) Counted(i Interface) (c Counted, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, family := range []uint8{unix.NFPROTO_INET, unix.NFPROTO_NETDEV} {
-		of, err := p.conn.counters(table{family, TablePrefix + i.Name})
-		if err != nil {
-			return d, err
+	for _, family := range []uint8{unix.NFPROTO_NETDEV, unix.NFPROTO_INET} {
+		if c.Hits, err = p.conn.counters(table{family, TablePrefix + i.Name}); err != nil {
+			return c, err
 		}
-		d.Ingress += of[droppedIn]
-		d.Egress += of[droppedOut]
-		d.Spoofed += of[droppedSpoofed]
+		for name, n := range map[string]*uint64{droppedIn: &c.Ingress, droppedOut: &c.Egress, droppedSpoofed: &c.Spoofed} {
+			*n += c.Hits[name]
+			delete(c.Hits, name)
+		}
 	}
-	return d, nil
+	return c, nil
 }
 
 // Remove takes all rules of the interface away. It is no error if there are none.

@@ -33,6 +33,11 @@ var (
 	openTo = &policy.Verdicts{}
 )
 
+func (p *Pod) dropped(i Interface) (Dropped, error) {
+	c, err := p.Counted(i)
+	return c.Dropped, err
+}
+
 func openPod(t testing.TB, s *station) *Pod {
 	t.Helper()
 	p, err := OpenPod(s.ns)
@@ -232,7 +237,7 @@ func TestAntiSpoofing(t *testing.T) {
 		t.Fatal(err)
 	}
 	spoofing(t, a, wire, true)
-	if n, err := pod.Dropped(a.iface()); err != nil || n.Spoofed < 20 || n.Ingress+n.Egress != 0 {
+	if n, err := pod.dropped(a.iface()); err != nil || n.Spoofed < 20 || n.Ingress+n.Egress != 0 {
 		t.Errorf("dropped %+v, %v", n, err)
 	}
 }

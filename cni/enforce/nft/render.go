@@ -104,6 +104,27 @@ const (
 	droppedIn, droppedOut, droppedSpoofed = "dropped-ingress", "dropped-egress", "dropped-spoofed"
 )
 
+// HitsCounter is the name of the counter of a policy's hits in a direction: of packets that
+// begin a connection, and pass because the policy allows it. The policy is named as in its
+// Verdicts.
+func HitsCounter(d policy.Direction, of string) string { return "hits-" + d.String() + "-" + hash(of) }
+
+// hitsCounters are those of the policies that isolate an interface.
+func hitsCounters(verdicts [2]*policy.Verdicts) (names []string) {
+	for d, v := range verdicts {
+		for _, p := range v.Policies {
+			names = append(names, HitsCounter(policy.Direction(d), p))
+		}
+	}
+	return names
+}
+
+// hash is short enough for a name, and long enough that no two things of a table share it.
+func hash(what string) string {
+	sum := sha256.Sum256([]byte(what))
+	return hex.EncodeToString(sum[:8])
+}
+
 // layout is a generation's rules but for its peers: what must be there before it is in
 // force, and the base chains that put it in force.
 type layout struct {
@@ -132,9 +153,9 @@ func peerMap(t table, prefix string, d policy.Direction, family, side int) set {
 	return set{table: t, name: name, key: addressTypes[family], interval: side != single, verdicts: true}
 }
 
-func portsName(prefix string, d policy.Direction, a allowed) string {
-	sum := sha256.Sum256(fmt.Append(nil, a.new, a.replies))
-	return prefix + d.String() + "-ports-" + hex.EncodeToString(sum[:8])
+// portsChain is the chain of a set of ports, whose name is that of its rules.
+func portsChain(t table, prefix string, d policy.Direction, rules []rule) chain {
+	return chain{table: t, name: prefix + d.String() + "-ports-" + hash(fmt.Sprintf("%#v", rules)), rules: rules}
 }
 
 // family says that a packet is of the family 0, IPv4, or 1, IPv6.
@@ -244,17 +265,84 @@ func bigEndian(port uint16) string { return string(binary.BigEndian.AppendUint16
 // what else a packet of the protocol must be.
 func ports(p *policy.Ports, port load, also func(protocol string) []expr) []rule {
 	var rules []rule
-	for _, c := range []struct {
-		protocol string
-		ranges   []policy.PortRange
-	}{{tcp, p.TCP}, {udp, p.UDP}, {sctp, p.SCTP}} {
-		for _, ports := range c.ranges {
-			var at []expr
-			if ports != (policy.PortRange{First: 0, Last: 65535}) {
-				at = between(port, bigEndian(ports.First), bigEndian(ports.Last))
-			}
-			rules = append(rules, on(is(l4Proto, c.protocol), at, also(c.protocol), accept))
+	for _, protocol := range []string{tcp, udp, sctp} {
+		for _, r := range rangesOf(p, protocol) {
+			rules = append(rules, on(within(protocol, port, r), also(protocol), accept))
 		}
+	}
+	return rules
+}
+
+func rangesOf(p *policy.Ports, protocol string) []policy.PortRange {
+	return map[string][]policy.PortRange{tcp: p.TCP, udp: p.UDP, sctp: p.SCTP}[protocol]
+}
+
+var allPorts = policy.PortRange{First: 0, Last: 65535}
+
+// within are the matches for ports of a protocol.
+func within(protocol string, port load, r policy.PortRange) []expr {
+	at := []expr{is(l4Proto, protocol)}
+	if r != allPorts {
+		at = append(at, between(port, bigEndian(r.First), bigEndian(r.Last))...)
+	}
+	return at
+}
+
+// mostCounters is how many a rule has: it has room for 128 expressions (NFT_RULE_MAXEXPRS).
+const mostCounters = 100
+
+// counted are the rules that accept the cells of a set of ports, and count each for the
+// policies that allow it.
+func counted(d policy.Direction, p *policy.Ports) (rules []rule) {
+	add := func(of []expr, counters []expr) {
+		for ; len(counters) > mostCounters; counters = counters[mostCounters:] {
+			rules = append(rules, on(of, counters[:mostCounters]))
+		}
+		rules = append(rules, on(of, counters, accept))
+	}
+	hits := make([]expr, len(p.By))
+	var always []expr // of the policies that allow everything
+	for i, s := range p.By {
+		hits[i] = count{HitsCounter(d, s.Policy)}
+		if s.Ports.All {
+			always = append(always, hits[i])
+		}
+	}
+	for _, protocol := range []string{tcp, udp, sctp} {
+		whole := rangesOf(p, protocol)
+		if p.All {
+			whole = []policy.PortRange{allPorts}
+		}
+		next := make([]int, len(p.By)) // of each share's ranges, the first that has not ended
+		for _, r := range whole {
+			for first, last := int(r.First), 0; first <= int(r.Last); first = last + 1 {
+				last = int(r.Last)
+				var counters []expr
+				for i, s := range p.By {
+					ranges := rangesOf(s.Ports, protocol)
+					for next[i] < len(ranges) && int(ranges[next[i]].Last) < first {
+						next[i]++
+					}
+					in := s.Ports.All
+					if next[i] < len(ranges) {
+						if of := ranges[next[i]]; first < int(of.First) {
+							last = min(last, int(of.First)-1)
+						} else {
+							in, last = true, min(last, int(of.Last))
+						}
+					}
+					if in {
+						counters = append(counters, hits[i])
+					}
+				}
+				if !p.All || len(counters) > len(always) {
+					add(within(protocol, destinationPort, policy.PortRange{First: uint16(first), Last: uint16(last)}), counters)
+				}
+			}
+		}
+	}
+	if p.All {
+		add(nil, always)
 	}
 	return rules
 }
@@ -280,6 +368,26 @@ func replies(p *policy.Ports, tcpLike, otherLike []expr) []rule {
 		on(is(l4Proto, sctp), like(sctp), accept),
 		on(isnt(l4Proto, tcp), isnt(l4Proto, sctp), otherLike, accept),
 	}
+}
+
+// Packets of a connection. A kernel without CONFIG_NF_CT_PROTO_SCTP knows no ports of SCTP:
+// with one association all between the two would be of it, also what begins another one.
+var (
+	known    = match{load: ctState, mask: established, op: notEqual, value: none}
+	sctpData = []expr{is(l4Proto, sctp), isnt(sctpChunk, sctpInit)}
+)
+
+// ofConnections are the rules that accept a set of ports for what is of a connection.
+func ofConnections(p *policy.Ports) []rule {
+	if p.All {
+		return []rule{on(isnt(l4Proto, sctp), known, accept), on(sctpData, known, accept)}
+	}
+	return ports(p, destinationPort, func(protocol string) []expr {
+		if protocol == sctp {
+			return []expr{isnt(sctpChunk, sctpInit), known}
+		}
+		return []expr{known}
+	})
 }
 
 // anything is what also is when nothing else is asked.
@@ -313,11 +421,8 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 			continue
 		}
 		name, dropped := r.name(side.direction.String()), []expr{count{side.counter}, drop}
-		known := match{load: ctState, mask: established, op: notEqual, value: none}
-		sctpData := []expr{is(l4Proto, sctp), isnt(sctpChunk, sctpInit)}
 		// What is of a connection passes, or with Cut what is an answer and need not be
-		// judged. A kernel without CONFIG_NF_CT_PROTO_SCTP knows no ports of SCTP: with one
-		// association all between the two would be of it.
+		// judged.
 		of := known
 		if r.Cut {
 			of = is(ctDirection, replying)
@@ -395,22 +500,21 @@ func (r *renderer) through(d policy.Direction) []expr {
 
 // portsOf renders the chain of a set of ports inside the pod.
 func portsOf(t table, prefix string, cut bool, d policy.Direction, a allowed) chain {
-	c := chain{table: t, name: portsName(prefix, d, a)}
+	var rules []rule
 	if a.replies != nil {
 		answer := []expr{is(ctDirection, replying)}
-		c.rules = replies(a.replies, answer, answer)
+		rules = replies(a.replies, answer, answer)
 	}
 	if cut { // an answer begins nothing
-		c.rules = append(c.rules, on(isnt(l4Proto, sctp), is(ctDirection, replying), goBack))
+		rules = append(rules, on(isnt(l4Proto, sctp), is(ctDirection, replying), goBack))
 	}
-	switch {
-	case a.new == nil:
-	case a.new.All:
-		c.rules = append(c.rules, on(accept))
-	default:
-		c.rules = append(c.rules, ports(a.new, destinationPort, anything)...)
+	if a.new != nil {
+		if cut { // what is of a connection has been counted
+			rules = append(rules, ofConnections(a.new)...)
+		}
+		rules = append(rules, counted(d, a.new)...)
 	}
-	return c
+	return portsChain(t, prefix, d, rules)
 }
 
 // spoofing makes the chain that returns what a link with the sender's MAC may send, and drops all
