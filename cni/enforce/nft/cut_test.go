@@ -60,7 +60,7 @@ func TestPodRulesCutWhatVerdictsForbid(t *testing.T) {
 			var got bool
 			var counter string
 			counted := k.counts(r.table, func() { got, counter = k.walk(r.table, base, p) })
-			wantCounted := hits(verdicts[d], d, peer, f.protocol, f.destinationPort)
+			wantCounted := hits(verdicts[d], d, peer, f.protocol, f.destinationPort, p.state)
 			init := f.protocol == policy.SCTP && f.flags == 1
 			answered := answer && f.protocol != policy.SCTP || f.protocol == policy.SCTP && verdicts[1-d].Isolated && answers
 			if !got || (p.state == 2 || answered) && !init || (f.protocol == 1 || f.protocol == 58) && p.state == 4 {

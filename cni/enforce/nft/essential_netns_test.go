@@ -201,7 +201,7 @@ func TestErrorsOfWhatIsAllowed(t *testing.T) {
 // ask sends a datagram to a port and returns the error that comes back, if any.
 func (s *station) ask(t testing.TB, to netip.Addr, port uint16) error {
 	t.Helper()
-	c := must(s.udp(to, port))
+	c := must(s.udp(netip.AddrPort{}, to, port))
 	defer c.Close()
 	if _, err := c.Write([]byte("x")); err != nil {
 		return err
@@ -214,7 +214,7 @@ func (s *station) ask(t testing.TB, to netip.Addr, port uint16) error {
 // flowTo begins a flow that is answered, and returns its port.
 func (s *station) flowTo(t testing.TB, to netip.Addr, port uint16) uint16 {
 	t.Helper()
-	c := must(s.udp(to, port))
+	c := must(s.udp(netip.AddrPort{}, to, port))
 	t.Cleanup(func() { c.Close() })
 	if !echoes(c) {
 		t.Fatalf("%s does not answer", to)

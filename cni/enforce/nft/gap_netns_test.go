@@ -21,8 +21,13 @@ import (
 type holder struct {
 	*engine
 	apply      func(i Interface, ingress, egress *policy.Verdicts, generation uint64) error
-	dropped    func() (Dropped, error)
+	counted    func() (Counted, error)
 	generation func() (uint64, error)
+}
+
+func (h holder) dropped() (Dropped, error) {
+	c, err := h.counted()
+	return c.Dropped, err
 }
 
 // eachHolder runs f with the tables in the pod, and with those on its parent.
@@ -31,7 +36,7 @@ func eachHolder(t *testing.T, f func(t *testing.T, w *world, h holder)) {
 		w := newWorld(t, "a", "b", "c")
 		a := w.pods["a"]
 		pod := openPod(t, a)
-		f(t, w, holder{pod.engine, pod.Apply, func() (Dropped, error) { return pod.dropped(a.iface()) }, func() (uint64, error) {
+		f(t, w, holder{pod.engine, pod.Apply, func() (Counted, error) { return pod.Counted(a.iface()) }, func() (uint64, error) {
 			g, _, err := pod.Generation(a.iface())
 			return g, err
 		}})
@@ -40,7 +45,10 @@ func eachHolder(t *testing.T, f func(t *testing.T, w *world, h holder)) {
 		w := newWorld(t, "a", "b", "c")
 		a := w.pods["a"]
 		parent := openParent(t, w)
-		f(t, w, holder{parent.engine, parent.Apply, func() (Dropped, error) { return parent.Dropped(a.mac) }, func() (uint64, error) {
+		f(t, w, holder{parent.engine, parent.Apply, func() (Counted, error) {
+			d, err := parent.Dropped(a.mac)
+			return Counted{Dropped: d}, err
+		}, func() (uint64, error) {
 			all, err := parent.Generations()
 			return all[a.mac], err
 		}})
@@ -78,7 +86,7 @@ func TestEveryFailingOperationLeavesTheOldGeneration(t *testing.T) {
 		a, b, c := w.pods["a"], w.pods["b"], w.pods["c"]
 		all := cells([2]string{"b", "a"}, [2]string{"c", "a"}, [2]string{"a", "b"})
 		udp := &policy.Ports{UDP: []policy.PortRange{{First: 80, Last: 81}}}
-		from, to := only(open80, b), only(udp, b, c)
+		from, to := by(only(open80, b), "p", "q"), by(only(udp, b, c), "q", "r")
 		for _, next := range []Interface{a.iface(), node(a.iface(), w.pods["wire"].v4)} { // in place; a new version
 			for k := 0; ; k++ {
 				if err := h.apply(a.iface(), from, denied, 1); err != nil {
@@ -95,7 +103,7 @@ func TestEveryFailingOperationLeavesTheOldGeneration(t *testing.T) {
 					if !errors.Is(err, unix.ENOENT) || g != 1 {
 						t.Fatalf("operation %d: %v, generation %d", k, err, g)
 					}
-					if !b.reachesWithin(a.v4, 80) || b.reachesWithin(a.v6, 81) || c.reachesWithin(a.v4, 81) {
+					if !b.reachesWithin(netip.AddrPort{}, a.v4, 80) || b.reachesWithin(netip.AddrPort{}, a.v6, 81) || c.reachesWithin(netip.AddrPort{}, a.v4, 81) {
 						t.Fatalf("operation %d: not as before", k)
 					}
 				} else if g != 2 {
@@ -104,6 +112,7 @@ func TestEveryFailingOperationLeavesTheOldGeneration(t *testing.T) {
 				if err := h.apply(next, to, denied, 3); err != nil {
 					t.Fatalf("after failed operation %d: %v", k, err)
 				}
+				h.hasCounters(t, to)
 				if *failed {
 					continue
 				}
@@ -143,14 +152,14 @@ func TestAFailingUndoIsTold(t *testing.T) {
 		if err := h.apply(a.iface(), only(open80, b), denied, 3); err != nil {
 			t.Fatal(err)
 		}
-		if !b.reachesWithin(a.v4, 80) || b.reachesWithin(a.v4, 81) {
+		if !b.reachesWithin(netip.AddrPort{}, a.v4, 80) || b.reachesWithin(netip.AddrPort{}, a.v4, 81) {
 			t.Error("not what was applied")
 		}
 	})
 }
 
 // While verdicts change, a cell that both the old and the new ones allow is open at each
-// instant, and one that both deny is closed. The rules count what they drop.
+// instant, and one that both deny is closed. The rules count what they drop, and for policy p what begins a connection.
 func TestUpdatesHaveNoGap(t *testing.T) {
 	t.Parallel()
 	eachHolder(t, func(t *testing.T, w *world, h holder) {
@@ -158,10 +167,15 @@ func TestUpdatesHaveNoGap(t *testing.T) {
 		draw := func() *policy.Verdicts {
 			// Always open: b at port 80. Always closed: b at port 81. What is around b, and
 			// what else is allowed with b, changes.
-			v := &policy.Verdicts{Isolated: true}
+			v := &policy.Verdicts{Isolated: true, Policies: []string{"p", "q"}[:1+rand.IntN(2)]}
 			for family := range 2 {
 				address := b.address(family)
 				ports := &policy.Ports{UDP: []policy.PortRange{{First: uint16(60 + rand.IntN(20)), Last: 80}}}
+				share := *ports
+				ports.By = []policy.Share{{Policy: "p", Ports: &share}}
+				if len(v.Policies) > 1 {
+					ports.By = []policy.Share{{Policy: "p", Ports: &policy.Ports{UDP: []policy.PortRange{{First: 80, Last: 80}}}}, {Policy: "q", Ports: &share}}
+				}
 				first, last := address, address
 				for range rand.IntN(3) {
 					first = first.Prev()
@@ -185,26 +199,32 @@ func TestUpdatesHaveNoGap(t *testing.T) {
 		}
 		var stop atomic.Bool
 		var wg sync.WaitGroup
-		var sent, lost, leaked atomic.Int64
-		var closed [2]atomic.Int64
+		var lost, leaked atomic.Int64
+		var open, more, closed [2]atomic.Int64
 		for d, ends := range [...][2]*station{policy.Ingress: {b, a}, policy.Egress: {a, b}} {
 			for family := range 2 {
-				for _, port := range []uint16{80, 81} {
-					wg.Go(func() {
-						for !stop.Load() {
-							got := ends[0].reachesWithin(ends[1].address(family), port)
-							sent.Add(1)
-							if port == 81 {
-								closed[d].Add(1)
-								if got {
-									leaked.Add(1)
-								}
-							} else if !got {
-								lost.Add(1)
-							}
+				wg.Go(func() {
+					for n := 1024; !stop.Load(); n++ {
+						own := netip.AddrPortFrom(ends[0].address(family), uint16(n))
+						if n < 32768 { // where the kernel chooses none
+							open[d].Add(1)
+						} else { // may be of a connection that there was
+							own = netip.AddrPort{}
+							more[d].Add(1)
 						}
-					})
-				}
+						if !ends[0].reachesWithin(own, ends[1].address(family), 80) {
+							lost.Add(1)
+						}
+					}
+				})
+				wg.Go(func() {
+					for !stop.Load() {
+						closed[d].Add(1)
+						if ends[0].reachesWithin(netip.AddrPort{}, ends[1].address(family), 81) {
+							leaked.Add(1)
+						}
+					}
+				})
 			}
 		}
 		const changes = 400
@@ -222,24 +242,30 @@ func TestUpdatesHaveNoGap(t *testing.T) {
 		stop.Store(true)
 		wg.Wait()
 		want := Dropped{Ingress: uint64(closed[policy.Ingress].Load()), Egress: uint64(closed[policy.Egress].Load())}
-		var got Dropped
-		for deadline := time.Now().Add(10 * time.Second); got != want && time.Now().Before(deadline); { // the last may be under way
+		var got Counted
+		for deadline := time.Now().Add(10 * time.Second); got.Dropped != want && time.Now().Before(deadline); { // the last may be under way
 			var err error
-			if got, err = h.dropped(); err != nil {
+			if got, err = h.counted(); err != nil {
 				t.Fatal(err)
 			}
 		}
-		t.Logf("%d packets over %d changes, dropped %+v", sent.Load(), changes, got)
-		if got != want || leaked.Load() > 0 || lost.Load() > 0 || sent.Load() < changes {
-			t.Errorf("%d leaked, %d lost, dropped %+v, want %+v", leaked.Load(), lost.Load(), got, want)
+		sent := open[0].Load() + more[0].Load() + open[1].Load() + more[1].Load() + closed[0].Load() + closed[1].Load()
+		t.Logf("%d packets over %d changes, %+v", sent, changes, got)
+		for d := range open {
+			if n := got.Hits[HitsCounter(policy.Direction(d), "p")]; got.Hits != nil && (int64(n) < open[d].Load() || int64(n) > open[d].Load()+more[d].Load()) {
+				t.Errorf("%s: %d hits, %d connections, and of %d packets some", policy.Direction(d), n, open[d].Load(), more[d].Load())
+			}
+		}
+		if got.Dropped != want || leaked.Load() > 0 || lost.Load() > 0 || sent < changes {
+			t.Errorf("%d leaked, %d lost, dropped %+v, want %+v", leaked.Load(), lost.Load(), got.Dropped, want)
 		}
 	})
 }
 
-// reachesWithin is reaches for UDP from a fresh port, with a short wait for what is
-// expected to be dropped and a long one for what is not.
-func (s *station) reachesWithin(to netip.Addr, port uint16) bool {
-	c, err := s.udp(to, port)
+// reachesWithin is reaches for UDP from a socket's address, the zero one for any, with a
+// short wait for what is expected to be dropped and a long one for what is not.
+func (s *station) reachesWithin(from netip.AddrPort, to netip.Addr, port uint16) bool {
+	c, err := s.udp(from, to, port)
 	if err != nil {
 		return false
 	}
@@ -257,10 +283,14 @@ func (s *station) reachesWithin(to netip.Addr, port uint16) bool {
 	return err == nil
 }
 
-// udp is a socket of a fresh port for one peer.
-func (s *station) udp(to netip.Addr, port uint16) (c *net.UDPConn, err error) {
+// udp is a socket for one peer, at an address or the zero one for any.
+func (s *station) udp(from netip.AddrPort, to netip.Addr, port uint16) (c *net.UDPConn, err error) {
 	err = s.ns.Do(func() (err error) {
-		c, err = net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(to, port)))
+		var own *net.UDPAddr
+		if from.IsValid() {
+			own = net.UDPAddrFromAddrPort(from)
+		}
+		c, err = net.DialUDP("udp", own, net.UDPAddrFromAddrPort(netip.AddrPortFrom(to, port)))
 		return err
 	})
 	return c, err

@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"pgregory.net/rapid"
+
+	"github.com/sluice-network/sluice/cni/policy"
 )
 
 // space is how many addresses the tests of intervals have.
@@ -129,5 +131,24 @@ func TestOnePeerIsAFewElements(t *testing.T) {
 	now, _ = sides{}.diff([]peer{{first, peers[4999].last, "x"}})
 	if n := elements([]peer{{first, peers[2000].first, "x"}, {peers[2001].first, peers[4999].last, "x"}}); n != 3 {
 		t.Errorf("one that goes out of an interval is %d elements", n)
+	}
+}
+
+// Who allows it is nothing to a parent: its peers are not more for it, nor are its chains.
+func TestParentsHaveNoShares(t *testing.T) {
+	var v [2]*policy.Verdicts
+	for d := range v {
+		v[d] = &policy.Verdicts{Isolated: true, Policies: []string{"p", "q"}}
+		for i := range space {
+			ports := &policy.Ports{TCP: []policy.PortRange{{First: 80, Last: 80}}}
+			ports.By = []policy.Share{{Policy: v[d].Policies[i%2], Ports: &policy.Ports{TCP: ports.TCP}}}
+			v[d].Peers = append(v[d].Peers, policy.PeerRange{First: addressAt(i), Last: addressAt(i), Ports: ports})
+		}
+	}
+	for want, r := range map[int]rendering{1: parentRendering("p0", Interface{}, v, 1, nil, true), space: podRendering(Interface{Name: "net1"}, v, 1)} {
+		chains := map[string]chain{}
+		if peers := r.peersOf(policy.Ingress, v, chains); len(peers[0]) != want || len(chains) != min(want, 2) {
+			t.Errorf("%s: %d peers lead to %d chains, want %d", r.prefix, len(peers[0]), len(chains), want)
+		}
 	}
 }

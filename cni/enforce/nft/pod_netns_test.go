@@ -196,7 +196,7 @@ func TestNftReadsWhatItLists(t *testing.T) {
 	w := newWorld(t, "a", "b")
 	a := w.pods["a"]
 	pod := openPod(t, a)
-	for _, verdicts := range [][2]*policy.Verdicts{{only(open80, w.pods["b"]), denied}, {openTo, only(&policy.Ports{All: true}, w.pods["b"])}} {
+	for _, verdicts := range [][2]*policy.Verdicts{{by(only(open80, w.pods["b"]), "p", "q"), denied}, {openTo, by(only(&policy.Ports{All: true}, w.pods["b"]), "p")}} {
 		for _, cut := range []bool{false, true} {
 			i := a.iface()
 			i.Cut, i.DHCP, i.Node = cut, true, []netip.Addr{w.pods["wire"].v4}

@@ -97,6 +97,7 @@ var (
 	none        = "\x00\x00\x00\x00"
 	established = string(binary.NativeEndian.AppendUint32(nil, 2))
 	related     = string(binary.NativeEndian.AppendUint32(nil, 4))
+	untracked   = string(binary.NativeEndian.AppendUint32(nil, 64))
 )
 
 // Counters of dropped packets, objects of the tables.
@@ -307,6 +308,9 @@ func counted(d policy.Direction, p *policy.Ports) (rules []rule) {
 		if s.Ports.All {
 			always = append(always, hits[i])
 		}
+	}
+	if len(always) > 0 { // neighbour discovery, which passes anyway, begins nothing
+		rules = append(rules, on(is(ctState, untracked), accept))
 	}
 	for _, protocol := range []string{tcp, udp, sctp} {
 		whole := rangesOf(p, protocol)
