@@ -11,6 +11,7 @@ import (
 	"k8s.io/client-go/util/workqueue"
 
 	"github.com/sluice-network/sluice/cni/attach"
+	"github.com/sluice-network/sluice/cni/enforce/nft"
 	"github.com/sluice-network/sluice/cni/policy"
 	"github.com/sluice-network/sluice/internal/host"
 )
@@ -137,7 +138,7 @@ func (e *Enforcer) open(f *face, i attach.Interface, ns *host.Netns) error {
 		if err := e.Engine.Remove(i, ns); err != nil {
 			return err
 		}
-		f.rules = false
+		f.rules, f.counted = false, nft.Counted{}
 	}
 	if f.cut {
 		if err := e.Engine.Cut(i, false); err != nil {

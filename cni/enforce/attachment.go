@@ -124,6 +124,9 @@ func (e *Enforcer) Leave(i attach.Interface) {
 	if f != nil {
 		f.work.Lock()
 		defer f.work.Unlock()
+		if f.rules && !f.loaded {
+			e.count(f, i)
+		}
 	}
 	e.Engine.Close(i)
 }
@@ -149,7 +152,6 @@ func (e *Enforcer) Remove(ctx context.Context, i attach.Interface, ns *host.Netn
 	f.work.Lock()
 	defer f.work.Unlock()
 	if f.rules {
-		e.count(f, i)
 		if err := e.Engine.Remove(i, ns); err != nil {
 			return err
 		}

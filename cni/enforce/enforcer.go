@@ -76,7 +76,7 @@ type face struct {
 	cut     bool             // the VF may have no link
 	loaded  bool             // they are an earlier agent's
 	applied [2]*policy.State // what is in force; nil when that is not known
-	dropped nft.Dropped      // as far as it is counted
+	counted nft.Counted      // as far as the metrics have it
 
 	// Guarded by the Enforcer's mu.
 	attach.Interface

@@ -41,7 +41,7 @@ type node struct {
 	refuse      map[string]error      // by method of Engine
 	calls       []string
 	annotations map[string]string
-	dropped     nft.Dropped
+	counted     nft.Counted
 	changes     int // of the condition
 	events      []string
 	tamper      func(attach.Interface, nft.Tampering)
@@ -130,10 +130,10 @@ func (n *node) Remove(i attach.Interface, _ *host.Netns) error {
 
 func (n *node) Generation(attach.Interface, *host.Netns) (uint64, bool, error) { return 7, true, nil }
 
-func (n *node) Dropped(attach.Interface) (nft.Dropped, error) {
+func (n *node) Counted(attach.Interface) (nft.Counted, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.dropped, nil
+	return n.counted, nil
 }
 
 func (n *node) Sizes() map[string]nft.Size {
@@ -663,9 +663,10 @@ func scrape(t *testing.T, n *node) string {
 	return b.String()
 }
 
-// What the kernel dropped counts for the policies that were in force then, also over rules
-// that begin to count anew, and goes with the policy.
-func TestDropsAreCounted(t *testing.T) {
+// What the kernel dropped counts for the policies that were in force then, and what it let
+// pass for those that allow it; also over rules that begin to count anew. It goes with the
+// policy.
+func TestHitsAndDropsAreCounted(t *testing.T) {
 	n := newNode(t).run()
 	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
 	n.pod("a", "here", "", map[string]string{"to": "p"})
@@ -673,10 +674,14 @@ func TestDropsAreCounted(t *testing.T) {
 	if err := n.add(face1("a"), "10.0.0.1"); err != nil {
 		t.Fatal(err)
 	}
-	drop := func(d nft.Dropped) {
+	const p, q = "NetworkPolicy ns/p", "NetworkPolicy ns/q"
+	counted := func(d nft.Dropped, hits map[string]uint64) {
 		n.mu.Lock()
 		defer n.mu.Unlock()
-		n.dropped = d
+		n.counted = nft.Counted{Dropped: d, Hits: map[string]uint64{}}
+		for p, hits := range hits {
+			n.counted.Hits[nft.HitsCounter(policy.Ingress, p)] = hits
+		}
 	}
 	is := func(want ...string) {
 		t.Helper()
@@ -690,16 +695,22 @@ func TestDropsAreCounted(t *testing.T) {
 			return ""
 		}, "")
 	}
-	drop(nft.Dropped{Ingress: 5, Egress: 2, Spoofed: 1})
-	is(`sluice_policy_dropped_packets_total{direction="ingress",policy="NetworkPolicy ns/p"} 5`,
-		`sluice_policy_interface_dropped_packets_total{direction="ingress",interface="net1",namespace="ns",pod="a",reason="policy"} 5`,
+	isOf := func(policy string, dropped, hits int) {
+		t.Helper()
+		is(fmt.Sprintf("sluice_policy_dropped_packets_total{direction=\"ingress\",policy=%q} %d", policy, dropped),
+			fmt.Sprintf("sluice_policy_hits_total{direction=\"ingress\",policy=%q} %d", policy, hits))
+	}
+	isOf(p, 0, 0)
+	counted(nft.Dropped{Ingress: 5, Egress: 2, Spoofed: 1}, map[string]uint64{p: 3, "NetworkPolicy ns/other": 9})
+	isOf(p, 5, 3)
+	is(`sluice_policy_interface_dropped_packets_total{direction="ingress",interface="net1",namespace="ns",pod="a",reason="policy"} 5`,
 		`sluice_policy_interface_dropped_packets_total{direction="egress",interface="net1",namespace="ns",pod="a",reason="spoofed"} 1`,
 		`sluice_policy_rules{engine="nft-pod"} 30`, `sluice_policy_elements{engine="nft-pod"} 4`)
-	drop(nft.Dropped{Ingress: 7})
-	is(`sluice_policy_dropped_packets_total{direction="ingress",policy="NetworkPolicy ns/p"} 7`)
-	drop(nft.Dropped{Ingress: 3})
-	is(`sluice_policy_dropped_packets_total{direction="ingress",policy="NetworkPolicy ns/p"} 10`)
-	drop(nft.Dropped{Ingress: 4})
+	counted(nft.Dropped{Ingress: 7}, map[string]uint64{p: 4})
+	isOf(p, 7, 4)
+	counted(nft.Dropped{Ingress: 3}, map[string]uint64{p: 2})
+	isOf(p, 10, 6)
+	counted(nft.Dropped{Ingress: 4}, map[string]uint64{p: 3})
 	n.pod("a", "here", "", map[string]string{"to": "p", "and": "q"})
 	n.SetPolicy(cluster.Policy{Policy: policy.ReadNetworkPolicy(&networkingv1.NetworkPolicy{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "q"}, Spec: networkingv1.NetworkPolicySpec{PodSelector: metav1.LabelSelector{MatchLabels: map[string]string{"and": "q"}}},
@@ -707,20 +718,28 @@ func TestDropsAreCounted(t *testing.T) {
 	n.becomes("annotation", func() string {
 		return fmt.Sprint(strings.Contains(n.status("a"), `"policies":["NetworkPolicy ns/p","NetworkPolicy ns/q"]`))
 	}, "true")
-	drop(nft.Dropped{Ingress: 6})
-	is(`sluice_policy_dropped_packets_total{direction="ingress",policy="NetworkPolicy ns/p"} 13`,
-		`sluice_policy_dropped_packets_total{direction="ingress",policy="NetworkPolicy ns/q"} 2`)
-	drop(nft.Dropped{Ingress: 8})
+	counted(nft.Dropped{Ingress: 6}, map[string]uint64{p: 5, q: 1})
+	isOf(p, 13, 9)
+	isOf(q, 2, 1)
+	// Rules that were removed count from nothing, if only from more than before.
+	n.pod("a", "here", "", nil)
+	n.inForce("a", "")
+	counted(nft.Dropped{Ingress: 7}, map[string]uint64{p: 6})
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	isOf(p, 20, 15)
+	counted(nft.Dropped{Ingress: 9}, map[string]uint64{p: 7})
 	i := face1("a")
 	i.Definition = optedIn
+	n.Leave(i)
 	if err := n.Enforcer.Remove(t.Context(), i, nil); err != nil {
 		t.Fatal(err)
 	}
-	is(`sluice_policy_dropped_packets_total{direction="ingress",policy="NetworkPolicy ns/p"} 15`)
+	isOf(p, 22, 16)
 	n.unpolicy("p")
 	if text := scrape(t, n); strings.Contains(text, "ns/p") || strings.Contains(text, "sluice_policy_interface_dropped") {
 		t.Error(text)
 	}
+	isOf(q, 2, 1)
 }
 
 // What the index has wrong is found when its network's turn comes, told, and put right.

@@ -23,9 +23,8 @@ type Engine interface {
 	Cut(i attach.Interface, cut bool) error
 	// Remove removes what there is. ns may be nil: the namespace is gone.
 	Remove(i attach.Interface, ns *host.Netns) error
-	// Dropped counts the packets that the interface's rules have dropped; nothing when it
-	// has none.
-	Dropped(i attach.Interface) (nft.Dropped, error)
+	// Counted is what the interface's rules have counted. After Close nobody can tell.
+	Counted(i attach.Interface) (nft.Counted, error)
 	// Sizes are how much is in the kernel, by engine as DirectionStatus names it.
 	Sizes() map[string]nft.Size
 	// Report has f told of rules that somebody else changed.

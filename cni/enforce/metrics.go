@@ -9,6 +9,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/sluice-network/sluice/cni/attach"
+	"github.com/sluice-network/sluice/cni/enforce/nft"
+	"github.com/sluice-network/sluice/cni/policy"
 )
 
 var interfacesDesc = prometheus.NewDesc("sluice_policy_interfaces",
@@ -26,7 +28,9 @@ type metrics struct {
 	applies  *prometheus.CounterVec
 	tampered prometheus.Counter
 
-	dropped     *prometheus.CounterVec
+	hits, dropped *prometheus.CounterVec
+	policies      map[string]struct{} // that have any; guarded by the Enforcer's mu
+
 	refused     prometheus.Counter
 	differences prometheus.Counter
 }
@@ -43,6 +47,10 @@ func newMetrics() metrics {
 		tampered: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "sluice_policy_tampered_total", Help: "Changes of rules by somebody else.",
 		}),
+		policies: map[string]struct{}{},
+		hits: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "sluice_policy_hits_total", Help: "Packets that began a connection, which passed because the policy allows it; one that several allow counts for each of them.",
+		}, []string{"policy", "direction"}),
 		dropped: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "sluice_policy_dropped_packets_total", Help: "Packets dropped where the policy isolates an interface; one that several isolate counts for each of them.",
 		}, []string{"policy", "direction"}),
@@ -68,32 +76,51 @@ func (m metrics) applied(err error, since time.Time) {
 	}
 }
 
-// count reads what the interface's rules dropped since it was counted last, for the
-// policies that isolate it. f.work is held.
+// count reads what the interface's rules counted since it was read last, for the policies
+// that isolate it. f.work is held.
 func (e *Enforcer) count(f *face, i attach.Interface) {
-	now, err := e.Engine.Dropped(i)
+	now, err := e.Engine.Counted(i)
 	if err != nil {
-		e.Log.V(1).Info("Cannot read how many packets were dropped", "pod", i.Pod, "interface", i.IfName, "error", err)
+		e.Log.V(1).Info("Cannot read what the rules of policy have counted", "pod", i.Pod, "interface", i.IfName, "error", err)
 		return
 	}
+	more := func(before, now uint64) float64 {
+		if now < before { // the rules were made anew
+			before = 0
+		}
+		return float64(now - before)
+	}
 	e.mu.Lock()
-	status := f.status
-	e.mu.Unlock()
-	for _, d := range []struct {
-		name        string
+	defer e.mu.Unlock()
+	for d, s := range []struct {
 		of          *DirectionStatus
 		before, now uint64
-	}{{"ingress", status.Ingress, f.dropped.Ingress, now.Ingress}, {"egress", status.Egress, f.dropped.Egress, now.Egress}} {
-		if d.now < d.before { // the rules were made anew
-			d.before = 0
+	}{policy.Ingress: {f.status.Ingress, f.counted.Ingress, now.Ingress}, policy.Egress: {f.status.Egress, f.counted.Egress, now.Egress}} {
+		if s.of == nil {
+			continue
 		}
-		if d.of != nil && d.now > d.before {
-			for _, p := range d.of.Policies {
-				e.metrics.dropped.WithLabelValues(p, d.name).Add(float64(d.now - d.before))
-			}
+		d := policy.Direction(d)
+		for _, p := range s.of.Policies {
+			e.metrics.policies[p] = struct{}{}
+			e.metrics.dropped.WithLabelValues(p, d.String()).Add(more(s.before, s.now))
+			counter := nft.HitsCounter(d, p)
+			e.metrics.hits.WithLabelValues(p, d.String()).Add(more(f.counted.Hits[counter], now.Hits[counter]))
 		}
 	}
-	f.dropped = now
+	f.counted = now
+}
+
+// forget leaves out what was counted for policies that are no more.
+func (e *Enforcer) forget() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for p := range e.metrics.policies {
+		if !e.index.Has(p) {
+			delete(e.metrics.policies, p)
+			e.metrics.hits.DeletePartialMatch(prometheus.Labels{"policy": p})
+			e.metrics.dropped.DeletePartialMatch(prometheus.Labels{"policy": p})
+		}
+	}
 }
 
 // Describe implements prometheus.Collector.
@@ -107,7 +134,7 @@ func (e *Enforcer) Describe(out chan<- *prometheus.Desc) {
 }
 
 func (m metrics) all() []prometheus.Collector {
-	return []prometheus.Collector{m.latency, m.applies, m.tampered, m.dropped, m.refused, m.differences}
+	return []prometheus.Collector{m.latency, m.applies, m.tampered, m.hits, m.dropped, m.refused, m.differences}
 }
 
 // Collect implements prometheus.Collector.
@@ -131,8 +158,9 @@ func (e *Enforcer) Collect(out chan<- prometheus.Metric) {
 		out <- prometheus.MustNewConstMetric(interfacesDesc, prometheus.GaugeValue, float64(count), labels[:]...)
 	}
 	for _, f := range faces {
-		e.collectDropped(f, out)
+		e.collectCounted(f, out)
 	}
+	e.forget()
 	for engine, size := range e.Engine.Sizes() {
 		out <- prometheus.MustNewConstMetric(rulesDesc, prometheus.GaugeValue, float64(size.Rules), engine)
 		out <- prometheus.MustNewConstMetric(elementsDesc, prometheus.GaugeValue, float64(size.Elements), engine)
@@ -142,9 +170,9 @@ func (e *Enforcer) Collect(out chan<- prometheus.Metric) {
 	}
 }
 
-// collectDropped tells what an interface's rules dropped. One that is being worked on is
+// collectCounted tells what an interface's rules counted. One that is being worked on is
 // told of next time.
-func (e *Enforcer) collectDropped(f *face, out chan<- prometheus.Metric) {
+func (e *Enforcer) collectCounted(f *face, out chan<- prometheus.Metric) {
 	if !f.work.TryLock() {
 		return
 	}
@@ -160,7 +188,7 @@ func (e *Enforcer) collectDropped(f *face, out chan<- prometheus.Metric) {
 	for _, d := range []struct {
 		direction, reason string
 		n                 uint64
-	}{{"ingress", "policy", f.dropped.Ingress}, {"egress", "policy", f.dropped.Egress}, {"egress", "spoofed", f.dropped.Spoofed}} {
+	}{{"ingress", "policy", f.counted.Ingress}, {"egress", "policy", f.counted.Egress}, {"egress", "spoofed", f.counted.Spoofed}} {
 		out <- prometheus.MustNewConstMetric(droppedDesc, prometheus.CounterValue, float64(d.n), namespace, name, i.IfName, d.direction, d.reason)
 	}
 }

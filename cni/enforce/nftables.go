@@ -278,21 +278,22 @@ func (n *nftables) Remove(i attach.Interface, ns *host.Netns) error {
 	return p.Remove(i.IfName)
 }
 
-// Dropped implements Engine.
-func (n *nftables) Dropped(i attach.Interface) (nft.Dropped, error) {
+// Counted implements Engine.
+func (n *nftables) Counted(i attach.Interface) (nft.Counted, error) {
 	n.mu.Lock()
 	p, open := n.pods[i.Key]
 	at := n.parents[i.Parent]
 	n.mu.Unlock()
 	if !open {
-		return nft.Dropped{}, nil
+		return nft.Counted{}, fmt.Errorf("read the counters of %s: the pod's namespace was let go of", i.IfName)
 	}
-	d, err := p.Dropped(nft.Interface{Name: i.IfName})
+	c, err := p.Counted(nft.Interface{Name: i.IfName})
 	if err != nil || at == nil {
-		return d, err
+		return c, err
 	}
 	there, err := at.Dropped([6]byte(i.MAC))
-	return nft.Dropped{Ingress: d.Ingress + there.Ingress, Egress: d.Egress + there.Egress, Spoofed: d.Spoofed + there.Spoofed}, err
+	c.Dropped = nft.Dropped{Ingress: c.Ingress + there.Ingress, Egress: c.Egress + there.Egress, Spoofed: c.Spoofed + there.Spoofed}
+	return c, err
 }
 
 // Sizes implements Engine.

@@ -6,8 +6,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	"github.com/sluice-network/sluice/cni/enforce/cluster"
 	"github.com/sluice-network/sluice/cni/policy"
 )
@@ -72,7 +70,6 @@ func (e *Enforcer) DeletePolicy(p cluster.Policy) {
 		delete(e.faulty, p.String())
 		e.index.RemovePolicy(p.Kind, p.Namespace, p.Name)
 	})
-	e.metrics.dropped.DeletePartialMatch(prometheus.Labels{"policy": p.String()})
 }
 
 func (e *Enforcer) change(f func()) {

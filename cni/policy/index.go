@@ -50,7 +50,7 @@ type Index struct {
 	pods       map[podKey]*pod
 	namespaces map[string]*namespace
 	networks   map[string]Enforcement
-	policies   map[policyKey]*numbered
+	policies   map[string]*numbered // by Policy.String
 	scopes     map[string]*scope
 	selecting  selectors[*scope] // scopes that select namespaces by labels
 	labelled   map[label]map[*pod]struct{}
@@ -69,8 +69,6 @@ type Index struct {
 }
 
 type podKey struct{ namespace, name string }
-
-type policyKey struct{ kind, namespace, name string }
 
 // numbered is a policy. Another with its name has another number.
 type numbered struct {
@@ -142,7 +140,7 @@ type groupKey struct{ network, selector string }
 // is asked again when the pod changes.
 func NewIndex(own func(Pod) bool) *Index {
 	return &Index{
-		own: own, pods: map[podKey]*pod{}, namespaces: map[string]*namespace{}, networks: map[string]Enforcement{}, policies: map[policyKey]*numbered{},
+		own: own, pods: map[podKey]*pod{}, namespaces: map[string]*namespace{}, networks: map[string]Enforcement{}, policies: map[string]*numbered{},
 		scopes: map[string]*scope{}, owners: map[address][]*pod{}, sides: map[ID]*[2]side{}, profiles: map[string]*profile{},
 		reselect: map[*pod]struct{}{}, stale: map[*profile]struct{}{}, pending: map[*side]struct{}{}, unused: map[*profile]struct{}{},
 	}
@@ -198,7 +196,7 @@ func (x *Index) enforcement(network string) Enforcement {
 
 // SetPolicy tells of a policy that was added or changed.
 func (x *Index) SetPolicy(p *Policy) {
-	key := policyKey{p.Kind, p.Namespace, p.Name}
+	key := p.String()
 	if old := x.policies[key]; old != nil {
 		if old.equal(p) {
 			return
@@ -215,7 +213,7 @@ func (x *Index) SetPolicy(p *Policy) {
 
 // RemovePolicy tells that a policy was deleted.
 func (x *Index) RemovePolicy(kind, namespace, name string) {
-	key := policyKey{kind, namespace, name}
+	key := (&Policy{Kind: kind, Namespace: namespace, Name: name}).String()
 	n := x.policies[key]
 	if n == nil {
 		return
@@ -226,6 +224,9 @@ func (x *Index) RemovePolicy(kind, namespace, name string) {
 	x.reselectSelected(ns, n.Policy)
 	x.tidy(ns)
 }
+
+// Has says whether there is a policy, by the name that Verdicts have for it.
+func (x *Index) Has(policy string) bool { return x.policies[policy] != nil }
 
 func (x *Index) reselectSelected(ns *namespace, p *Policy) {
 	for e := range ns.own {
