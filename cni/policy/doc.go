@@ -12,6 +12,9 @@
 // have, and a verdict map is patched where a peer came or went. Interfaces that the same
 // policies select share one map.
 //
+// A verdict map says of what it allows which policies do, so that they can be told apart
+// where it is enforced.
+//
 // A verdict is about a new connection. Replies, ARP, neighbour discovery and the like are
 // the business of whoever enforces it. A policy that is not valid allows nothing, and
 // isolates whatever it may have meant; State.Faults says why.

@@ -13,8 +13,10 @@
 // own table is exact.
 //
 // Rules do not grow with peers: addresses are maps to one chain for each distinct set of
-// ports, single ones a hash, so that ten thousand are found as fast as ten, and others intervals; where answers are judged too, of ports and of those that answers
-// come from, so that one lookup judges a packet.
+// ports, single ones a hash, so that ten thousand are found as fast as ten, and others
+// intervals; where answers are judged too, of ports and of those that answers come from,
+// so that one lookup judges a packet. In the pod the rule that accepts a new connection
+// counts it for the policies that allow it: a set of ports is another if others allow it.
 //
 // No change has a gap, though a packet may be in the middle of the rules when they change.
 // What the kernel gives for that is little: the rules of a chain are of one generation

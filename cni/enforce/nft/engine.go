@@ -95,14 +95,8 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 		prepare, flip, sweep = r.make(there)
 	} else {
 		next.rendering, next.peers = old.rendering, old.peers
-		if next.counts {
-			next.hits = hitsCounters(verdicts)
-		}
-		for _, name := range next.hits {
-			if !slices.Contains(old.hits, name) {
-				prepare = append(prepare, op{do: addCounter, table: next.table, counter: name})
-			}
-		}
+		next.tallies(verdicts)
+		prepare = next.tally(old.hits)
 	}
 	var del, add []op
 	for _, d := range []policy.Direction{policy.Ingress, policy.Egress} {
@@ -303,6 +297,23 @@ func elements(peers []peer) []element {
 	return all
 }
 
+// tallies makes the counters of hits those of the policies that isolate the interface.
+func (r *rendering) tallies(verdicts [2]*policy.Verdicts) {
+	if r.counts {
+		r.hits = hitsCounters(verdicts)
+	}
+}
+
+// tally are the operations that make the counters of hits that are not there yet.
+func (r *rendering) tally(there []string) (ops []op) {
+	for _, name := range r.hits {
+		if !slices.Contains(there, name) {
+			ops = append(ops, op{do: addCounter, table: r.table, counter: name})
+		}
+	}
+	return ops
+}
+
 // make are the operations that make a version beside what is present, put it in force,
 // and take away what it replaces.
 func (r *rendering) make(present present) (prepare, flip, sweep []op) {
@@ -312,9 +323,7 @@ func (r *rendering) make(present present) (prepare, flip, sweep []op) {
 			prepare = append(prepare, op{do: addCounter, table: t, counter: c})
 		}
 	}
-	for _, c := range r.hits {
-		prepare = append(prepare, op{do: addCounter, table: r.table, counter: c})
-	}
+	prepare = append(prepare, r.tally(nil)...)
 	prepare = append(prepare, op{do: addSet, table: r.table, set: &set{table: r.table, name: generations, key: etherAddr}})
 	for _, s := range r.sets {
 		prepare = append(prepare, op{do: addSet, table: s.table, set: &s})
