@@ -95,8 +95,8 @@ func (e *engine) apply(key string, t table, i Interface, verdicts [2]*policy.Ver
 		prepare, flip, sweep = r.make(there)
 	} else {
 		next.rendering, next.peers = old.rendering, old.peers
-		next.tallies(verdicts)
-		prepare = next.tally(old.hits)
+		next.setHits(verdicts)
+		prepare = next.addHits(old.hits)
 	}
 	var del, add []op
 	for _, d := range []policy.Direction{policy.Ingress, policy.Egress} {
@@ -297,15 +297,15 @@ func elements(peers []peer) []element {
 	return all
 }
 
-// tallies makes the counters of hits those of the policies that isolate the interface.
-func (r *rendering) tallies(verdicts [2]*policy.Verdicts) {
+// setHits makes the counters of hits those of the policies that isolate the interface.
+func (r *rendering) setHits(verdicts [2]*policy.Verdicts) {
 	if r.counts {
 		r.hits = hitsCounters(verdicts)
 	}
 }
 
-// tally are the operations that make the counters of hits that are not there yet.
-func (r *rendering) tally(there []string) (ops []op) {
+// addHits are the operations that make the counters of hits that are not there yet.
+func (r *rendering) addHits(there []string) (ops []op) {
 	for _, name := range r.hits {
 		if !slices.Contains(there, name) {
 			ops = append(ops, op{do: addCounter, table: r.table, counter: name})
@@ -323,7 +323,7 @@ func (r *rendering) make(present present) (prepare, flip, sweep []op) {
 			prepare = append(prepare, op{do: addCounter, table: t, counter: c})
 		}
 	}
-	prepare = append(prepare, r.tally(nil)...)
+	prepare = append(prepare, r.addHits(nil)...)
 	prepare = append(prepare, op{do: addSet, table: r.table, set: &set{table: r.table, name: generations, key: etherAddr}})
 	for _, s := range r.sets {
 		prepare = append(prepare, op{do: addSet, table: s.table, set: &s})

@@ -275,7 +275,26 @@ func ports(p *policy.Ports, port load, also func(protocol string) []expr) []rule
 }
 
 func rangesOf(p *policy.Ports, protocol string) []policy.PortRange {
-	return map[string][]policy.PortRange{tcp: p.TCP, udp: p.UDP, sctp: p.SCTP}[protocol]
+	switch protocol {
+	case tcp:
+		return p.TCP
+	case udp:
+		return p.UDP
+	}
+	return p.SCTP
+}
+
+// stretch says whether a port is in the ranges, and up to which one that stays so, last at
+// most.
+func stretch(ranges []policy.PortRange, port, last int) (in bool, until int) {
+	i, _ := slices.BinarySearchFunc(ranges, port, func(r policy.PortRange, port int) int { return int(r.Last) - port })
+	switch {
+	case i == len(ranges):
+		return false, last
+	case port < int(ranges[i].First):
+		return false, min(last, int(ranges[i].First)-1)
+	}
+	return true, min(last, int(ranges[i].Last))
 }
 
 var allPorts = policy.PortRange{First: 0, Last: 65535}
@@ -317,25 +336,13 @@ func counted(d policy.Direction, p *policy.Ports) (rules []rule) {
 		if p.All {
 			whole = []policy.PortRange{allPorts}
 		}
-		next := make([]int, len(p.By)) // of each share's ranges, the first that has not ended
 		for _, r := range whole {
 			for first, last := int(r.First), 0; first <= int(r.Last); first = last + 1 {
 				last = int(r.Last)
 				var counters []expr
 				for i, s := range p.By {
-					ranges := rangesOf(s.Ports, protocol)
-					for next[i] < len(ranges) && int(ranges[next[i]].Last) < first {
-						next[i]++
-					}
-					in := s.Ports.All
-					if next[i] < len(ranges) {
-						if of := ranges[next[i]]; first < int(of.First) {
-							last = min(last, int(of.First)-1)
-						} else {
-							in, last = true, min(last, int(of.Last))
-						}
-					}
-					if in {
+					var in bool
+					if in, last = stretch(rangesOf(s.Ports, protocol), first, last); in || s.Ports.All {
 						counters = append(counters, hits[i])
 					}
 				}
