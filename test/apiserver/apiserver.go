@@ -16,15 +16,22 @@ import (
 
 var config *rest.Config
 
-// Main runs the tests of a package two folders below the repository's root, and ends the
-// process: with an API server when KUBEBUILDER_ASSETS tells where one is.
+// Main runs a package's tests, and ends the process: with an API server when
+// KUBEBUILDER_ASSETS tells where one is.
 func Main(m *testing.M) {
 	if os.Getenv("KUBEBUILDER_ASSETS") == "" {
 		os.Exit(m.Run())
 	}
 	ctrl.SetLogger(klog.Background())
+	root := ".."
+	for range 8 {
+		if _, err := os.Stat(filepath.Join(root, "go.mod")); err == nil {
+			break
+		}
+		root = filepath.Join(root, "..")
+	}
 	env := &envtest.Environment{
-		CRDDirectoryPaths: []string{filepath.Join("..", "..", "config", "crd", "bases")}, ErrorIfCRDPathMissing: true,
+		CRDDirectoryPaths: []string{filepath.Join(root, "config", "crd", "bases")}, ErrorIfCRDPathMissing: true,
 		// A busy machine takes its time.
 		ControlPlaneStartTimeout: 3 * time.Minute, ControlPlaneStopTimeout: time.Minute, CRDInstallOptions: envtest.CRDInstallOptions{MaxTime: time.Minute},
 	}
