@@ -18,6 +18,7 @@ import (
 
 	"github.com/go-logr/logr"
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/vishvananda/netlink"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -32,7 +33,8 @@ import (
 
 // policies makes the agent of a test enforce the NetworkPolicies in the file
 // policies.json of its directory, which it follows, if it is there at the start. What its
-// network says of existing connections is in the file existing-connections.
+// network says of existing connections is in the file existing-connections. When there is a
+// file metrics-wanted it writes the file metrics.
 func policies(dir string, kernel *host.Attacher) attach.Enforcer {
 	path := filepath.Join(dir, "policies.json")
 	if _, err := os.Stat(path); err != nil {
@@ -70,10 +72,15 @@ func policies(dir string, kernel *host.Attacher) attach.Enforcer {
 		known, before = b, now
 	}
 	read()
+	metrics := prometheus.NewRegistry()
+	metrics.MustRegister(e)
 	go func() { _ = e.Run(context.Background()) }()
 	go func() {
 		for range time.Tick(10 * time.Millisecond) {
 			read()
+			if os.Remove(filepath.Join(dir, "metrics-wanted")) == nil {
+				_ = prometheus.WriteToTextfile(filepath.Join(dir, "metrics"), metrics)
+			}
 		}
 	}()
 	return e
@@ -203,6 +210,20 @@ func (n *node) passes(when, from, to string, want bool) {
 			return errors.New("it passes")
 		}
 		return nil
+	})
+}
+
+// counts waits until the agent has counted something of the kind for the policy of ingress.
+func (n *node) counts(what string) {
+	n.Helper()
+	metric := regexp.MustCompile(`(?m)^sluice_policy_` + what + `_total{direction="ingress",policy="NetworkPolicy ns/p"} [1-9]`)
+	eventually(n.T, "a metric of "+what, func() error {
+		n.ok(os.WriteFile(filepath.Join(n.dir, "metrics-wanted"), nil, 0o600))
+		text, err := os.ReadFile(filepath.Join(n.dir, "metrics"))
+		if err == nil && !metric.Match(text) {
+			err = fmt.Errorf("there is none in\n%s", text)
+		}
+		return err
 	})
 }
 
@@ -339,6 +360,10 @@ func TestNetnsPolicy(t *testing.T) {
 	passes("another pod", c.Netns, "10.20.1.2", true)
 	if a, b, c := n.tables(a.Netns), n.tables(b.Netns), n.tables(c.Netns); a == 0 || b+c > 0 {
 		t.Errorf("tables: a %d, b %d, c %d", a, b, c)
+	}
+
+	for _, metric := range []string{"hits", "dropped_packets"} {
+		n.counts(metric)
 	}
 
 	n.policies(ingress("a", "c"))
