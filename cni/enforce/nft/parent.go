@@ -194,18 +194,22 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 		policy.Egress:  {fromPods, macPrefix(i.MAC) + fromPods, droppedOut, destinations},
 	} {
 		d := policy.Direction(d)
-		peers := [2]verdict{accept, accept}
+		var peers [2]verdict
+		often := [2]expr{accept, accept}
 		if verdicts[d].Isolated {
-			peers = r.peers(d, side.peer)
+			peers, often = r.peers(d, side.peer)
 		}
 		var rules []rule
 		if d == policy.Egress {
-			rules = r.spoofing("spoofing", i.MAC, peers)
+			rules = r.spoofing("spoofing", i.MAC, often)
 		}
 		if !verdicts[d].Isolated {
 			rules = append(rules, on(accept))
 		} else {
 			for f := range peers {
+				if d == policy.Ingress { // no jump, for what comes most often
+					rules = append(rules, on(r.family(f), often[f]))
+				}
 				rules = append(rules, on(r.family(f), peers[f]))
 			}
 			if !verdicts[1-d].Isolated {

@@ -245,8 +245,8 @@ func (r *renderer) dhcp(d policy.Direction) []rule {
 }
 
 // peers makes the maps of a direction, and the chains that look a peer's address up in
-// them, one for each family, to which it returns the jumps.
-func (r *renderer) peers(d policy.Direction, addresses [2]load) (jumps [2]verdict) {
+// them, one for each family, to which it returns the jumps, and what looks in the hash alone.
+func (r *renderer) peers(d policy.Direction, addresses [2]load) (jumps [2]verdict, often [2]expr) {
 	for f, address := range addresses {
 		c := chain{table: r.table, name: r.name(d.String() + [2]string{"4", "6"}[f])}
 		for side := range len(sides{}) {
@@ -255,9 +255,9 @@ func (r *renderer) peers(d policy.Direction, addresses [2]load) (jumps [2]verdic
 			c.rules = append(c.rules, on(r.family(f), dispatch{address, m.name})) // without the family, nft cannot read it back
 		}
 		r.layout.chains = append(r.layout.chains, c)
-		jumps[f] = jump(c.name)
+		jumps[f], often[f] = jump(c.name), dispatch{address, peerMap(r.table, r.prefix, d, f, single).name}
 	}
-	return jumps
+	return jumps, often
 }
 
 func bigEndian(port uint16) string { return string(binary.BigEndian.AppendUint16(nil, port)) }
@@ -445,7 +445,8 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 		rules = append(rules,
 			on(is(l4Proto, icmp), match{load: ctState, mask: related, op: notEqual, value: none}, accept),
 			on(is(l4Proto, icmp6), match{load: ctState, mask: related, op: notEqual, value: none}, accept))
-		for f, peers := range r.peers(side.direction, side.peers) {
+		peers, _ := r.peers(side.direction, side.peers)
+		for f, peers := range peers {
 			rules = append(rules, on(r.family(f), peers))
 		}
 		rules = append(rules, r.discovery(side.direction)...)
@@ -479,7 +480,7 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 		r.layout.tables = append(r.layout.tables, r.table)
 		held := func(name, spoofing, link string, mac [6]byte) {
 			r.layout.base = append(r.layout.base, chain{
-				table: r.table, name: name, hook: &hook{number: unix.NF_NETDEV_EGRESS, device: link}, rules: r.spoofing(spoofing, mac, [2]verdict{accept, accept}),
+				table: r.table, name: name, hook: &hook{number: unix.NF_NETDEV_EGRESS, device: link}, rules: r.spoofing(spoofing, mac, [2]expr{accept, accept}),
 			})
 		}
 		held("egress", "spoofing", i.Name, i.MAC)
@@ -532,9 +533,9 @@ func portsOf(t table, prefix string, cut bool, d policy.Direction, a allowed) ch
 // else: other MACs and addresses, tagged frames, other protocols than IP and ARP, and
 // what only routers say. A frame that a raw socket sends past the queues may have no
 // link layer header as far as nf_tables knows: it matches nothing, and is dropped.
-// It returns the rules that lead to the chain, behind such as give the verdict of its
-// family to what comes most often.
-func (r *renderer) spoofing(name string, sender [6]byte, often [2]verdict) []rule {
+// It returns the rules that lead to the chain, behind such as end with its family's often
+// for what comes most often.
+func (r *renderer) spoofing(name string, sender [6]byte, often [2]expr) []rule {
 	own, address := r.addressSets(name+"-own", r.Addresses), string(sender[:])
 	mac := is(linkSource, address)
 	frame := func(kind string, parts ...any) rule { return on(append([]any{mac, is(etherType, kind)}, parts...)...) }
