@@ -667,6 +667,38 @@ func TestDriftOfHeldVFsIsTold(t *testing.T) {
 	})
 }
 
+// A trusted VF's MAC is its pod's to change, and the PF tells the new one: that is no
+// change by somebody else, but of its other settings it is.
+func TestTrustedVFChangesItsMAC(t *testing.T) {
+	simulated(t, func(t *testing.T) {
+		r := newRig(t)
+		r.server.spec(wants(nic0, 2, of("left", "0-1", 0)))
+		r.ready()
+		held := vfAddress(nic0, 1)
+		given := r.kernel.PF(nic0).VFs[1].Admin
+		given.Trust, given.VLAN, given.VLANProto = true, 100, host.Dot1Q
+		r.usage.set(held, "default/p")
+		r.usage.attach(held, given)
+		now := given
+		now.MAC = []byte{2, 0, 0, 0, 0xb0, 0xd}
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Admin = now })
+		r.eventually(func() error {
+			if got := r.server.status().Interfaces[0].VFs[1]; got.Vlan != 100 {
+				return fmt.Errorf("%+v", got)
+			}
+			return nil
+		})
+		now.VLAN = 7
+		r.kernel.Change(func(pfs []host.PF) { pfs[0].VFs[1].Admin = now })
+		r.degraded(ReasonDrifted, "vlan of the VF is 7")
+		for _, s := range r.server.applied {
+			if c := meta.FindStatusCondition(s.Conditions, v1.ConditionDegraded); strings.Contains(c.Message, "mac of the VF") {
+				t.Errorf("the pod's own change is told as another's: %s", c.Message)
+			}
+		}
+	})
+}
+
 // What the agent tells of itself besides is an event when it is not as it should be, and
 // when it is again.
 func TestOtherConditionsAreEvents(t *testing.T) {

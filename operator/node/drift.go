@@ -54,6 +54,9 @@ func (p *pass) differing(pf host.PF) map[string]string {
 	all := map[string]string{}
 	for _, vf := range pf.VFs {
 		given, attached := p.Attached(vf.PCIAddress)
+		if given.Trust {
+			given.MAC = nil // the pod's own to change, as a bond does that has one MAC for all its links
+		}
 		switch {
 		case !attached:
 		case vf.Driver == "":
