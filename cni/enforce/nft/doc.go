@@ -5,8 +5,9 @@
 // judges new connections at the input and output hooks, conntrack lets the rest of
 // them pass. With Cut it judges every packet, an answer by what its connection began
 // with; so what is no longer allowed ends with the generation, and conntrack's entries
-// need not be touched. Table netdev sluice-IFNAME at the egress hook of the interface, which raw
-// sockets pass too, holds the pod to its own MAC and addresses. On the host (Parent),
+// need not be touched. Table netdev sluice-IFNAME at the egress hook of the interface, which
+// packet sockets pass too, holds the pod to its own MAC and addresses, and where egress is
+// isolated to what has a route, which the output hook has judged. On the host (Parent),
 // table netdev sluice-PARENT guards MacVLAN pods at the ingress and egress hooks of
 // their parent, out of their reach. There is no conntrack there: what has the shape of
 // a reply passes, where the other direction's policy allows that peer, and the pod's

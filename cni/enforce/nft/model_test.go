@@ -168,6 +168,7 @@ type packet struct {
 	protocol                 uint8
 	fragment                 uint16 // offset and flags of an IPv6 fragment header
 	fragmented               bool
+	routed                   bool // else it is a packet socket's
 }
 
 func (p packet) load(t table, l load) ([]byte, bool) {
@@ -199,6 +200,8 @@ func (p packet) load(t table, l load) ([]byte, bool) {
 		return native(int(p.state))
 	}
 	switch l.at {
+	case unix.NFT_META_RTCLASSID:
+		return []byte(none), p.routed
 	case unix.NFT_META_IIF:
 		return native(p.in)
 	case unix.NFT_META_OIF:
@@ -324,7 +327,7 @@ type flow struct {
 }
 
 func (f flow) packet() packet {
-	p := packet{protocol: f.protocol}
+	p := packet{protocol: f.protocol, routed: true}
 	kind := etherIPv4
 	if f.source.Is6() {
 		kind = etherIPv6
@@ -549,6 +552,15 @@ func TestPodRulesSayWhatVerdictsSay(t *testing.T) {
 			}
 			if want := [2]string{droppedIn, droppedOut}[d]; !got && counter != want {
 				t.Fatalf("dropped packet is counted by %q", counter)
+			}
+			// What a packet socket sends has not been judged.
+			if at := (table{unix.NFPROTO_NETDEV, r.table.name}); d == policy.Egress && i.Index != 0 {
+				for _, p.routed = range []bool{true, false} {
+					got, counter := k.walk(at, "egress", p)
+					if want := p.routed || !verdicts[d].Isolated; got != want || !got && counter != droppedOut {
+						t.Fatalf("routed %v, isolated %v: passes %v, counted by %q", p.routed, verdicts[d].Isolated, got, counter)
+					}
+				}
 			}
 			// Other interfaces are none of its business.
 			p.in, p.out, p.inName, p.outName = 8*min(p.in, 1), 8*min(p.out, 1), "net2", "net2"

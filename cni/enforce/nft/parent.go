@@ -201,7 +201,7 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 		}
 		var rules []rule
 		if d == policy.Egress {
-			rules = r.spoofing("spoofing", i.MAC, often)
+			rules = r.spoofing("spoofing", i.MAC, nil, often)
 		}
 		if !verdicts[d].Isolated {
 			rules = append(rules, on(accept))

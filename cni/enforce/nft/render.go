@@ -61,6 +61,7 @@ var (
 	nfProto           = load{from: meta, at: unix.NFT_META_NFPROTO, len: 1}
 	l4Proto           = load{from: meta, at: unix.NFT_META_L4PROTO, len: 1}
 	ctState           = load{from: ct, at: unix.NFT_CT_STATE, len: 4}
+	routeClass        = load{from: meta, at: unix.NFT_META_RTCLASSID, len: 4}
 	ctDirection       = load{from: ct, at: unix.NFT_CT_DIRECTION, len: 1}
 	fragment4         = load{from: network, at: 6, len: 2}
 	fragment6         = load{from: fragment, at: 2, len: 2}
@@ -99,6 +100,10 @@ var (
 	related     = string(binary.NativeEndian.AppendUint32(nil, 4))
 	untracked   = string(binary.NativeEndian.AppendUint32(nil, 64))
 )
+
+// routed says that a packet has been routed: of one that has not, the class of its route
+// cannot be read (nft_meta_get_eval in net/netfilter/nft_meta.c).
+var routed = match{load: routeClass, op: atLeast, value: none}
 
 // Counters of dropped packets, objects of the tables.
 const (
@@ -478,9 +483,18 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 	if i.Index != 0 {
 		r.table = table{unix.NFPROTO_NETDEV, TablePrefix + i.Name}
 		r.layout.tables = append(r.layout.tables, r.table)
+		// What the output hook has judged has a route. Packet sockets' frames have none, and
+		// did not pass there: of those go what an address takes only.
+		var judged []expr
+		var others []rule
+		if egress {
+			judged = []expr{routed}
+			others = append(r.dhcp(policy.Egress), on(is(etherType, etherARP), accept), on(routed, accept), on(count{droppedOut}, drop))
+		}
 		held := func(name, spoofing, link string, mac [6]byte) {
 			r.layout.base = append(r.layout.base, chain{
-				table: r.table, name: name, hook: &hook{number: unix.NF_NETDEV_EGRESS, device: link}, rules: r.spoofing(spoofing, mac, [2]expr{accept, accept}),
+				table: r.table, name: name, hook: &hook{number: unix.NF_NETDEV_EGRESS, device: link},
+				rules: append(r.spoofing(spoofing, mac, judged, [2]expr{accept, accept}), others...),
 			})
 		}
 		held("egress", "spoofing", i.Name, i.MAC)
@@ -534,8 +548,8 @@ func portsOf(t table, prefix string, cut bool, d policy.Direction, a allowed) ch
 // what only routers say. A frame that a raw socket sends past the queues may have no
 // link layer header as far as nf_tables knows: it matches nothing, and is dropped.
 // It returns the rules that lead to the chain, behind such as end with its family's often
-// for what comes most often.
-func (r *renderer) spoofing(name string, sender [6]byte, often [2]expr) []rule {
+// for what comes most often, and is as also says.
+func (r *renderer) spoofing(name string, sender [6]byte, also []expr, often [2]expr) []rule {
 	own, address := r.addressSets(name+"-own", r.Addresses), string(sender[:])
 	mac := is(linkSource, address)
 	frame := func(kind string, parts ...any) rule { return on(append([]any{mac, is(etherType, kind)}, parts...)...) }
@@ -572,7 +586,7 @@ func (r *renderer) spoofing(name string, sender [6]byte, often [2]expr) []rule {
 		if !r.AnyAddress {
 			from = append(from, oneOf(sources[f], f, r.Addresses, own[f]))
 		}
-		first = append(first, on(from, more, often[f]))
+		first = append(first, on(from, more, also, often[f]))
 	}
 	return append(first, on(jump(r.name(name))))
 }

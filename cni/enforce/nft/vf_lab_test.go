@@ -134,6 +134,10 @@ func TestLabPackets(t *testing.T) {
 		})
 	}
 	w.TB = t
+	if err := pod.Apply(a.iface(), openTo, only(&policy.Ports{All: true}, w.pods["wire"]), 99); err != nil {
+		t.Fatal(err)
+	}
+	packetSockets(t, a, w.pods["wire"])
 	if err := errors.Join(pod.DenyAll(a.iface()), pod.Remove(a.link)); err != nil {
 		t.Fatal(err)
 	}
