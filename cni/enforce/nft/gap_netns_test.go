@@ -34,12 +34,7 @@ func (h holder) dropped() (Dropped, error) {
 func eachHolder(t *testing.T, f func(t *testing.T, w *world, h holder)) {
 	t.Run("pod", func(t *testing.T) {
 		w := newWorld(t, "a", "b", "c")
-		a := w.pods["a"]
-		pod := openPod(t, a)
-		f(t, w, holder{pod.engine, pod.Apply, func() (Counted, error) { return pod.Counted(a.iface()) }, func() (uint64, error) {
-			g, _, err := pod.Generation(a.iface())
-			return g, err
-		}})
+		f(t, w, inPod(t, w.pods["a"]))
 	})
 	t.Run("parent", func(t *testing.T) {
 		w := newWorld(t, "a", "b", "c")
@@ -53,6 +48,14 @@ func eachHolder(t *testing.T, f func(t *testing.T, w *world, h holder)) {
 			return all[a.mac], err
 		}})
 	})
+}
+
+func inPod(t *testing.T, a *station) holder {
+	pod := openPod(t, a)
+	return holder{pod.engine, pod.Apply, func() (Counted, error) { return pod.Counted(a.iface()) }, func() (uint64, error) {
+		g, _, err := pod.Generation(a.iface())
+		return g, err
+	}}
 }
 
 // node says that the pod's node has the addresses: with another one all rules are made anew.
@@ -159,107 +162,110 @@ func TestAFailingUndoIsTold(t *testing.T) {
 }
 
 // While verdicts change, a cell that both the old and the new ones allow is open at each
-// instant, and one that both deny is closed. The rules count what they drop, and for policy p what begins a connection.
+// instant, and one that both deny is closed. The rules count what they drop, and for policy
+// p what begins a connection.
 func TestUpdatesHaveNoGap(t *testing.T) {
 	t.Parallel()
-	eachHolder(t, func(t *testing.T, w *world, h holder) {
-		a, b := w.pods["a"], w.pods["b"]
-		draw := func() *policy.Verdicts {
-			// Always open: b at port 80. Always closed: b at port 81. What is around b, and
-			// what else is allowed with b, changes.
-			v := &policy.Verdicts{Isolated: true, Policies: []string{"p", "q"}[:1+rand.IntN(2)]}
-			for family := range 2 {
-				address := b.address(family)
-				ports := &policy.Ports{UDP: []policy.PortRange{{First: uint16(60 + rand.IntN(20)), Last: 80}}}
-				share := *ports
-				ports.By = []policy.Share{{Policy: "p", Ports: &share}}
-				if len(v.Policies) > 1 {
-					ports.By = []policy.Share{{Policy: "p", Ports: &policy.Ports{UDP: []policy.PortRange{{First: 80, Last: 80}}}}, {Policy: "q", Ports: &share}}
-				}
-				first, last := address, address
-				for range rand.IntN(3) {
-					first = first.Prev()
-				}
-				for range rand.IntN(3) {
-					last = last.Next()
-				}
-				if rand.IntN(2) == 0 && first != address { // the neighbours apart
-					v.Peers = append(v.Peers, policy.PeerRange{First: first, Last: address.Prev(), Ports: open80})
-					first = address
-				}
-				v.Peers = append(v.Peers, policy.PeerRange{First: first, Last: last, Ports: ports})
-				if rand.IntN(2) == 0 {
-					v.Peers = append(v.Peers, policy.PeerRange{First: last.Next(), Last: last.Next().Next(), Ports: ports})
-				}
+	eachHolder(t, func(t *testing.T, w *world, h holder) { noGap(t, w, h, 400) })
+}
+
+func noGap(t *testing.T, w *world, h holder, changes int) {
+	t.Helper()
+	a, b := w.pods["a"], w.pods["b"]
+	draw := func() *policy.Verdicts {
+		// Always open: b at port 80. Always closed: b at port 81. What is around b, and
+		// what else is allowed with b, changes.
+		v := &policy.Verdicts{Isolated: true, Policies: []string{"p", "q"}[:1+rand.IntN(2)]}
+		for family := range 2 {
+			address := b.address(family)
+			ports := &policy.Ports{UDP: []policy.PortRange{{First: uint16(60 + rand.IntN(20)), Last: 80}}}
+			share := *ports
+			ports.By = []policy.Share{{Policy: "p", Ports: &share}}
+			if len(v.Policies) > 1 {
+				ports.By = []policy.Share{{Policy: "p", Ports: &policy.Ports{UDP: []policy.PortRange{{First: 80, Last: 80}}}}, {Policy: "q", Ports: &share}}
 			}
-			return v
+			first, last := address, address
+			for range rand.IntN(3) {
+				first = first.Prev()
+			}
+			for range rand.IntN(3) {
+				last = last.Next()
+			}
+			if rand.IntN(2) == 0 && first != address { // the neighbours apart
+				v.Peers = append(v.Peers, policy.PeerRange{First: first, Last: address.Prev(), Ports: open80})
+				first = address
+			}
+			v.Peers = append(v.Peers, policy.PeerRange{First: first, Last: last, Ports: ports})
+			if rand.IntN(2) == 0 {
+				v.Peers = append(v.Peers, policy.PeerRange{First: last.Next(), Last: last.Next().Next(), Ports: ports})
+			}
 		}
-		if err := h.apply(a.iface(), draw(), draw(), 0); err != nil {
+		return v
+	}
+	if err := h.apply(a.iface(), draw(), draw(), 0); err != nil {
+		t.Fatal(err)
+	}
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	var lost, leaked atomic.Int64
+	var open, more, closed [2]atomic.Int64
+	for d, ends := range [...][2]*station{policy.Ingress: {b, a}, policy.Egress: {a, b}} {
+		for family := range 2 {
+			wg.Go(func() {
+				for n := 1024; !stop.Load(); n++ {
+					own := netip.AddrPortFrom(ends[0].address(family), uint16(n))
+					if n < 32768 { // where the kernel chooses none
+						open[d].Add(1)
+					} else { // may be of a connection that there was
+						own = netip.AddrPort{}
+						more[d].Add(1)
+					}
+					if !ends[0].reachesWithin(own, ends[1].address(family), 80) {
+						lost.Add(1)
+					}
+				}
+			})
+			wg.Go(func() {
+				for !stop.Load() {
+					closed[d].Add(1)
+					if ends[0].reachesWithin(netip.AddrPort{}, ends[1].address(family), 81) {
+						leaked.Add(1)
+					}
+				}
+			})
+		}
+	}
+	for generation := range changes {
+		i := a.iface()
+		if rand.IntN(4) == 0 {
+			i = node(i, w.pods["wire"].v4)
+		}
+		if err := h.apply(i, draw(), draw(), uint64(generation)); err != nil {
+			t.Error(err)
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	stop.Store(true)
+	wg.Wait()
+	want := Dropped{Ingress: uint64(closed[policy.Ingress].Load()), Egress: uint64(closed[policy.Egress].Load())}
+	var got Counted
+	for deadline := time.Now().Add(10 * time.Second); got.Dropped != want && time.Now().Before(deadline); { // the last may be under way
+		var err error
+		if got, err = h.counted(); err != nil {
 			t.Fatal(err)
 		}
-		var stop atomic.Bool
-		var wg sync.WaitGroup
-		var lost, leaked atomic.Int64
-		var open, more, closed [2]atomic.Int64
-		for d, ends := range [...][2]*station{policy.Ingress: {b, a}, policy.Egress: {a, b}} {
-			for family := range 2 {
-				wg.Go(func() {
-					for n := 1024; !stop.Load(); n++ {
-						own := netip.AddrPortFrom(ends[0].address(family), uint16(n))
-						if n < 32768 { // where the kernel chooses none
-							open[d].Add(1)
-						} else { // may be of a connection that there was
-							own = netip.AddrPort{}
-							more[d].Add(1)
-						}
-						if !ends[0].reachesWithin(own, ends[1].address(family), 80) {
-							lost.Add(1)
-						}
-					}
-				})
-				wg.Go(func() {
-					for !stop.Load() {
-						closed[d].Add(1)
-						if ends[0].reachesWithin(netip.AddrPort{}, ends[1].address(family), 81) {
-							leaked.Add(1)
-						}
-					}
-				})
-			}
+	}
+	sent := open[0].Load() + more[0].Load() + open[1].Load() + more[1].Load() + closed[0].Load() + closed[1].Load()
+	t.Logf("%d packets over %d changes, %+v", sent, changes, got)
+	for d := range open {
+		if n := got.Hits[HitsCounter(policy.Direction(d), "p")]; got.Hits != nil && (int64(n) < open[d].Load() || int64(n) > open[d].Load()+more[d].Load()) {
+			t.Errorf("%s: %d hits, %d connections, and of %d packets some", policy.Direction(d), n, open[d].Load(), more[d].Load())
 		}
-		const changes = 400
-		for generation := range uint64(changes) {
-			i := a.iface()
-			if rand.IntN(4) == 0 {
-				i = node(i, w.pods["wire"].v4)
-			}
-			if err := h.apply(i, draw(), draw(), generation); err != nil {
-				t.Error(err)
-				break
-			}
-			time.Sleep(time.Millisecond)
-		}
-		stop.Store(true)
-		wg.Wait()
-		want := Dropped{Ingress: uint64(closed[policy.Ingress].Load()), Egress: uint64(closed[policy.Egress].Load())}
-		var got Counted
-		for deadline := time.Now().Add(10 * time.Second); got.Dropped != want && time.Now().Before(deadline); { // the last may be under way
-			var err error
-			if got, err = h.counted(); err != nil {
-				t.Fatal(err)
-			}
-		}
-		sent := open[0].Load() + more[0].Load() + open[1].Load() + more[1].Load() + closed[0].Load() + closed[1].Load()
-		t.Logf("%d packets over %d changes, %+v", sent, changes, got)
-		for d := range open {
-			if n := got.Hits[HitsCounter(policy.Direction(d), "p")]; got.Hits != nil && (int64(n) < open[d].Load() || int64(n) > open[d].Load()+more[d].Load()) {
-				t.Errorf("%s: %d hits, %d connections, and of %d packets some", policy.Direction(d), n, open[d].Load(), more[d].Load())
-			}
-		}
-		if got.Dropped != want || leaked.Load() > 0 || lost.Load() > 0 || sent < changes {
-			t.Errorf("%d leaked, %d lost, dropped %+v, want %+v", leaked.Load(), lost.Load(), got.Dropped, want)
-		}
-	})
+	}
+	if got.Dropped != want || leaked.Load() > 0 || lost.Load() > 0 || sent < int64(changes) {
+		t.Errorf("%d leaked, %d lost, dropped %+v, want %+v", leaked.Load(), lost.Load(), got.Dropped, want)
+	}
 }
 
 // reachesWithin is reaches for UDP from a socket's address, the zero one for any, with a

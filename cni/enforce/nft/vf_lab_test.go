@@ -105,6 +105,20 @@ func TestLabStatementsAsPackets(t *testing.T) {
 	}, 6, func(*station, [2]*policy.Verdicts, uint64) error { return nil })
 }
 
+func TestLabUpdatesHaveNoGap(t *testing.T) {
+	addresses := map[string][]netip.Addr{}
+	for i, name := range []string{"wire", "a", "b"} { // what is around b is nobody's
+		addresses[name] = []netip.Addr{netip.AddrFrom4([4]byte{10, 20, 0, byte(8*i + 8)}), netip.MustParseAddr(fmt.Sprintf("fd20::%x", 8*i+8))}
+	}
+	w := vfsOf(t, 0, addresses)
+	for _, s := range w.pods {
+		for _, a := range []netip.Addr{s.v4, s.v6} {
+			s.serve(a, served)
+		}
+	}
+	noGap(t, w, inPod(t, w.pods["a"]), 100)
+}
+
 // Both directions, all protocols, replies, and rules that go.
 func TestLabPackets(t *testing.T) {
 	addresses := map[string][]netip.Addr{}
