@@ -208,7 +208,7 @@ func run(ctx context.Context, c *settings) error {
 			mac, mtu, ok := agent.Baseline(id)
 			return mac, mtu, ok || plugin.Offers(id) // as it was found, when it is not ours
 		}), Allocated: func(ctx context.Context, id string) (string, bool, error) { return ledger.Allocated(ctx, id) },
-		RDMA:     func(id string) bool { return ledger.RDMA(id) || plugin.RDMA(id) }, // the latter of devices that an earlier plugin gave
+		RDMA:     func(id string) bool { return givesRDMA(id, ledger, plugin) },
 		Requests: attacher.Requests, Changes: kernel.Watch, Ready: func() error { return registered(plugin)() },
 		Events: objects.Recorder(),
 		PodNetworks: standalone.Options{API: pods, Kernel: attacher, Devices: kubelet.Pod, DeviceInfo: func(resource, id string) (*nadv1.DeviceInfo, error) {

@@ -203,6 +203,12 @@ func aliasCondition(err error) metav1.Condition {
 	return c
 }
 
+// givesRDMA tells whether who has the device can use RDMA with it: as it was given, or of
+// one that another plugin gave, as its pool is.
+func givesRDMA(id string, ledger *deviceplugin.Ledger, plugin *deviceplugin.Manager) bool {
+	return ledger.RDMA(id) || plugin.RDMA(id)
+}
+
 // enforcement makes what puts network policy in force on the node, and what follows the
 // policies for it.
 func enforcement(apiServer *rest.Config, node string, events record.EventRecorder, kernel *host.Attacher, log logr.Logger) (*enforce.Enforcer, *cluster.Cluster, error) {
