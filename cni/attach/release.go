@@ -124,6 +124,9 @@ func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error 
 	return nil
 }
 
+// sideBySide is how many are recovered at a time, for one may wait for a namespace to end.
+var sideBySide = 8
+
 // Recover finishes what nobody may ask for any more: attachments that an earlier
 // agent was making or undoing, those whose pod is gone, and addresses that could not
 // be released. The others stay as they are, but that attachments taken over from sriov-cni
@@ -132,9 +135,8 @@ func (a *Attacher) release(ctx context.Context, r Record, ns *host.Netns) error 
 func (a *Attacher) Recover(ctx context.Context) error {
 	records := a.journal.all()
 	errs := make([]error, len(records), len(records)+1)
-	// Side by side, for one may wait for a namespace to end.
 	var g errgroup.Group
-	g.SetLimit(8)
+	g.SetLimit(sideBySide)
 	for i, r := range records {
 		g.Go(func() error {
 			if !a.garbage(r) {

@@ -82,6 +82,9 @@ func newWorld() *world {
 	return w
 }
 
+// The world is not made for several at once, and a history drawn again has to be the same.
+func init() { sideBySide = 1 }
+
 // call counts a call and fails it when it is its turn.
 func (w *world) call(format string, args ...any) error {
 	w.mu.Lock()
