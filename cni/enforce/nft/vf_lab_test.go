@@ -116,7 +116,7 @@ func TestLabUpdatesHaveNoGap(t *testing.T) {
 			s.serve(a, served)
 		}
 	}
-	noGap(t, w, inPod(t, w.pods["a"]), 400)
+	noGap(t, w, inPod(t, w.pods["a"]))
 }
 
 // Both directions, all protocols, replies, and rules that go.
