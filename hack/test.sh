@@ -83,16 +83,18 @@ lab() {
 
 guest() {
   tools
-  local kind=$1 pkgs measured=./operator/node
+  local kind=$1 pkgs measured=./operator/node skip='^$'
   pkgs=$(with 'TestLab' | grep -vx "$measured")
   # The emulated NIC's own tests need the emulated NIC.
   [ "$kind" = uml ] || pkgs=$(grep -vx ./test/nic <<<"$pkgs")
+  # What takes many rounds, minutes without acceleration, is UML's alone.
+  [ "$kind" = uml ] || skip='TestLabAllVFsAtOnce|TestLabUpdatesHaveNoGap'
   SLUICE_OVS=$(out/lab ovs)
   export SLUICE_OVS
   say "tests inside bare guests: $kind"
   # A guest of User-Mode Linux is one CPU: two are no bother to each other here. Alone
   # go those that hold the agent to times.
-  go test -p "$([ "$kind" = uml ] && echo 2 || echo 1)" -tags lab -timeout 20m -run Lab -exec "$PWD/out/labrun -kind $kind" $pkgs
+  go test -p "$([ "$kind" = uml ] && echo 2 || echo 1)" -tags lab -timeout 20m -run Lab -skip "$skip" -exec "$PWD/out/labrun -kind $kind" $pkgs
   go test -p 1 -tags lab -timeout 20m -run Lab -exec "$PWD/out/labrun -kind $kind" "$measured"
 }
 

@@ -156,11 +156,14 @@ func TestReturnedVFsAreAtBaseline(t *testing.T) {
 // Ten pods at a time, made and deleted again and again: no VF is lost, none is
 // in two pods, and in the end all are at baseline.
 func TestChurn(t *testing.T) {
-	usePools(t)
-	rounds, err := strconv.Atoi(cmp.Or(os.Getenv("SLUICE_CHURN"), map[string]string{"uml": "2", "qemu": "1"}[kind]))
+	rounds, err := strconv.Atoi(cmp.Or(os.Getenv("SLUICE_CHURN"), map[string]string{"uml": "2", "qemu": "0"}[kind]))
 	if err != nil {
 		t.Fatalf("SLUICE_CHURN=%q: %v", os.Getenv("SLUICE_CHURN"), err)
 	}
+	if rounds == 0 {
+		t.Skip("it takes long without acceleration, and others give VFs back: SLUICE_CHURN=1 runs it")
+	}
+	usePools(t)
 	for round := range rounds {
 		start := time.Now()
 		var yaml strings.Builder
