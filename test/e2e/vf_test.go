@@ -260,7 +260,8 @@ func TestAgentKilled(t *testing.T) {
 		names = append(names, name)
 	}
 	kubectl(t, yaml.String(), "apply", "-f", "-")
-	time.Sleep(time.Second)
+	// The kubelet rejects for good a pod that it asks a device for just then.
+	kubectl(t, "", append([]string{"wait", "--for=condition=Initialized", "--timeout=2m", "pod"}, names...)...)
 	inNode(t, "vm1", "kill -9 $(pidof sluice-agent)")
 	waitReady(t, names...)
 	kubectl(t, "", append([]string{"delete", "pod", "--wait=false"}, names...)...)
