@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
-	"time"
 )
 
 // Pods on all nodes get addresses of one pool, each its own, whatever becomes of the agent.
@@ -45,7 +44,7 @@ spec:
 		}
 	}
 	apply(t, yaml)
-	time.Sleep(time.Second)
+	admitted(t, names...)
 	inNode(t, "vm1", "kill -9 $(pidof sluice-agent)")
 	waitReady(t, names...)
 	for _, name := range names {

@@ -246,6 +246,13 @@ func TestKubeletRestart(t *testing.T) {
 	waitReady(t, "after")
 }
 
+// admitted waits until the kubelet has admitted the pods: one that it asks a device for when
+// the agent is killed it rejects for good.
+func admitted(t *testing.T, pods ...string) {
+	t.Helper()
+	kubectl(t, "", append([]string{"wait", "--for=condition=Initialized", "--timeout=2m", "pod"}, pods...)...)
+}
+
 // The agent killed with pods coming and going: what it left is put right.
 func TestAgentKilled(t *testing.T) {
 	usePools(t)
@@ -260,8 +267,7 @@ func TestAgentKilled(t *testing.T) {
 		names = append(names, name)
 	}
 	kubectl(t, yaml.String(), "apply", "-f", "-")
-	// The kubelet rejects for good a pod that it asks a device for just then.
-	kubectl(t, "", append([]string{"wait", "--for=condition=Initialized", "--timeout=2m", "pod"}, names...)...)
+	admitted(t, names...)
 	inNode(t, "vm1", "kill -9 $(pidof sluice-agent)")
 	waitReady(t, names...)
 	kubectl(t, "", append([]string{"delete", "pod", "--wait=false"}, names...)...)
