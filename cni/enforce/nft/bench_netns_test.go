@@ -24,7 +24,7 @@ const (
 	mostTime = 1.0
 	// The least of no policy's throughput and requests of 64 bytes, per processor time, and
 	// latency of these, which is its time by theirs.
-	leastThroughput, leastRequests, leastLatency = 0.84, 0.75, 0.80
+	leastThroughput, leastRequests, leastLatency = 0.80, 0.75, 0.80
 	// The least with 10,000 peers, as a ratio to 10.
 	leastFlat = 0.93
 )
