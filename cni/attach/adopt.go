@@ -21,6 +21,8 @@ import (
 type sriovConf struct {
 	Name     string `json:"name"`
 	DeviceID string `json:"deviceID"`
+	SpoofChk string `json:"spoofchk"` // all but "on" is off; empty leaves it as it is
+	Trust    string `json:"trust"`
 	State    struct {
 		HostIFName, AdminMAC, EffectiveMAC string
 		MTU                                int
@@ -88,6 +90,7 @@ func (a *Attacher) adopted(dir, file string, key Key) (*Record, error) {
 		Baseline: Baseline{Name: conf.State.HostIFName, MAC: cmp.Or(conf.State.AdminMAC, conf.State.EffectiveMAC), MTU: conf.State.MTU},
 		// Without a netdev there was none to read an MTU or a name of.
 		Userspace: conf.State.HostIFName == "",
+		Settings:  host.VFSettings{SpoofChk: conf.SpoofChk == "" || conf.SpoofChk == "on", Trust: conf.Trust == "on"},
 		Config:    json.RawMessage(b),
 	}
 	if strings.Trim(r.Baseline.MAC, "0:") == "" {

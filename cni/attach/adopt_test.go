@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -153,10 +154,10 @@ func TestPolicyOnPodsFromBeforeSluice(t *testing.T) {
 		t.Helper()
 		want := Interface{
 			Key: Key{"blue", "c1", "net1"}, Generation: 1, Pod: "ns/c1", Device: vf0, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 0x77},
-			IPs: []netip.Addr{netip.MustParseAddr("10.1.0.5"), netip.MustParseAddr("fd00::5")}, NetnsPath: pod1, Netns: w.netns[pod1],
+			IPs: []netip.Addr{netip.MustParseAddr("10.1.0.5"), netip.MustParseAddr("fd00::5")}, NetnsPath: pod1, Netns: w.netns[pod1], Unchecked: true,
 		}
-		if len(w.loaded) != 1 || fmt.Sprintf("%+v", w.loaded[0]) != fmt.Sprintf("%+v", want) {
-			t.Errorf("%s: %+v, not %+v", when, w.loaded, want)
+		if !reflect.DeepEqual(w.loaded, []Interface{want}) {
+			t.Errorf("%s: %#v, not %#v", when, w.loaded, want)
 		}
 	}
 	if err := a.Recover(t.Context()); err != nil {

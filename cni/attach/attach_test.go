@@ -116,6 +116,26 @@ func TestAddOnlyToWhomTheVFIsAllocated(t *testing.T) {
 	}
 }
 
+// untrusted is full for a VF whose MAC is not the pod's to change.
+var untrusted = strings.Replace(full, `"trust":"on"`, `"trust":"off"`, 1)
+
+func TestCheckLeavesATrustedMAC(t *testing.T) {
+	for conf, fine := range map[string]bool{full: true, untrusted: false} {
+		w := newWorld()
+		a := newAttacher(t, w, t.TempDir(), nil)
+		out, err := a.Add(context.Background(), request(Add, "c1", pod1, vf0, conf), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := w.settings[vf0]
+		s.MAC = []byte{2, 0, 0, 0, 0, 1}
+		w.settings[vf0], w.links[w.netns[pod1]][0].MAC = s, s.MAC
+		if err = a.Check(context.Background(), request(Check, "c1", pod1, vf0, conf+`,"prevResult":`+string(out)), nil); (err == nil) != fine {
+			t.Errorf("CHECK with another MAC, %s: %v", conf, err)
+		}
+	}
+}
+
 func TestCheckFindsEveryChange(t *testing.T) {
 	for name, change := range map[string]struct {
 		do   func(*world, *host.Netdev)
@@ -140,12 +160,16 @@ func TestCheckFindsEveryChange(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld()
 			a := newAttacher(t, w, t.TempDir(), nil)
-			out, err := a.Add(context.Background(), request(Add, "c1", pod1, vf0, full), nil)
+			conf := full
+			if name == "MAC" {
+				conf = untrusted
+			}
+			out, err := a.Add(context.Background(), request(Add, "c1", pod1, vf0, conf), nil)
 			if err != nil {
 				t.Fatal(err)
 			}
 			change.do(w, &w.links[w.netns[pod1]][0])
-			err = a.Check(context.Background(), request(Check, "c1", pod1, vf0, full+`,"prevResult":`+string(out)), nil)
+			err = a.Check(context.Background(), request(Check, "c1", pod1, vf0, conf+`,"prevResult":`+string(out)), nil)
 			if err == nil || !strings.Contains(err.Error(), change.says) {
 				t.Errorf("CHECK says %v, not %q", err, change.says)
 			}

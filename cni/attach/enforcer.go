@@ -29,6 +29,8 @@ type Interface struct {
 	Beside string // the pod's end of its host interface, by which its addresses are reached, too; empty for none
 	Bypass string // why packets go past the pod's kernel; empty when they do not
 
+	Unchecked bool // the VF's definition lets it send from others' addresses: spoofchk is off, or trust on
+
 	LinkState host.LinkState // that the VF is shown by its PF, unless policy takes its link
 
 	NetnsPath string
@@ -90,7 +92,9 @@ func (r *Record) policed() Interface {
 		DHCP: r.IPAM == dhcpIPAM || r.AdoptedDHCP, Bypass: r.Bypass, LinkState: r.Settings.LinkState, NetnsPath: r.NetnsPath, Netns: r.Netns,
 	}
 	i.MAC, _ = net.ParseMAC(r.MAC) // written by us
-	if r.Macvlan != nil && !r.Macvlan.InPod {
+	if r.Macvlan == nil {
+		i.Unchecked = !r.Settings.SpoofChk || r.Settings.Trust
+	} else if !r.Macvlan.InPod {
 		i.Parent = r.Macvlan.Parent
 	}
 	if r.HostLink != "" {

@@ -87,14 +87,27 @@ func TestWhatAnEnforcerIsTold(t *testing.T) {
 		}
 		i := all[0]
 		macvlan := strings.Contains(string(add.Stdin), "ens1f0")
-		if (i.Parent == "ens1f0") != macvlan || (i.Bypass == "rdma is true") == macvlan {
-			t.Errorf("parent %q, bypass %q", i.Parent, i.Bypass)
+		if (i.Parent == "ens1f0") != macvlan || (i.Bypass == "rdma is true") == macvlan || i.Unchecked == macvlan {
+			t.Errorf("parent %q, bypass %q, unchecked %t", i.Parent, i.Bypass, i.Unchecked)
 		}
 		if !slices.Equal(i.IPs, []netip.Addr{netip.MustParseAddr("10.1.0.5"), netip.MustParseAddr("fd00::5")}) || i.Definition != "ns/net-of-net1" ||
 			i.Pod != "ns/c1" || (i.PodUID == "uid-c1") != macvlan || i.Netns != w.netns[pod1] || i.DHCP {
 			t.Errorf("%+v", i)
 		}
 	})
+}
+
+func TestUncheckedVF(t *testing.T) {
+	for conf, want := range map[string]bool{"": false, `"spoofchk":"on","trust":"off"`: false, `"spoofchk":"off"`: true, `"trust":"on"`: true} {
+		w := newWorld()
+		a := newAttacher(t, w, t.TempDir(), nil)
+		if _, err := a.Add(t.Context(), request(Add, "c1", pod1, vf0, conf), nil); err != nil {
+			t.Fatal(err)
+		}
+		if i := a.interfaces(); i[0].Unchecked != want {
+			t.Errorf("%s: %+v", conf, i)
+		}
+	}
 }
 
 // Whether a pod has RDMA by its VF's pool is written down: an agent that has just started

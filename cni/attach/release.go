@@ -284,7 +284,7 @@ func (a *Attacher) compare(ctx context.Context, r Record, ns *host.Netns, prev *
 	if err := k.is(link, r); err != nil {
 		differs("interface %s %w", r.IfName, err)
 	}
-	if link.MAC.String() != r.MAC {
+	if link.MAC.String() != r.MAC && !r.Settings.Trust { // a trusted VF's is the pod's to change
 		differs("interface %s has MAC %s, not %s", r.IfName, link.MAC, r.MAC)
 	}
 	if link.MTU != r.MTU {

@@ -387,6 +387,9 @@ func (a vfs) differences(r Record) (wrong []error, err error) {
 	if a.Enforcer != nil && a.Enforcer.Cut(r.policed()) {
 		r.Settings.LinkState = host.LinkDisable
 	}
+	if r.Settings.Trust && have.Trust { // its MAC is the pod's to change, and drivers tell it to the PF
+		r.Settings.MAC = have.MAC
+	}
 	for _, d := range host.DiffVFSettings(have, r.Settings) {
 		wrong = append(wrong, errors.New(d))
 	}

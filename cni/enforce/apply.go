@@ -1,7 +1,9 @@
 package enforce
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -79,32 +81,8 @@ func (e *Enforcer) apply(f *face, ns *host.Netns) error {
 	if f.rules && !slices.Equal(before.policies(), policies(states)) {
 		e.count(f, i) // for those that were in force
 	}
-	status := InterfaceStatus{Network: i.Definition, Ingress: direction(states[policy.Ingress]), Egress: direction(states[policy.Egress])}
-	var err error
-	worked := true
-	f.cut = f.cut || f.loaded && i.Bypass != "" // an earlier agent may have
-	switch {
-	case !isolated(states):
-		worked = f.rules || f.cut
-		if err = e.open(f, i, ns); err != nil {
-			status.Ingress, status.Egress = before.Ingress, before.Egress
-		}
-	case i.Bypass != "":
-		f.cut = true
-		engine, problem := EngineLink, "nothing passes either way: the VF's link is taken, because nobody can filter it: "+i.Bypass
-		if err = e.Engine.Cut(i, true); err != nil {
-			engine, problem = EngineNone, fmt.Sprintf("not enforced, because nobody can filter it: %s; and the VF's link cannot be taken: %v", i.Bypass, err)
-		}
-		status.each(func(d *DirectionStatus) { d.Engine, d.Problem = engine, problem })
-	default:
-		verdicts := [2]*policy.Verdicts{{}, {}}
-		for d, s := range states {
-			if s != nil {
-				verdicts[d] = s.Verdicts
-			}
-		}
-		err = e.put(f, i, ns, verdicts, cut, &status, before)
-	}
+	worked := f.rules || f.cut || isolated(states) || held(states, i)
+	status, err := e.force(f, i, ns, states, cut, before)
 	if err == nil {
 		f.applied = states
 	}
@@ -127,9 +105,42 @@ func (e *Enforcer) apply(f *face, ns *host.Netns) error {
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("enforce %s: %w", strings.Join(policies(states), ", "), err)
+		return fmt.Errorf("enforce %s: %w", cmp.Or(strings.Join(policies(states), ", "), "its own addresses only"), err)
 	}
 	return nil
+}
+
+// force puts the states in force on an interface, in the way that it can be done, and says
+// what came of it. f.work is held.
+func (e *Enforcer) force(f *face, i attach.Interface, ns *host.Netns, states [2]*policy.State, cut bool, before InterfaceStatus) (status InterfaceStatus, err error) {
+	f.cut = f.cut || f.loaded && i.Bypass != "" // an earlier agent may have
+	status = InterfaceStatus{Network: i.Definition, Ingress: direction(states[policy.Ingress]), Egress: direction(states[policy.Egress])}
+	holds := held(states, i)
+	if s := states[policy.Egress]; s != nil && s.Held && (!holds || isolated(states)) {
+		status.Egress = nil // nothing beside what is told of the other direction
+	}
+	switch {
+	case !isolated(states) && !holds:
+		if err = e.open(f, i, ns); err != nil {
+			status.Ingress, status.Egress = before.Ingress, before.Egress
+		}
+	case i.Bypass != "":
+		f.cut = true
+		engine, problem := EngineLink, "nothing passes either way: the VF's link is taken, because nobody can filter it: "+i.Bypass
+		if err = e.Engine.Cut(i, true); err != nil {
+			engine, problem = EngineNone, fmt.Sprintf("not enforced, because nobody can filter it: %s; and the VF's link cannot be taken: %v", i.Bypass, err)
+		}
+		status.each(func(d *DirectionStatus) { d.Engine, d.Problem = engine, problem })
+	default:
+		verdicts := [2]*policy.Verdicts{{}, {}}
+		for d, s := range states {
+			if s != nil {
+				verdicts[d] = s.Verdicts
+			}
+		}
+		err = e.put(f, i, ns, verdicts, cut, &status, before)
+	}
+	return status, err
 }
 
 // open takes back whatever keeps packets from the interface.
@@ -152,11 +163,12 @@ func (e *Enforcer) open(f *face, i attach.Interface, ns *host.Netns) error {
 
 // put makes a new generation of the interface's rules and says in status what came of it.
 func (e *Enforcer) put(f *face, i attach.Interface, ns *host.Netns, verdicts [2]*policy.Verdicts, cut bool, status *InterfaceStatus, before InterfaceStatus) error {
-	had := f.rules
+	had := f.rules && before.isolated()
 	f.rules = true
 	var err error
 	if f.loaded { // its generations go on from the earlier agent's
 		before.Generation, had, err = e.Engine.Generation(i, ns)
+		had = had && e.toldOf(i)
 		f.loaded = err != nil
 	}
 	if err == nil {
@@ -169,14 +181,32 @@ func (e *Enforcer) put(f *face, i attach.Interface, ns *host.Netns, verdicts [2]
 	}
 	status.Generation = before.Generation
 	problem, engine := fmt.Sprintf("closed, because the rules cannot be made: %v", err), engineOf(i)
-	if had {
+	switch {
+	case had:
 		problem = fmt.Sprintf("what was in force before stays so, because the rules cannot be made: %v", err)
-	} else if closed := e.Engine.DenyAll(i, ns); closed != nil {
-		err = errors.Join(err, closed)
-		problem, engine = fmt.Sprintf("not enforced, because the rules cannot be made: %v", err), EngineNone
+	case !verdicts[policy.Ingress].Isolated && !verdicts[policy.Egress].Isolated:
+		problem, engine = fmt.Sprintf("it may send from others' addresses, because the rules cannot be made: %v", err), EngineNone
+		f.rules = e.Engine.Remove(i, ns) != nil
+	default:
+		if closed := e.Engine.DenyAll(i, ns); closed != nil {
+			err = errors.Join(err, closed)
+			problem, engine = fmt.Sprintf("not enforced, because the rules cannot be made: %v", err), EngineNone
+		}
 	}
 	status.each(func(d *DirectionStatus) { d.Engine, d.Problem = engine, problem })
 	return err
+}
+
+// toldOf says whether an earlier agent told that it had isolated the interface.
+func (e *Enforcer) toldOf(i attach.Interface) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var status PodStatus
+	if p := e.own[i.Pod]; p != nil && json.Unmarshal([]byte(p.Annotations[Annotation]), &status) != nil {
+		return false
+	}
+	told := status[i.IfName]
+	return told.isolated()
 }
 
 // resolve finds out what an interface from before this agent lacks. mu is held.

@@ -255,6 +255,13 @@ func isolated(states [2]*policy.State) bool {
 	return slices.ContainsFunc(states[:], func(s *policy.State) bool { return s != nil && s.Verdicts.Isolated })
 }
 
+// held says that the interface must send from its own addresses only, though no policy
+// isolates it, and that its rules can have it do so.
+func held(states [2]*policy.State, i attach.Interface) bool {
+	s := states[policy.Egress]
+	return s != nil && s.Held && i.Bypass == "" && !i.Unchecked
+}
+
 // isolates says in which directions the pod is isolated.
 func isolates(states [2]*policy.State) string {
 	var directions []string

@@ -37,7 +37,7 @@ type node struct {
 	mu          sync.Mutex
 	unsynced    bool
 	known       map[string]*cluster.Pod
-	rules       map[attach.Key]string // in force: "denied", or what may talk to it
+	rules       map[attach.Key]string // in force: "denied", what may talk to it, or "held"
 	refuse      map[string]error      // by method of Engine
 	calls       []string
 	annotations map[string]string
@@ -107,6 +107,9 @@ func (n *node) Apply(i attach.Interface, _ *host.Netns, verdicts [2]*policy.Verd
 			text = strings.Join(from, " ")
 		}
 		all = append(all, policy.Direction(d).String()+": "+text)
+	}
+	if !verdicts[policy.Ingress].Isolated && !verdicts[policy.Egress].Isolated {
+		all = []string{"held"}
 	}
 	if cut {
 		all = append(all, "cut")
@@ -332,6 +335,80 @@ func TestLifeOfAnInterface(t *testing.T) {
 	}
 }
 
+// TestHeld: policies know peers by their addresses, so who is on a network that has any
+// sends from its own ones only, though none isolates it.
+func TestHeld(t *testing.T) {
+	n := newNode(t).run()
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	n.SetNetwork(policy.Network{Name: "ns/red", Enforcement: policy.EnforceMulti})
+	unchecked, bypass, elsewhere := face1("unchecked"), face1("bypass"), face1("elsewhere")
+	unchecked.Unchecked, bypass.Bypass = true, "rdma is true"
+	for i, f := range []attach.Interface{face1("a"), unchecked, bypass, elsewhere} {
+		_, name, _ := strings.Cut(f.Pod, "/")
+		n.pod(name, "here", "", nil)
+		if name == "elsewhere" {
+			n.known[f.Pod].Annotations[nadv1.NetworkAttachmentAnnot] = "red"
+			n.SetPod(n.known[f.Pod])
+		}
+		if err := n.add(f, fmt.Sprintf("10.0.0.%d", i+1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(n.calls) > 0 {
+		t.Errorf("without policies: %v", n.calls)
+	}
+
+	n.refusing("Apply", errors.New("EOPNOTSUPP"))
+	n.policy("p")
+	n.becomes("annotation", func() string { return n.status("a") },
+		`{"net1":{"network":"ns/blue","egress":{"engine":"none","problem":"it may send from others' addresses, because the rules cannot be made: EOPNOTSUPP","notes":["sends from its own addresses only, because its network has policies"]}}}`)
+	if c := n.Condition(); c.Status != metav1.ConditionFalse || n.force("a") != "" {
+		t.Errorf("condition %+v, rules %q", c, n.force("a"))
+	}
+	if err := n.add(face1("b"), "10.0.0.9"); err == nil || n.force("b") != "" {
+		t.Errorf("a pod comes that cannot be held: %v, %q", err, n.force("b"))
+	}
+	n.refusing("Apply", nil)
+	n.inForce("a", "held")
+	n.becomes("annotation", func() string { return n.status("a") },
+		`{"net1":{"network":"ns/blue","generation":1,"egress":{"engine":"nft-pod","notes":["sends from its own addresses only, because its network has policies"]}}}`)
+	n.becomes("condition", func() string { return string(n.Condition().Status) }, "True")
+	for _, pod := range []string{"unchecked", "bypass", "elsewhere"} {
+		if n.force(pod) != "" || n.status(pod) != "" {
+			t.Errorf("%s: %q, %s", pod, n.force(pod), n.status(pod))
+		}
+	}
+
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	n.inForce("a", "ingress: 192.0.2.1, egress: open")
+	n.becomes("annotation", func() string { return n.status("a") },
+		`{"net1":{"network":"ns/blue","generation":2,"ingress":{"engine":"nft-pod","policies":["NetworkPolicy ns/p"]}}}`)
+	n.pod("a", "here", "", nil)
+	n.inForce("a", "held")
+	n.unpolicy("p")
+	n.inForce("a", "")
+	n.becomes("annotation", func() string { return n.status("a") }, "")
+}
+
+// An interface that no NetworkAttachmentDefinition made is under no policy, also when it is
+// from before this agent.
+func TestNoDefinition(t *testing.T) {
+	n := newNode(t)
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	n.known["ns/a"].Annotations = nil
+	i := face1("a")
+	n.rules[i.Key] = "as it was"
+	n.Load([]attach.Interface{i})
+	n.SetPod(n.known["ns/a"])
+	n.policy("p")
+	n.run()
+	n.becomes("known", func() string { return string(n.Condition().Status) }, "True")
+	time.Sleep(50 * time.Millisecond)
+	if n.force("a") != "as it was" || len(n.calls) > 0 {
+		t.Errorf("%q, %v", n.force("a"), n.calls)
+	}
+}
+
 // The interface is closed before it is in the pod, and what it is opened to is what policy
 // says then, also of pods on this node whose annotation is not written yet.
 func TestClosedFromTheFirstPacket(t *testing.T) {
@@ -340,9 +417,10 @@ func TestClosedFromTheFirstPacket(t *testing.T) {
 	n.pod("a", "here", "", map[string]string{"to": "p"})
 	n.pod("b", "here", "", map[string]string{"from": "p"})
 	n.policy("p")
-	if err := n.add(face1("b"), "10.0.0.2"); err != nil || len(n.calls) > 0 {
-		t.Fatalf("%v, %v", err, n.calls)
+	if err := n.add(face1("b"), "10.0.0.2"); err != nil || !slices.Equal(n.calls, []string{"Apply"}) || n.force("b") != "held" {
+		t.Fatalf("%v, %v, %s", err, n.calls, n.force("b"))
 	}
+	n.calls = nil
 	if err := n.add(face1("a"), "10.0.0.1"); err != nil {
 		t.Fatal(err)
 	}
@@ -469,6 +547,46 @@ func TestRefusedGeneration(t *testing.T) {
 	}
 }
 
+// Rules that only hold an interface to its addresses keep nobody out: when the kernel refuses
+// those of a policy that isolates it, it is closed, and stays as it is if it was isolated.
+func TestRefusedGenerationOfWhatWasHeld(t *testing.T) {
+	n := newNode(t).run()
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+	n.pod("a", "here", "", nil)
+	n.policy("p")
+	if err := n.add(face1("a"), "10.0.0.1"); err != nil || n.force("a") != "held" {
+		t.Fatal(err, n.force("a"))
+	}
+	n.refusing("Apply", errors.New("ENOMEM"))
+	n.pod("a", "here", "", map[string]string{"to": "p"})
+	n.inForce("a", "denied")
+
+	for told, want := range map[string]string{
+		`{"net1":{"egress":{"engine":"nft-pod","notes":["` + heldNote + `"]}}}`:       "denied",
+		`{"net1":{"ingress":{"engine":"nft-pod","policies":["NetworkPolicy ns/p"]}}}`: "old",
+		`{"net1":{"ingress":{"engine":"none","policies":["NetworkPolicy ns/p"]}}}`:    "denied",
+		`{"net2":{"ingress":{"engine":"nft-pod","policies":["NetworkPolicy ns/p"]}}}`: "denied",
+		`{"net1":[]}`: "denied",
+		``:            "denied",
+	} {
+		n := newNode(t)
+		n.refusing("Apply", errors.New("ENOMEM"))
+		i := face1("a")
+		i.Definition, n.rules[i.Key] = optedIn, "old"
+		n.Load([]attach.Interface{i})
+		n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
+		n.pod("a", "here", "", map[string]string{"to": "p"})
+		n.known["ns/a"].Annotations[Annotation] = told
+		n.SetPod(n.known["ns/a"])
+		n.policy("p")
+		n.run()
+		n.becomes("problem", func() string { return string(n.Condition().Status) }, "False")
+		if n.force("a") != want {
+			t.Errorf("told %s: %q, not %q", told, n.force("a"), want)
+		}
+	}
+}
+
 // An agent that starts leaves what is in force until it knows all policies, and then
 // brings it up to date.
 func TestRestart(t *testing.T) {
@@ -497,7 +615,7 @@ func TestRestart(t *testing.T) {
 	n.unsynced = false
 	n.mu.Unlock()
 	n.inForce("a", "ingress: 10.0.0.3 192.0.2.1, egress: open")
-	n.inForce("b", "")
+	n.inForce("b", "held")
 	n.becomes("annotation", func() string { return n.status("a") },
 		`{"net1":{"network":"ns/blue","generation":8,"ingress":{"engine":"nft-pod","policies":["NetworkPolicy ns/p"]}}}`)
 }
@@ -722,9 +840,10 @@ func TestHitsAndDropsAreCounted(t *testing.T) {
 	isOf(p, 13, 9)
 	isOf(q, 2, 1)
 	// Rules that were removed count from nothing, if only from more than before.
-	n.pod("a", "here", "", nil)
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceNone})
 	n.inForce("a", "")
 	counted(nft.Dropped{Ingress: 7}, map[string]uint64{p: 6})
+	n.SetNetwork(policy.Network{Name: optedIn, Enforcement: policy.EnforceAll})
 	n.pod("a", "here", "", map[string]string{"to": "p"})
 	isOf(p, 20, 15)
 	counted(nft.Dropped{Ingress: 9}, map[string]uint64{p: 7})

@@ -17,7 +17,7 @@ var interfacesDesc = prometheus.NewDesc("sluice_policy_interfaces",
 	"Interfaces and directions that a network policy isolates, by who filters them, and whether there is a problem.", []string{"engine", "direction", "problem"}, nil)
 
 var droppedDesc = prometheus.NewDesc("sluice_policy_interface_dropped_packets_total",
-	"Packets that an isolated interface's rules dropped; spoofed are those that it must not send, whatever policy says.", []string{"namespace", "pod", "interface", "direction", "reason"}, nil)
+	"Packets that an interface's rules dropped; spoofed are those that it must not send, whatever policy says.", []string{"namespace", "pod", "interface", "direction", "reason"}, nil)
 
 var rulesDesc = prometheus.NewDesc("sluice_policy_rules", "Rules in the kernel, by who filters.", []string{"engine"}, nil)
 

@@ -94,7 +94,7 @@ func (e *Enforcer) setPod(p *cluster.Pod) {
 		e.own[key] = p
 		read.Interfaces = slices.Clone(read.Interfaces)
 		for _, f := range e.of[key] { // the newest last
-			if f.id.UID != p.UID {
+			if f.id.UID != p.UID || f.Definition == "" { // no policy is for it
 				continue
 			}
 			read.Interfaces = slices.DeleteFunc(read.Interfaces, func(i policy.Interface) bool { return i.Name == f.IfName })

@@ -28,7 +28,7 @@ type InterfaceStatus struct {
 	Network    string           `json:"network"`              // NetworkAttachmentDefinition, namespace/name
 	Generation uint64           `json:"generation,omitempty"` // of the rules: how many there have been, since the agent started
 	Ingress    *DirectionStatus `json:"ingress,omitempty"`    // nil when no policy isolates it
-	Egress     *DirectionStatus `json:"egress,omitempty"`
+	Egress     *DirectionStatus `json:"egress,omitempty"`     // of an interface that no policy isolates, that it is held to its addresses
 }
 
 // DirectionStatus is what is in force in one direction.
@@ -36,8 +36,12 @@ type DirectionStatus struct {
 	Engine   string   `json:"engine"`             // who filters
 	Policies []string `json:"policies,omitempty"` // that isolate the pod
 	Problem  string   `json:"problem,omitempty"`  // what is not as it should be
-	Notes    []string `json:"notes,omitempty"`    // why it is stricter than was meant, or nothing holds
+	Notes    []string `json:"notes,omitempty"`    // why it is stricter than was meant, or what holds without a policy
 }
+
+// heldNote is the note of a direction that no policy isolates, where there are rules
+// nevertheless.
+const heldNote = "sends from its own addresses only, because its network has policies"
 
 // The engines.
 const (
@@ -61,16 +65,18 @@ func direction(s *policy.State) *DirectionStatus {
 		return nil
 	case s.OptedOut:
 		return &DirectionStatus{Engine: EngineNone, Notes: []string{"the network is annotated " + policy.NetworkPolicyAnnotation + "=none"}}
+	case s.Held:
+		return &DirectionStatus{Notes: []string{heldNote}}
 	case !s.Verdicts.Isolated:
 		return nil
 	}
 	return &DirectionStatus{Policies: s.Verdicts.Policies, Notes: s.Faults}
 }
 
-// each calls f for the directions that are isolated.
+// each calls f for the directions that rules are for.
 func (s *InterfaceStatus) each(f func(*DirectionStatus)) {
 	for _, d := range []*DirectionStatus{s.Ingress, s.Egress} {
-		if d != nil && len(d.Policies) > 0 {
+		if d != nil && (len(d.Policies) > 0 || slices.Contains(d.Notes, heldNote)) {
 			f(d)
 		}
 	}
@@ -91,9 +97,22 @@ func (s *InterfaceStatus) policies() (all []string) {
 	return slices.Compact(all)
 }
 
+// isolated says that there are rules for a policy. What is there else keeps nobody out.
+func (s *InterfaceStatus) isolated() bool {
+	isolated := false
+	s.each(func(d *DirectionStatus) {
+		isolated = isolated || len(d.Policies) > 0 && d.Engine != "" && d.Engine != EngineNone
+	})
+	return isolated
+}
+
 // notes are why it is stricter than was meant.
 func (s *InterfaceStatus) notes() (all []string) {
-	s.each(func(d *DirectionStatus) { all = append(all, d.Notes...) })
+	s.each(func(d *DirectionStatus) {
+		if len(d.Policies) > 0 {
+			all = append(all, d.Notes...)
+		}
+	})
 	slices.Sort(all)
 	return slices.Compact(all)
 }

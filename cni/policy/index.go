@@ -26,10 +26,14 @@ type State struct {
 	Faults   []string // why it may be stricter than was meant
 	// OptedOut says that no policy holds, because the network says so.
 	OptedOut bool
+	// Held says, of the egress of an interface that no policy isolates, that there are
+	// policies for its network: it must send from its own addresses only, which they know
+	// their peers by.
+	Held bool
 }
 
 func (s *State) equal(o *State) bool {
-	return s == o || s != nil && o != nil && s.OptedOut == o.OptedOut && slices.Equal(s.Faults, o.Faults) && s.Verdicts.Equal(o.Verdicts)
+	return s == o || s != nil && o != nil && s.OptedOut == o.OptedOut && s.Held == o.Held && slices.Equal(s.Faults, o.Faults) && s.Verdicts.Equal(o.Verdicts)
 }
 
 // Change is a new State of an interface and direction.
@@ -51,6 +55,7 @@ type Index struct {
 	namespaces map[string]*namespace
 	networks   map[string]Enforcement
 	policies   map[string]*numbered // by Policy.String
+	extents    map[string]int       // how many policies are for a network, by Policy.extents
 	scopes     map[string]*scope
 	selecting  selectors[*scope] // scopes that select namespaces by labels
 	labelled   map[label]map[*pod]struct{}
@@ -140,7 +145,7 @@ type groupKey struct{ network, selector string }
 // is asked again when the pod changes.
 func NewIndex(own func(Pod) bool) *Index {
 	return &Index{
-		own: own, pods: map[podKey]*pod{}, namespaces: map[string]*namespace{}, networks: map[string]Enforcement{}, policies: map[string]*numbered{},
+		own: own, pods: map[podKey]*pod{}, namespaces: map[string]*namespace{}, networks: map[string]Enforcement{}, policies: map[string]*numbered{}, extents: map[string]int{},
 		scopes: map[string]*scope{}, owners: map[address][]*pod{}, sides: map[ID]*[2]side{}, profiles: map[string]*profile{},
 		reselect: map[*pod]struct{}{}, stale: map[*profile]struct{}{}, pending: map[*side]struct{}{}, unused: map[*profile]struct{}{},
 	}
@@ -177,10 +182,11 @@ func (x *Index) RemoveNetwork(name string) {
 	x.reselectNetwork(name)
 }
 
+// reselectNetwork has policies chosen anew for the own pods on a network, or on all.
 func (x *Index) reselectNetwork(name string) {
 	for _, ns := range x.namespaces {
 		for e := range ns.own {
-			if e.on(name) {
+			if name == "" || e.on(name) {
 				x.reselect[e] = struct{}{}
 			}
 		}
@@ -209,6 +215,7 @@ func (x *Index) SetPolicy(p *Policy) {
 	ns := x.namespace(p.Namespace)
 	ns.policies.add(p.selector, n)
 	x.reselectSelected(ns, p)
+	x.extend(p, 1)
 }
 
 // RemovePolicy tells that a policy was deleted.
@@ -222,7 +229,40 @@ func (x *Index) RemovePolicy(kind, namespace, name string) {
 	ns := x.namespace(namespace)
 	ns.policies.remove(n.selector, n)
 	x.reselectSelected(ns, n.Policy)
+	x.extend(n.Policy, -1)
 	x.tidy(ns)
+}
+
+// extend counts a policy for its networks, or no more. The first and the last one matter
+// to all own pods there.
+func (x *Index) extend(p *Policy, by int) {
+	for _, extent := range p.extents() {
+		before := x.extents[extent]
+		if x.extents[extent] += by; before > 0 && before+by > 0 {
+			continue
+		}
+		if before+by == 0 {
+			delete(x.extents, extent)
+		}
+		if p.on == listed {
+			x.reselectNetwork(extent)
+		} else {
+			x.reselectNetwork("")
+		}
+	}
+}
+
+// policed says whether there are policies for a network.
+func (x *Index) policed(network string) bool {
+	switch x.enforcement(network) {
+	case EnforceNone:
+		return false
+	case EnforceAll:
+		if x.extents[optedInNetworks] > 0 {
+			return true
+		}
+	}
+	return x.extents[network]+x.extents[everyNetwork] > 0
 }
 
 // Has says whether there is a policy, by the name that Verdicts have for it.

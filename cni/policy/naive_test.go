@@ -106,6 +106,28 @@ func (w *world) allowed(pod *corev1.Pod, network string, egress bool, peer netip
 	return !isolated || len(by) > 0 || slices.Contains(w.node, peer), by
 }
 
+// policed says whether there is any policy for a network, whomever it selects.
+func (w *world) policed(network string) bool {
+	enforcement := "all"
+	if nad, known := w.networks[network]; known {
+		enforcement = nad.Annotations["sluice.dev/network-policy"]
+	}
+	if enforcement == "none" {
+		return false
+	}
+	for _, ns := range w.namespaces {
+		if enforcement == "all" && ns.Annotations["net.beta.kubernetes.io/network-policy"] != "" {
+			return true
+		}
+	}
+	for _, p := range w.policies {
+		if p.multi && (p.anyNetwork || p.lists(network)) || !p.multi && enforcement == "all" {
+			return true
+		}
+	}
+	return false
+}
+
 func (p rawPolicy) lists(network string) bool {
 	for _, item := range strings.Split(p.annotations["k8s.v1.cni.cncf.io/policy-for"], ",") {
 		item = strings.Trim(item, " ")

@@ -76,6 +76,20 @@ func (p *Policy) equal(o *Policy) bool { return reflect.DeepEqual(p, o) }
 
 func (p *Policy) fault(err error) { p.Faults = append(p.Faults, p.String()+": "+err.Error()) }
 
+// What Policy.extents has beside names of networks.
+const optedInNetworks, everyNetwork = "", "*"
+
+// extents are what the policy is for: networks that it lists, or what they have in common.
+func (p *Policy) extents() []string {
+	switch p.on {
+	case optedIn:
+		return []string{optedInNetworks}
+	case listed:
+		return p.networks
+	}
+	return []string{everyNetwork}
+}
+
 // covers says whether the policy is for a network.
 func (p *Policy) covers(network string, e Enforcement) bool {
 	switch p.on {

@@ -56,6 +56,7 @@ type side struct {
 	there     bool
 	profile   *profile // nil when not isolated
 	optedOut  bool
+	held      bool   // see State
 	state     *State // as the last Flush told it
 }
 
@@ -129,6 +130,7 @@ func (x *Index) Flush() []Change {
 var (
 	notIsolated = &State{Verdicts: &Verdicts{}}
 	optedOut    = &State{Verdicts: &Verdicts{}, OptedOut: true}
+	held        = &State{Verdicts: &Verdicts{}, Held: true}
 )
 
 func (s *side) now() *State {
@@ -137,6 +139,8 @@ func (s *side) now() *State {
 		return nil
 	case s.optedOut:
 		return optedOut
+	case s.profile == nil && s.held:
+		return held
 	case s.profile == nil:
 		return notIsolated
 	}
@@ -160,6 +164,7 @@ func (x *Index) choose(e *pod) {
 			policies := x.covering(e, i.Network)
 			for d := range sides {
 				sides[d].there, sides[d].optedOut = true, x.enforcement(i.Network) == EnforceNone
+				sides[d].held = Direction(d) == Egress && x.policed(i.Network)
 				x.assign(&sides[d], x.profile(i.Network, Direction(d), policies, e.Ports))
 			}
 		}

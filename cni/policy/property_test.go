@@ -292,6 +292,9 @@ func (w *world) compare(t *rapid.T, x *Index) {
 				if v := state.Verdicts; v.Isolated != (len(v.Policies) > 0) || !slices.IsSorted(v.Policies) {
 					t.Fatalf("%v %v is isolated %v by %q", id, Direction(d), v.Isolated, v.Policies)
 				}
+				if held := d == int(Egress) && !state.Verdicts.Isolated && w.policed(i.network); state.Held != held {
+					t.Fatalf("%v %v is held %v, want %v\n%s", id, Direction(d), state.Held, held, w)
+				}
 				for n, peer := range probes {
 					for protocol, number := range map[corev1.Protocol]uint8{"TCP": TCP, "UDP": UDP, "SCTP": SCTP, "ICMP": 1} {
 						ports := []int32{80, 81, 443, 1, 82, 85, 65535, 0, 79}

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -89,6 +90,18 @@ type noBaselines struct{}
 
 func (noBaselines) Baseline(string) (net.HardwareAddr, int, bool) { return nil, 0, false }
 
+// allocated is a kubelet that has given pods the devices that dir has a file of, with the
+// pod's name; nil without dir.
+func allocated(dir string) func(context.Context, string) (string, bool, error) {
+	if _, err := os.Stat(dir); err != nil {
+		return nil
+	}
+	return func(_ context.Context, device string) (string, bool, error) {
+		pod, err := os.ReadFile(filepath.Join(dir, device))
+		return string(pod), err == nil, nil
+	}
+}
+
 // agent serves until it is told to end by its standard input, or kills itself at
 // the step with the number SLUICE_TEST_DIE_AT.
 func agent(dir string) int {
@@ -111,7 +124,7 @@ func agent(dir string) int {
 	var taken atomic.Int64
 	s, err := New(Options{
 		Socket: filepath.Join(dir, "cni.sock"), StateDir: dir, Kernel: kernel, Baselines: noBaselines{}, Log: logr.Discard(),
-		Changes: links.Watch, Enforcer: policies(dir, kernel),
+		SriovCNI: filepath.Join(dir, "sriov-cni"), Allocated: allocated(filepath.Join(dir, "allocated")), Changes: links.Watch, Enforcer: policies(dir, kernel),
 		OnStep: func(step string) {
 			if taken.Add(1)-1 == dieAt {
 				_ = os.WriteFile(filepath.Join(dir, "died-at"), []byte(step), 0o600)

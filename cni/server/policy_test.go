@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -20,6 +21,7 @@ import (
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -213,6 +215,37 @@ func (n *node) passes(when, from, to string, want bool) {
 	})
 }
 
+// forges waits until what a pod sends in another's name is answered to that one, or is not.
+func (n *node) forges(from, other, as, to string, want bool) {
+	n.Helper()
+	var victim net.PacketConn
+	n.ok(in(other, func() (err error) { victim, err = net.ListenPacket("udp", as+":0"); return err }))
+	defer victim.Close()
+	anyone := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_TRANSPARENT, 1) }), err)
+	}}
+	var forger net.PacketConn
+	n.ok(in(from, func() (err error) {
+		forger, err = anyone.ListenPacket(n.Context(), "udp", victim.LocalAddr().String())
+		return err
+	}))
+	defer forger.Close()
+	eventually(n.T, fmt.Sprintf("%s asked in the name of %s: %t", to, as, want), func() error {
+		answered := false
+		for range 5 {
+			_, _ = forger.WriteTo([]byte("?"), &net.UDPAddr{IP: net.ParseIP(to), Port: 7}) // it may be told that it must not
+			_ = victim.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+			if _, _, err := victim.ReadFrom(make([]byte, 8)); err == nil {
+				answered = true
+			}
+		}
+		if answered != want {
+			return fmt.Errorf("it is %t", answered)
+		}
+		return nil
+	})
+}
+
 // counts waits until the agent has counted something of the kind for the policy of ingress.
 func (n *node) counts(what string) {
 	n.Helper()
@@ -358,9 +391,7 @@ func TestNetnsPolicy(t *testing.T) {
 	}
 	passes("egress is not isolated", a.Netns, "10.20.0.1", true)
 	passes("another pod", c.Netns, "10.20.1.2", true)
-	if a, b, c := n.tables(a.Netns), n.tables(b.Netns), n.tables(c.Netns); a == 0 || b+c > 0 {
-		t.Errorf("tables: a %d, b %d, c %d", a, b, c)
-	}
+	n.forges(c.Netns, b.Netns, "10.20.1.2", "10.20.1.1", false)
 
 	for _, metric := range []string{"hits", "dropped_packets"} {
 		n.counts(metric)
@@ -383,11 +414,14 @@ func TestNetnsPolicy(t *testing.T) {
 	passes("no policy", c.Netns, "10.20.1.1", true)
 	passes("no policy", n.station, "fd20::11", true)
 	eventually(t, "no rules", func() error {
-		if n.tables(a.Netns) > 0 {
-			return errors.New("there are some")
+		for _, req := range []wire.Request{a, b, c} {
+			if n.tables(req.Netns) > 0 {
+				return fmt.Errorf("%s has some", req.Netns)
+			}
 		}
 		return nil
 	})
+	n.forges(c.Netns, b.Netns, "10.20.1.2", "10.20.1.1", true)
 	n.policies(ingress("a", "b"))
 	passes("b may at last", c.Netns, "10.20.1.1", false)
 	for _, req := range []wire.Request{a, b, c} {

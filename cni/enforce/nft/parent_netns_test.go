@@ -126,7 +126,7 @@ func TestParentDenyAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.expect(all, func(cell, netip.Addr, netip.Addr) bool { return true })
-	spoofing(t, a, w.pods["wire"], false)
+	spoofing(t, a, w.pods["wire"], false, false)
 }
 
 // nftNode runs the tool on the node.

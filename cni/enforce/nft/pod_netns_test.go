@@ -233,10 +233,14 @@ func TestAntiSpoofing(t *testing.T) {
 	w := newWorld(t, "a")
 	a, wire := w.pods["a"], w.pods["wire"]
 	pod := openPod(t, a)
-	if err := pod.Apply(a.iface(), openTo, openTo, 1); err != nil {
-		t.Fatal(err)
+	for name, ingress := range map[string]*policy.Verdicts{"isolated": only(&policy.Ports{All: true}, wire), "held": openTo} {
+		t.Run(name, func(t *testing.T) {
+			if err := pod.Apply(a.iface(), ingress, openTo, 1); err != nil {
+				t.Fatal(err)
+			}
+			spoofing(t, a, wire, true, ingress.Isolated)
+		})
 	}
-	spoofing(t, a, wire, true)
 	if n, err := pod.dropped(a.iface()); err != nil || n.Spoofed < 20 || n.Ingress+n.Egress != 0 {
 		t.Errorf("dropped %+v, %v", n, err)
 	}
@@ -244,7 +248,7 @@ func TestAntiSpoofing(t *testing.T) {
 
 // spoofing sends frames of all sorts from a. On the parent other MACs pass: they may be
 // those of others.
-func spoofing(t *testing.T, a, wire *station, macHeld bool) {
+func spoofing(t *testing.T, a, wire *station, macHeld, isolated bool) {
 	t.Helper()
 	catch := packetSocket(t, wire)
 	other4, other6 := netip.MustParseAddr("10.20.7.7"), netip.MustParseAddr("fd20::77")
@@ -288,7 +292,9 @@ func spoofing(t *testing.T, a, wire *station, macHeld bool) {
 		{"ARP probe", arp(a.mac, a.mac, netip.IPv4Unspecified()), true},
 		{"ARP of another's address", arp(a.mac, a.mac, other4), false},
 		{"ARP of another's MAC", arp(a.mac, otherMAC, a.v4), false},
-		{"another protocol", slices.Concat(wire.mac[:], a.mac[:], []byte{0x88, 0xcc}, make([]byte, 60)), false},
+		{"another protocol", slices.Concat(wire.mac[:], a.mac[:], []byte{0x88, 0xcc}, make([]byte, 60)), !isolated},
+		{"another's MAC, another protocol", slices.Concat(wire.mac[:], otherMAC[:], []byte{0x88, 0xcc}, make([]byte, 60)), !macHeld},
+		{"tagged twice", slices.Concat(wire.mac[:], a.mac[:], []byte{0x88, 0xa8, 0, 0}, make([]byte, 60)), false},
 	} {
 		for _, bypass := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s bypass=%v", c.name, bypass), func(t *testing.T) {

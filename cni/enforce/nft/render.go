@@ -82,6 +82,7 @@ var (
 
 const (
 	etherIPv4, etherARP, etherIPv6 = "\x08\x00", "\x08\x06", "\x86\xdd"
+	etherVLAN, etherQinQ           = "\x81\x00", "\x88\xa8"
 	icmp, tcp, udp, icmp6, sctp    = "\x01", "\x06", "\x11", "\x3a", "\x84"
 	ackOrReset                     = "\x14"
 	sctpInit                       = "\x01"
@@ -494,7 +495,7 @@ func pod(i Interface, ingress, egress bool, prefix string) layout {
 		held := func(name, spoofing, link string, mac [6]byte) {
 			r.layout.base = append(r.layout.base, chain{
 				table: r.table, name: name, hook: &hook{number: unix.NF_NETDEV_EGRESS, device: link},
-				rules: append(r.spoofing(spoofing, mac, judged, [2]expr{accept, accept}), others...),
+				rules: append(r.spoofing(spoofing, mac, ingress || egress, judged, [2]expr{accept, accept}), others...),
 			})
 		}
 		held("egress", "spoofing", i.Name, i.MAC)
@@ -544,12 +545,12 @@ func portsOf(t table, prefix string, cut bool, d policy.Direction, a allowed) ch
 }
 
 // spoofing makes the chain that returns what a link with the sender's MAC may send, and drops all
-// else: other MACs and addresses, tagged frames, other protocols than IP and ARP, and
-// what only routers say. A frame that a raw socket sends past the queues may have no
+// else: other MACs and addresses, tagged frames, what only routers say, and of one that is
+// isolated other protocols than IP and ARP. A frame that a raw socket sends past the queues may have no
 // link layer header as far as nf_tables knows: it matches nothing, and is dropped.
 // It returns the rules that lead to the chain, behind such as end with its family's often
 // for what comes most often, and is as also says.
-func (r *renderer) spoofing(name string, sender [6]byte, also []expr, often [2]expr) []rule {
+func (r *renderer) spoofing(name string, sender [6]byte, isolated bool, also []expr, often [2]expr) []rule {
 	own, address := r.addressSets(name+"-own", r.Addresses), string(sender[:])
 	mac := is(linkSource, address)
 	frame := func(kind string, parts ...any) rule { return on(append([]any{mac, is(etherType, kind)}, parts...)...) }
@@ -577,6 +578,13 @@ func (r *renderer) spoofing(name string, sender [6]byte, also []expr, often [2]e
 		if r.DHCP {
 			rules = append(rules, frame(etherIPv4, is(sources[0], "\x00\x00\x00\x00"), is(l4Proto, udp), is(bothPorts, "\x00\x44\x00\x43"), goBack))
 		}
+	}
+	if !isolated {
+		others := []any{mac}
+		for _, kind := range []string{etherIPv4, etherARP, etherIPv6, etherVLAN, etherQinQ} { // what they tag may have any address
+			others = append(others, isnt(etherType, kind))
+		}
+		rules = append(rules, on(append(others, goBack)...))
 	}
 	rules = append(rules, on(dropped))
 	r.layout.chains = append(r.layout.chains, chain{table: r.table, name: r.name(name), rules: rules})

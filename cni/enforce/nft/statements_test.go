@@ -367,45 +367,45 @@ func sendable(p policytest.Probe) bool {
 
 // NP-42: what is established goes on in the pod when policy tightens, and so it does on
 // the parent as long as one direction is not isolated. What is new does not begin.
-func TestNP42EstablishedConnectionsGoOn(t *testing.T) {
-	eachHolder(t, func(t *testing.T, w *world, h holder) {
-		a, b := w.pods["a"], w.pods["b"]
-		for family := range 2 {
-			if err := h.apply(a.iface(), only(open80, b), openTo, 1); err != nil {
-				t.Fatal(err)
-			}
-			c := b.dial("tcp", a.address(family))
-			defer c.Close()
+func TestNP42EstablishedConnectionsGoOn(t *testing.T) { eachHolder(t, np42) }
+
+func np42(t *testing.T, w *world, h holder) {
+	w.TB = t
+	a, b := w.pods["a"], w.pods["b"]
+	for family := range 2 {
+		if err := h.apply(a.iface(), only(open80, b), openTo, 1); err != nil {
+			t.Fatal(err)
+		}
+		c := b.dial("tcp", a.address(family))
+		defer c.Close()
+		if !echoes(c) {
+			t.Fatal("the connection does not work")
+		}
+		if err := h.apply(a.iface(), denied, openTo, 2); err != nil {
+			t.Fatal(err)
+		}
+		for range 3 {
 			if !echoes(c) {
-				t.Fatal("the connection does not work")
-			}
-			if err := h.apply(a.iface(), denied, openTo, 2); err != nil {
-				t.Fatal(err)
-			}
-			for range 3 {
-				if !echoes(c) {
-					t.Error("an established connection is cut")
-				}
-			}
-			if b.reaches(a.address(family), policy.TCP, 80) {
-				t.Error("a new connection begins")
+				t.Error("an established connection is cut")
 			}
 		}
-	})
+		if b.reaches(a.address(family), policy.TCP, 80) {
+			t.Error("a new connection begins")
+		}
+	}
 }
 
 // MNP-07: of an interface whose addresses nobody knows, blocks of addresses are peers.
-func TestMNP07PeersOfAnInterfaceWithoutKnownAddresses(t *testing.T) {
-	eachHolder(t, func(t *testing.T, w *world, h holder) {
-		a := w.pods["a"]
-		i := a.iface()
-		i.Addresses, i.AnyAddress = nil, true
-		if err := h.apply(i, only(open80, w.pods["b"]), denied, 1); err != nil {
-			t.Fatal(err)
-		}
-		w.TB = t
-		w.expect(cells([2]string{"b", "a"}, [2]string{"c", "a"}), func(c cell, _, _ netip.Addr) bool {
-			return c.from == "b" && c.port == 80
-		})
+func TestMNP07PeersOfAnInterfaceWithoutKnownAddresses(t *testing.T) { eachHolder(t, mnp07) }
+
+func mnp07(t *testing.T, w *world, h holder) {
+	w.TB = t
+	i := w.pods["a"].iface()
+	i.Addresses, i.AnyAddress = nil, true
+	if err := h.apply(i, only(open80, w.pods["b"]), denied, 1); err != nil {
+		t.Fatal(err)
+	}
+	w.expect(cells([2]string{"b", "a"}, [2]string{"c", "a"}), func(c cell, _, _ netip.Addr) bool {
+		return c.from == "b" && c.port == 80
 	})
 }
