@@ -28,8 +28,9 @@ verify() {
 }
 
 tools() {
-  say "lab programs"
+  say "the lab's programs, and Debian's that tests call"
   go build -o out/ ./test/lab/cmd/lab ./test/lab/cmd/labrun
+  out/lab programs
 }
 
 unit() {

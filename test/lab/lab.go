@@ -632,6 +632,16 @@ func Assets(ctx context.Context, progress io.Writer) (string, error) {
 	return store.Make(ctx, cluster.NewParts(repo).Kubelab)
 }
 
+// Programs installs, if need be, what tests call on this machine.
+func Programs(ctx context.Context, progress io.Writer) error {
+	store, err := artefact.Open("", progress)
+	if err != nil {
+		return err
+	}
+	_, err = store.Make(ctx, artefact.Programs())
+	return err
+}
+
 // OVS downloads, if need be, and returns a directory with Open vSwitch as Debian has
 // it, and the libraries that not every machine or guest has.
 func OVS(ctx context.Context, progress io.Writer) (string, error) {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -314,6 +315,27 @@ func TestReady(t *testing.T) {
 		}
 		if _, err := open(t, dir).Make(t.Context(), step); err != nil || !there {
 			t.Errorf("absent %t: there %t, %v", absent, there, err)
+		}
+	}
+}
+
+func TestPrograms(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("PATH", dir)
+	for _, c := range []struct {
+		comes   string
+		missing []string
+	}{
+		{"ip", []string{"busybox-static", "nftables", "zstd"}},
+		{"nft", []string{"busybox-static", "zstd"}},
+		{"zstd", []string{"busybox-static"}},
+		{"busybox", nil},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, c.comes), nil, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if s := Programs(); !slices.Equal(s.Packages, c.missing) || s.Ready() != (c.missing == nil) {
+			t.Errorf("with %s: ready %v, missing %q, want %q", c.comes, s.Ready(), s.Packages, c.missing)
 		}
 	}
 }

@@ -43,6 +43,28 @@ func (s *Store) install(ctx context.Context, b *Build, packages []string) error 
 
 var noninteractive = []string{"DEBIAN_FRONTEND=noninteractive"}
 
+// Programs is the step that installs what tests call on this machine: of busybox
+// the static one, as guests have it.
+func Programs() *Step {
+	missing := func() (packages []string) {
+		for _, p := range []struct{ program, from string }{
+			{"busybox", "busybox-static"}, {"ip", "iproute2"}, {"nft", "nftables"}, {"zstd", "zstd"},
+		} {
+			if _, err := exec.LookPath(p.program); err != nil {
+				packages = append(packages, p.from)
+			}
+		}
+		return packages
+	}
+	return &Step{
+		Name:     "programs",
+		Inputs:   []Input{Text("recipe", "1")},
+		Packages: missing(),
+		Ready:    func() bool { return len(missing()) == 0 },
+		Build:    func(context.Context, *Build) error { return nil },
+	}
+}
+
 // absent returns the packages that dpkg does not know as installed.
 func absent(packages []string) []string {
 	var missing []string

@@ -57,7 +57,7 @@ ${XDG_CACHE_HOME:-~/.cache}/sluice.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(up(), down(), status(), load(), execute(), console(), logs(), kubectl(), build(), assets(), ovs(), gc())
+	root.AddCommand(up(), down(), status(), load(), execute(), console(), logs(), kubectl(), build(), assets(), ovs(), programs(), gc())
 	return root
 }
 
@@ -328,6 +328,15 @@ func assets() *cobra.Command {
 
 func ovs() *cobra.Command {
 	return printing("ovs", "Print a directory for SLUICE_OVS, downloading it if need be", lab.OVS)
+}
+
+func programs() *cobra.Command {
+	return &cobra.Command{
+		Use:   "programs",
+		Short: "Install, if need be, the programs that tests call on this machine",
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return lab.Programs(cmd.Context(), cmd.ErrOrStderr()) },
+	}
 }
 
 // printing is a command that prints the directory that get makes.
