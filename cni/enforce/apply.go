@@ -3,7 +3,6 @@ package enforce
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -163,12 +162,12 @@ func (e *Enforcer) open(f *face, i attach.Interface, ns *host.Netns) error {
 
 // put makes a new generation of the interface's rules and says in status what came of it.
 func (e *Enforcer) put(f *face, i attach.Interface, ns *host.Netns, verdicts [2]*policy.Verdicts, cut bool, status *InterfaceStatus, before InterfaceStatus) error {
-	had := f.rules && before.isolated()
+	had, kept := f.rules, before.isolated()
 	f.rules = true
 	var err error
 	if f.loaded { // its generations go on from the earlier agent's
 		before.Generation, had, err = e.Engine.Generation(i, ns)
-		had = had && e.toldOf(i)
+		kept = e.toldIsolated(i)
 		f.loaded = err != nil
 	}
 	if err == nil {
@@ -181,10 +180,11 @@ func (e *Enforcer) put(f *face, i attach.Interface, ns *host.Netns, verdicts [2]
 	}
 	status.Generation = before.Generation
 	problem, engine := fmt.Sprintf("closed, because the rules cannot be made: %v", err), engineOf(i)
+	isolates := verdicts[policy.Ingress].Isolated || verdicts[policy.Egress].Isolated
 	switch {
-	case had:
+	case had && (kept || !isolates):
 		problem = fmt.Sprintf("what was in force before stays so, because the rules cannot be made: %v", err)
-	case !verdicts[policy.Ingress].Isolated && !verdicts[policy.Egress].Isolated:
+	case !isolates:
 		problem, engine = fmt.Sprintf("it may send from others' addresses, because the rules cannot be made: %v", err), EngineNone
 		f.rules = e.Engine.Remove(i, ns) != nil
 	default:
@@ -197,15 +197,15 @@ func (e *Enforcer) put(f *face, i attach.Interface, ns *host.Netns, verdicts [2]
 	return err
 }
 
-// toldOf says whether an earlier agent told that it had isolated the interface.
-func (e *Enforcer) toldOf(i attach.Interface) bool {
+// toldIsolated says whether an earlier agent told that it had isolated the interface.
+func (e *Enforcer) toldIsolated(i attach.Interface) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	var status PodStatus
-	if p := e.own[i.Pod]; p != nil && json.Unmarshal([]byte(p.Annotations[Annotation]), &status) != nil {
+	p := e.own[i.Pod]
+	if p == nil {
 		return false
 	}
-	told := status[i.IfName]
+	told := ReadStatus(p.Annotations)[i.IfName]
 	return told.isolated()
 }
 

@@ -561,11 +561,20 @@ func TestRefusedGenerationOfWhatWasHeld(t *testing.T) {
 	n.pod("a", "here", "", map[string]string{"to": "p"})
 	n.inForce("a", "denied")
 
+	n.refusing("Apply", nil)
+	n.pod("a", "here", "", nil)
+	n.inForce("a", "held")
+	n.refusing("Apply", errors.New("ENOMEM"))
+	n.tamper(face1("a"), nft.Tampering{Err: errors.New("ENOMEM")})
+	n.becomes("annotation", func() string { return n.status("a") },
+		`{"net1":{"network":"ns/blue","generation":2,"egress":{"engine":"nft-pod","problem":"what was in force before stays so, because the rules cannot be made: ENOMEM","notes":["sends from its own addresses only, because its network has policies"]}}}`)
+	n.inForce("a", "held")
+
 	for told, want := range map[string]string{
-		`{"net1":{"egress":{"engine":"nft-pod","notes":["` + heldNote + `"]}}}`:       "denied",
-		`{"net1":{"ingress":{"engine":"nft-pod","policies":["NetworkPolicy ns/p"]}}}`: "old",
-		`{"net1":{"ingress":{"engine":"none","policies":["NetworkPolicy ns/p"]}}}`:    "denied",
-		`{"net2":{"ingress":{"engine":"nft-pod","policies":["NetworkPolicy ns/p"]}}}`: "denied",
+		`{"net1":{"egress":{"engine":"nft-pod","notes":["sends from its own addresses only"]}}}`: "denied",
+		`{"net1":{"ingress":{"engine":"nft-pod","policies":["NetworkPolicy ns/p"]}}}`:            "old",
+		`{"net1":{"ingress":{"engine":"none","policies":["NetworkPolicy ns/p"]}}}`:               "denied",
+		`{"net2":{"ingress":{"engine":"nft-pod","policies":["NetworkPolicy ns/p"]}}}`:            "denied",
 		`{"net1":[]}`: "denied",
 		``:            "denied",
 	} {

@@ -23,6 +23,15 @@ const Annotation = "sluice.dev/enforcement"
 // PodStatus is what is in force on a pod's interfaces, by their names.
 type PodStatus map[string]InterfaceStatus
 
+// ReadStatus reads a pod's annotations. What no agent wrote tells nothing.
+func ReadStatus(annotations map[string]string) PodStatus {
+	var s PodStatus
+	if json.Unmarshal([]byte(annotations[Annotation]), &s) != nil {
+		return nil
+	}
+	return s
+}
+
 // InterfaceStatus is what is in force on an interface.
 type InterfaceStatus struct {
 	Network    string           `json:"network"`              // NetworkAttachmentDefinition, namespace/name
@@ -37,11 +46,8 @@ type DirectionStatus struct {
 	Policies []string `json:"policies,omitempty"` // that isolate the pod
 	Problem  string   `json:"problem,omitempty"`  // what is not as it should be
 	Notes    []string `json:"notes,omitempty"`    // why it is stricter than was meant, or what holds without a policy
+	held     bool     // there are rules without a policy
 }
-
-// heldNote is the note of a direction that no policy isolates, where there are rules
-// nevertheless.
-const heldNote = "sends from its own addresses only, because its network has policies"
 
 // The engines.
 const (
@@ -66,7 +72,7 @@ func direction(s *policy.State) *DirectionStatus {
 	case s.OptedOut:
 		return &DirectionStatus{Engine: EngineNone, Notes: []string{"the network is annotated " + policy.NetworkPolicyAnnotation + "=none"}}
 	case s.Held:
-		return &DirectionStatus{Notes: []string{heldNote}}
+		return &DirectionStatus{held: true, Notes: []string{"sends from its own addresses only, because its network has policies"}}
 	case !s.Verdicts.Isolated:
 		return nil
 	}
@@ -76,7 +82,7 @@ func direction(s *policy.State) *DirectionStatus {
 // each calls f for the directions that rules are for.
 func (s *InterfaceStatus) each(f func(*DirectionStatus)) {
 	for _, d := range []*DirectionStatus{s.Ingress, s.Egress} {
-		if d != nil && (len(d.Policies) > 0 || slices.Contains(d.Notes, heldNote)) {
+		if d != nil && (len(d.Policies) > 0 || d.held) {
 			f(d)
 		}
 	}

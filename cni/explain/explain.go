@@ -2,7 +2,6 @@ package explain
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -176,11 +175,10 @@ func because(r policy.Reason, d policy.Direction) string {
 
 // where says where the interface's verdicts are in force, as its pod has it.
 func (c *Cluster) where(id policy.ID, d policy.Direction) string {
-	var status enforce.PodStatus
+	var i enforce.InterfaceStatus
 	if p := c.pods[id.Namespace+"/"+id.Pod]; p != nil {
-		_ = json.Unmarshal([]byte(p.Annotations[enforce.Annotation]), &status)
+		i = enforce.ReadStatus(p.Annotations)[id.Interface]
 	}
-	i := status[id.Interface]
 	s := []*enforce.DirectionStatus{policy.Ingress: i.Ingress, policy.Egress: i.Egress}[d]
 	switch {
 	case s == nil:

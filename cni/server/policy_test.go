@@ -391,6 +391,9 @@ func TestNetnsPolicy(t *testing.T) {
 	}
 	passes("egress is not isolated", a.Netns, "10.20.0.1", true)
 	passes("another pod", c.Netns, "10.20.1.2", true)
+	if a, b, c := n.tables(a.Netns), n.tables(b.Netns), n.tables(c.Netns); a == 0 || b == 0 || c == 0 {
+		t.Errorf("tables: a %d, b %d, c %d", a, b, c)
+	}
 	n.forges(c.Netns, b.Netns, "10.20.1.2", "10.20.1.1", false)
 
 	for _, metric := range []string{"hits", "dropped_packets"} {

@@ -205,6 +205,9 @@ func TestNetworkPolicy(t *testing.T) {
 	waitReady(t, "server")
 	reaches(t, "near", "192.168.120.1", true)
 	enforced(t, "server", held, `"engine":"nft-host","notes":["sends from`)
+	if err := contains(tables(t, "vm2"), "sluice-ens2f0"); err != nil { // of late
+		t.Error(err)
+	}
 
 	remove(t, np)
 	remove(t, mnp)

@@ -29,7 +29,7 @@ const (
 	// The least of no policy's speed, for two processes on two processors, and on one.
 	leastOnTwo, leastOnOne = 0.90, 0.85
 	// The least of the speed without any rules.
-	leastOfNoRules = 0.78
+	leastOfNoRules = 0.80
 	// The least with 10,000 peers, as a ratio to 10.
 	leastFlat = 0.93
 )

@@ -201,7 +201,7 @@ func parentRendering(parent string, i Interface, verdicts [2]*policy.Verdicts, v
 		}
 		var rules []rule
 		if d == policy.Egress {
-			rules = r.spoofing("spoofing", i.MAC, verdicts[0].Isolated || verdicts[1].Isolated, nil, often)
+			rules = r.spoofing("spoofing", i.MAC, verdicts[policy.Ingress].Isolated || verdicts[policy.Egress].Isolated, nil, often)
 		}
 		if !verdicts[d].Isolated {
 			rules = append(rules, on(accept))

@@ -544,10 +544,11 @@ func portsOf(t table, prefix string, cut bool, d policy.Direction, a allowed) ch
 	return portsChain(t, prefix, d, rules)
 }
 
-// spoofing makes the chain that returns what a link with the sender's MAC may send, and drops all
-// else: other MACs and addresses, tagged frames, what only routers say, and of one that is
-// isolated other protocols than IP and ARP. A frame that a raw socket sends past the queues may have no
-// link layer header as far as nf_tables knows: it matches nothing, and is dropped.
+// spoofing makes the chain that returns what a link with the sender's MAC may send, and
+// drops all else: other MACs and addresses, tagged frames, what only routers say, and of one
+// that is isolated other protocols than IP and ARP. A frame that a raw socket sends past the
+// queues may have no link layer header as far as nf_tables knows: it matches nothing, and is
+// dropped.
 // It returns the rules that lead to the chain, behind such as end with its family's often
 // for what comes most often, and is as also says.
 func (r *renderer) spoofing(name string, sender [6]byte, isolated bool, also []expr, often [2]expr) []rule {
