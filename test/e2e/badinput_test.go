@@ -7,13 +7,12 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-	"time"
 )
 
 // policyTells waits until a policy's status says all of want.
 func policyTells(t *testing.T, name string, want ...string) {
 	t.Helper()
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, func() error {
 		out := kubectl(t, "", "-n", namespace, "get", "sriovnetworknodepolicy", name, "-o", `jsonpath={range .status.conditions[*]}{.type}={.status} {.reason}: {.message}{"\n"}{end}`)
 		for _, w := range want {
 			if !strings.Contains(out, w) {
@@ -71,7 +70,7 @@ spec: {config: '%s'}
 		}
 		kubectl(t, pod(name, "vm1", networks, left), "apply", "-f", "-")
 		defer remove(t, pod(name, "vm1", networks, left))
-		eventually(t, time.Minute, func() error {
+		eventually(t, func() error {
 			out := kubectl(t, "", "get", "events", "-n", "default", "--field-selector", "involvedObject.name="+name, "-o", `jsonpath={range .items[*]}{.message}{"\n"}{end}`)
 			for _, w := range want {
 				if !strings.Contains(out, w) {
@@ -98,7 +97,7 @@ spec: {config: '%s'}
 	})
 
 	for _, n := range nodes {
-		eventually(t, time.Minute, func() error {
+		eventually(t, func() error {
 			if after := inNode(t, n, "ip -d link show ens1f0; ip -d link show ens2f0; cat /sys/class/net/ens*f0/device/sriov_numvfs"); after != before[n] {
 				return errors.New(n + " changed from\n" + before[n] + "\nto\n" + after)
 			}

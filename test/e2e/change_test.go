@@ -85,7 +85,7 @@ func nodeState(t *testing.T, node, path string) string {
 // stateTells waits until a part of a node's state has all of want.
 func stateTells(t *testing.T, node, path string, want ...string) {
 	t.Helper()
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, func() error {
 		got := nodeState(t, node, path)
 		for _, w := range want {
 			if !strings.Contains(got, w) {
@@ -144,7 +144,7 @@ spec: {minAvailable: 2, selector: {matchExpressions: [{key: app, operator: In, v
 		}
 	}
 	// Nodes in no pool are disturbed one at a time, that first which asked first.
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, func() error {
 		one, two := nodeState(t, "vm1", evicting), nodeState(t, "vm2", evicting)
 		name := "l1"
 		if strings.Contains(two, "Blocked") {
@@ -164,7 +164,7 @@ spec: {minAvailable: 2, selector: {matchExpressions: [{key: app, operator: In, v
 		t.Errorf("the budget did not hold: %s", all)
 	}
 	remove(t, budget)
-	if _, err := cluster.Kubectl(t.Context(), "wait", "--for=delete", "--timeout=3m", "pod/l1", "pod/l2"); err != nil {
+	if _, err := cluster.Kubectl(t.Context(), "wait", "--for=delete", "--timeout=5m", "pod/l1", "pod/l2"); err != nil {
 		t.Fatalf("%v\n%s", err, diagnosis(t.Context()))
 	}
 	waitAllocatable(t, left, "3", nodes...)
@@ -222,7 +222,7 @@ spec:
   containers:
     - {name: app, image: sluice.dev/tools:dev, command: [sleep, infinity]}
 ---`)
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		if got := kubectl(t, "", "get", "pod", "init", "-o", "jsonpath={.status.initContainerStatuses[0].state.running}"); got == "" {
 			return errors.New("the init container does not run")
 		}
@@ -242,7 +242,7 @@ spec:
 		t.Errorf("changed under the pod: %v", err)
 	}
 	configure(t, `{"disableDrain": false}`)
-	if _, err := cluster.Kubectl(t.Context(), "wait", "--for=delete", "--timeout=2m", "pod/init"); err != nil {
+	if _, err := cluster.Kubectl(t.Context(), "wait", "--for=delete", "--timeout=5m", "pod/init"); err != nil {
 		t.Fatalf("%v\n%s", err, diagnosis(t.Context()))
 	}
 	waitAllocatable(t, left, "3", nodes...)

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-	"time"
 
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 )
@@ -33,7 +32,7 @@ func poolOf(t *testing.T, node, resource string) v1.DevicePool {
 func inHand(t *testing.T, resource, phase, pod string) v1.HeldDevice {
 	t.Helper()
 	var held v1.HeldDevice
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		p := poolOf(t, "vm1", resource)
 		if len(p.Held) != 1 || p.Held[0].Phase != phase || p.Held[0].Pod != pod {
 			return fmt.Errorf("not %s by %s: %+v", phase, pod, p)
@@ -58,8 +57,8 @@ func TestWhoHasADevice(t *testing.T) {
 	mentions(t, kubectl(t, "", "exec", "holder", "--", "env"), `"resource":"openshift.io/left"`)
 
 	restartKubelet(t, "vm1", "kill -9 $pid $(pidof sluice-agent)")
-	eventually(t, 3*time.Minute, func() error {
-		_, err := cluster.Kubectl(t.Context(), "-n", namespace, "rollout", "status", "daemonset/sluice-agent", "--timeout=2m")
+	eventually(t, func() error {
+		_, err := cluster.Kubectl(t.Context(), "-n", namespace, "rollout", "status", "daemonset/sluice-agent", "--timeout=5m")
 		return err
 	})
 	waitAllocatable(t, left, "4", "vm1")
@@ -69,7 +68,7 @@ func TestWhoHasADevice(t *testing.T) {
 	}
 	t.Run("the container runtime restarts", func(t *testing.T) { restartRuntime(t, before.Device) })
 	remove(t, p)
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		if p := poolOf(t, "vm1", left); len(p.Held) > 0 || p.Healthy != 4 {
 			return fmt.Errorf("%+v", p)
 		}
@@ -104,7 +103,7 @@ until ctr version >/dev/null 2>&1; do sleep 0.1; done`)
 	}
 	owners := map[string]string{held: "default/holder"}
 	for _, resource := range []string{left, "openshift.io/lasting"} {
-		eventually(t, time.Minute, func() error {
+		eventually(t, func() error {
 			pods := map[string]bool{}
 			for _, h := range poolOf(t, "vm1", resource).Held {
 				if owner, twice := owners[h.Device]; twice && owner != h.Pod {
@@ -124,7 +123,7 @@ until ctr version >/dev/null 2>&1; do sleep 0.1; done`)
 	pings(t, "comes", "192.168.100.10")
 	pings(t, "comes", "192.168.112.10")
 	remove(t, stays+comes)
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		if p := poolOf(t, "vm1", "openshift.io/lasting"); len(p.Held) > 0 || p.Healthy != 2 {
 			return fmt.Errorf("%+v", p)
 		}
@@ -145,7 +144,7 @@ func TestPoolsFromConfigMap(t *testing.T) {
 	apply(t, content(`{"resourceList":[{"resourceName":"filed","resourcePrefix":"example.com","selectors":{"pfNames":["ens2f0#1"]}}]}`))
 	waitAllocatable(t, "example.com/filed", "1", "vm1")
 	kubectl(t, content(`{"resourceList":[{"resourceName":"filed","selectors":{"pfNmaes":["ens2f0#1"]}}]}`), "apply", "-f", "-")
-	eventually(t, 3*time.Minute, func() error {
+	eventually(t, func() error {
 		out := kubectl(t, "", "-n", namespace, "get", "sriovnetworknodestate", "vm1", "-o", `jsonpath={.status.conditions[?(@.type=="DevicePoolsFileInEffect")].message}`)
 		if want := `resourceList[0].selectors.pfNmaes: unknown key: did you mean "pfNames"?`; !strings.Contains(out, want) {
 			return fmt.Errorf("the condition says %q", out)
@@ -171,13 +170,13 @@ func TestDeviceNodesByCDI(t *testing.T) {
 		if _, err := cluster.Kubectl(context.Background(), "-n", namespace, "patch", "sriovoperatorconfig", "default", "--type=merge", "-p", fmt.Sprintf(`{"spec":{"useCDI":%v}}`, use)); err != nil {
 			t.Error(err)
 		}
-		eventually(t, 3*time.Minute, func() error {
+		eventually(t, func() error {
 			out, err := cluster.Kubectl(context.Background(), "-n", namespace, "get", "daemonset", "sluice-agent", "-o", "jsonpath={.spec.template.spec.containers[0].env[*].name}")
 			if err == nil && strings.Contains(out, "CDI_DIR") != use {
 				err = errors.New(out)
 			}
 			if err == nil {
-				_, err = cluster.Kubectl(context.Background(), "-n", namespace, "rollout", "status", "daemonset/sluice-agent", "--timeout=2m")
+				_, err = cluster.Kubectl(context.Background(), "-n", namespace, "rollout", "status", "daemonset/sluice-agent", "--timeout=5m")
 			}
 			return err
 		})
@@ -193,7 +192,7 @@ func TestDeviceNodesByCDI(t *testing.T) {
 	waitAllocatable(t, right, "2", "vm1")
 	p := pod("nodes", "vm1", "["+on("right-net", "192.168.101.9/24")+"]", right)
 	files := func() string { return inNode(t, "vm1", "cat /var/run/cdi/sluice-vf-*.json 2>/dev/null || true") }
-	eventually(t, 3*time.Minute, func() error { // until the policy is in effect
+	eventually(t, func() error { // until the policy is in effect
 		kubectl(t, p, "apply", "-f", "-")
 		waitReady(t, "nodes")
 		if out := files(); !strings.Contains(out, "/dev/vhost-net") {

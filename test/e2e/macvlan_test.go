@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-	"time"
 )
 
 // slots makes a MacvlanNodePolicy.
@@ -39,7 +38,7 @@ spec:
 
 func waitNetwork(t *testing.T, name string) {
 	t.Helper()
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		_, err := cluster.Kubectl(t.Context(), "get", "net-attach-def", name)
 		return err
 	})
@@ -70,7 +69,7 @@ func TestMacvlan(t *testing.T) {
 		mentions(t, inNode(t, n, "ip -d -o link show type vlan"), "vlan protocol 802.1Q id 30", "@ens2f0")
 	}
 	if kind == "uml" {
-		eventually(t, 30*time.Second, func() error {
+		eventually(t, func() error {
 			out := kubectl(t, "", "-n", namespace, "get", "macvlannodepolicies")
 			if strings.Count(out, "True") != 2 {
 				return errors.New("not all are Ready:\n" + out)
@@ -99,7 +98,7 @@ func TestMacvlan(t *testing.T) {
 	taken := pod("taken", "vm2", "["+on("slot-net", "192.168.110.2/24")+"]", "openshift.io/slots")
 	apply(t, taken)
 	mac := strings.TrimSpace(kubectl(t, "", "exec", "near", "--", "cat", "/sys/class/net/net1/address"))
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		events := kubectl(t, "", "get", "events", "--field-selector", "involvedObject.name=taken", "-o", "jsonpath={.items[*].message}")
 		if !strings.Contains(events, "192.168.110.2 is in use by the station with MAC "+mac) {
 			return errors.New("no event tells of the conflict: " + events)

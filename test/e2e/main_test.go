@@ -124,7 +124,7 @@ func apply(t *testing.T, yaml string) {
 func remove(t *testing.T, yaml string) {
 	t.Helper()
 	// The test's own context is done when its cleanups run.
-	if _, err := cluster.KubectlInput(context.Background(), yaml, "delete", "--ignore-not-found", "--wait", "--timeout=3m", "-f", "-"); err != nil {
+	if _, err := cluster.KubectlInput(context.Background(), yaml, "delete", "--ignore-not-found", "--wait", "--timeout=5m", "-f", "-"); err != nil {
 		t.Errorf("%v", err)
 	}
 }
@@ -175,17 +175,21 @@ func inNodeAfter(t *testing.T, node, script string) {
 	}
 }
 
+// patience is how long is waited for what should happen at once: guests of a machine with
+// much else to do are slow.
+const patience = 5 * time.Minute
+
 // eventually waits until f has no complaint.
-func eventually(t *testing.T, limit time.Duration, f func() error) {
+func eventually(t *testing.T, f func() error) {
 	t.Helper()
-	deadline := time.Now().Add(limit)
+	deadline := time.Now().Add(patience)
 	for {
 		err := f()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("after %s: %v\n%s", limit, err, diagnosis(context.Background()))
+			t.Fatalf("after %s: %v\n%s", patience, err, diagnosis(context.Background()))
 		}
 		time.Sleep(500 * time.Millisecond)
 	}
@@ -199,7 +203,7 @@ func allocatable(t *testing.T, node, resource string) string {
 
 func waitAllocatable(t *testing.T, resource, want string, on ...string) {
 	t.Helper()
-	eventually(t, 3*time.Minute, func() error {
+	eventually(t, func() error {
 		for _, n := range on {
 			if got := allocatable(t, n, resource); got != want {
 				return fmt.Errorf("%s has %s=%q allocatable, want %s", n, resource, got, want)

@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 )
 
 // multiNetworkPolicies is the kind, as the Network Plumbing Working Group's engines install it.
@@ -32,7 +31,7 @@ spec:
 // reaches waits until pings from the pod to the address are answered, or are not.
 func reaches(t *testing.T, from, address string, want bool) {
 	t.Helper()
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		_, err := cluster.Kubectl(t.Context(), "exec", from, "--", "ping", "-c", "1", "-w", "2", address)
 		if !want && err == nil {
 			return errors.New(from + " reaches " + address)
@@ -48,7 +47,7 @@ func reaches(t *testing.T, from, address string, want bool) {
 // there is none.
 func enforced(t *testing.T, pod string, want ...string) {
 	t.Helper()
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		out := kubectl(t, "", "get", "pod", pod, "-o", `jsonpath={.metadata.annotations.sluice\.dev/enforcement}`)
 		for _, w := range want {
 			if !strings.Contains(out, w) {
@@ -175,11 +174,11 @@ func TestNetworkPolicy(t *testing.T) {
 	const odd = "apiVersion: k8s.cni.cncf.io/v1beta1\nkind: MultiNetworkPolicy\nmetadata: {name: odd, annotations: {k8s.v1.cni.cncf.io/policy-for: guarded-net}}\nspec: {podSelector: {matchLabels: {role: stranger}}, policyTypes: [Sideways]}\n---"
 	apply(t, odd)
 	reaches(t, "near", "192.168.121.2", false)
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		return contains(kubectl(t, "", "get", "events", "-o", "jsonpath={.items[*].message}"), `spec.policyTypes[0] is "Sideways"`)
 	})
 	remove(t, odd)
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		out := kubectl(t, "", "-n", namespace, "get", "sriovnetworknodestate", "vm1", "-o", `jsonpath={.status.conditions[?(@.type=="NetworkPolicyEnforced")]}`)
 		return contains(out, `"status":"True"`)
 	})
@@ -188,8 +187,8 @@ func TestNetworkPolicy(t *testing.T) {
 	// away leaves both.
 	inNode(t, "vm1", "nft add table inet foreign; nft delete table netdev sluice-ens2f0")
 	t.Cleanup(func() { inNodeAfter(t, "vm1", "nft delete table inet foreign") })
-	eventually(t, time.Minute, func() error { return contains(tables(t, "vm1"), "sluice-ens2f0") })
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error { return contains(tables(t, "vm1"), "sluice-ens2f0") })
+	eventually(t, func() error {
 		return contains(kubectl(t, "", "get", "events", "--field-selector", "reason=PolicyTampered,involvedObject.name=server", "-o", "jsonpath={.items[*].message}"), "nft changed the rules")
 	})
 	before := tables(t, "vm1")
@@ -212,7 +211,7 @@ func TestNetworkPolicy(t *testing.T) {
 	remove(t, np)
 	remove(t, mnp)
 	for _, n := range nodes {
-		eventually(t, time.Minute, func() error { return without(tables(t, n), "sluice-") })
+		eventually(t, func() error { return without(tables(t, n), "sluice-") })
 	}
 	if err := contains(tables(t, "vm1"), "foreign"); err != nil {
 		t.Error(err)

@@ -35,7 +35,7 @@ func TestWebhookAndRemoval(t *testing.T) {
 	onlyUML(t, "how PFs give up their VFs is tested in guests of both kinds")
 	usePools(t)
 	configure(t, `{"enableOperatorWebhook": true, "enableInjector": true, "onRemoval": "Restore"}`)
-	eventually(t, time.Minute, func() error { return configured("WebhookReady") })
+	eventually(t, func() error { return configured("WebhookReady") })
 	refused(t, policy("greedy", "greedy", "ens2f0", 100, "priority: 10"), "numVfs", "100", "16")
 	refused(t, policy("thief", "thief", "ens1f0#2-3", 4), "left", "ens1f0")
 	refused(t, network("text", "left", `ipam: '{"type": '`), "ipam", "JSON")
@@ -47,9 +47,9 @@ func TestWebhookAndRemoval(t *testing.T) {
 		}
 	}
 	began := time.Now()
-	kubectl(t, "", "-n", namespace, "delete", "sriovoperatorconfig", "default", "--wait", "--timeout=2m")
+	kubectl(t, "", "-n", namespace, "delete", "sriovoperatorconfig", "default", "--wait", "--timeout=5m")
 	t.Logf("the configuration is gone after %.1f s", time.Since(began).Seconds())
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		out, err := cluster.Kubectl(t.Context(), "-n", namespace, "get", "daemonsets,pods", "-l", "app.kubernetes.io/component=agent", "-o", "name")
 		if err != nil || strings.TrimSpace(out) != "" {
 			return fmt.Errorf("there still is %s, %w", out, err)
@@ -64,7 +64,7 @@ func TestWebhookAndRemoval(t *testing.T) {
 		if err := without(tables(t, n), "sluice-"); err != nil {
 			t.Errorf("%s: %v", n, err)
 		}
-		eventually(t, time.Minute, func() error { // the kubelet writes its node's status each 10 s
+		eventually(t, func() error { // the kubelet writes its node's status each 10 s
 			for _, resource := range []string{left, right} {
 				if got := allocatable(t, n, resource); got != "" && got != "0" {
 					return fmt.Errorf("%s still has %s=%s allocatable", n, resource, got)
@@ -84,15 +84,15 @@ func TestWebhookAndRemoval(t *testing.T) {
 	kubectl(t, fmt.Sprintf("apiVersion: sriovnetwork.openshift.io/v1\nkind: SriovOperatorConfig\nmetadata: {name: default, namespace: %s}\nspec: {}\n", namespace), "apply", "-f", "-")
 	usePools(t)
 	for _, n := range nodes {
-		eventually(t, time.Minute, func() error {
+		eventually(t, func() error {
 			return errors.Join(baseline(t, n, "ens1f0", 4), baseline(t, n, "ens2f0", 2))
 		})
 	}
 
 	// With all that the installation brought, without a word before: nothing waits for an
 	// operator that is gone.
-	kubectl(t, "", "delete", "-k", "config/default", "--timeout=1m")
-	eventually(t, time.Minute, func() error { // the garbage collector's work
+	kubectl(t, "", "delete", "-k", "config/default", "--timeout=5m")
+	eventually(t, func() error { // the garbage collector's work
 		if out := kubectl(t, "", "get", "-A", "net-attach-def,validatingwebhookconfigurations,mutatingwebhookconfigurations", "-o", "name"); strings.TrimSpace(out) != "" {
 			return fmt.Errorf("there still is %s", out)
 		}

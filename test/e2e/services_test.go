@@ -32,7 +32,7 @@ kind: MacvlanNetwork
 metadata: {name: side-net, namespace: `+namespace+`}
 spec: {networkNamespace: default, master: ens2f0, ipam: '{"type": "static"}', capabilities: '{"ips": true}'}
 ---`)
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		_, err := cluster.Kubectl(t.Context(), "get", "net-attach-def", "cluster-net", "side-net")
 		return err
 	})
@@ -62,14 +62,14 @@ spec: {clusterIP: 10.96.0.10, selector: {app: names}, ports: [{port: 53, protoco
 	for _, client := range append(servers, "names") {
 		t.Run("from "+client, func(t *testing.T) {
 			want := map[string]bool{}
-			eventually(t, time.Minute, func() error {
+			eventually(t, func() error {
 				out, err := cluster.Kubectl(t.Context(), "exec", client, "--", "nslookup", "-type=a", "web.default.svc.cluster.local.")
 				if err == nil && !strings.Contains(out, address) {
 					err = fmt.Errorf("the cluster's name server has no %s:\n%s", address, out)
 				}
 				return err
 			})
-			eventually(t, time.Minute, func() error {
+			eventually(t, func() error {
 				for range 6 {
 					out, err := cluster.Kubectl(t.Context(), "exec", client, "--", "sh", "-c",
 						`printf 'GET / HTTP/1.0\r\n\r\n' | nc.openbsd -N -w 3 `+address+` 80 | tail -n 1`)
@@ -96,7 +96,7 @@ spec: {clusterIP: 10.96.0.10, selector: {app: names}, ports: [{port: 53, protoco
 // node with the number.
 func fromOutside(t *testing.T, node, port int) {
 	t.Helper()
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		return guest.InNetns(cluster.Name, func() error {
 			conn, err := net.DialTimeout("tcp", fmt.Sprintf("172.30.0.%d:%d", 11+node, port), 3*time.Second)
 			if err != nil {

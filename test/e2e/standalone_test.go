@@ -54,14 +54,14 @@ func TestWithoutMultus(t *testing.T) {
 	withoutMultus(t)
 	t.Run("policy to traffic", policyToTraffic)
 	for _, n := range nodes {
-		eventually(t, time.Minute, func() error { return baseline(t, n, "ens1f0", 4) })
+		eventually(t, func() error { return baseline(t, n, "ens1f0", 4) })
 		if left := strings.TrimSpace(inNode(t, n, "ls /var/lib/sluice/pod-networks/containers 2>/dev/null || true")); left != "" {
 			t.Errorf("%s keeps records of pods that are gone: %s", n, left)
 		}
 	}
 	t.Run("a pod whose annotation is wrong is told so", func(t *testing.T) {
 		apply(t, pod("wrong", "vm1", `[{"name": "left-net", "ipz": "192.168.100.7/24"}]`, left))
-		eventually(t, time.Minute, func() error {
+		eventually(t, func() error {
 			out := kubectl(t, "", "get", "events", "--field-selector=involvedObject.name=wrong", "-o", "jsonpath={.items[*].message}")
 			if !strings.Contains(out, `unknown field`) || !strings.Contains(out, "ipz") {
 				return fmt.Errorf("its events say: %s", out)

@@ -33,7 +33,7 @@ func usePools(t *testing.T) {
 	kubectl(t, pools, "apply", "-f", "-")
 	waitAllocatable(t, left, "4", nodes...)
 	waitAllocatable(t, right, "2", nodes...)
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		_, err := cluster.Kubectl(t.Context(), "get", "net-attach-def", "left-net", "right-net")
 		return err
 	})
@@ -45,7 +45,7 @@ func on(network, address string) string {
 
 func waitReady(t *testing.T, pods ...string) {
 	t.Helper()
-	args := []string{"wait", "--for=condition=Ready", "--timeout=4m"}
+	args := []string{"wait", "--for=condition=Ready", "--timeout=5m"}
 	for _, p := range pods {
 		args = append(args, "pod/"+p)
 	}
@@ -119,7 +119,7 @@ func TestPodsNeedNotAsk(t *testing.T) {
 	onlyUML(t, "which NIC a VF is of does not matter to what pods ask for")
 	usePools(t)
 	configure(t, `{"enableInjector": true}`)
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		return configured("InjectorReady")
 	})
 	apply(t, network("unasked-net", "left", staticIP, capIPs)+
@@ -136,7 +136,7 @@ func TestReturnedVFsAreAtBaseline(t *testing.T) {
 	spec := network("odd-net", "left", "vlan: 200", "vlanQoS: 3", `spoofChk: "off"`, `trust: "on"`, staticIP, `capabilities: '{"ips": true, "mac": true}'`)
 	apply(t, spec)
 	p := pod("odd", "vm1", `[{"name": "odd-net", "ips": ["192.168.102.1/24"], "mac": "02:00:00:00:aa:01"}]`, left)
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		_, err := cluster.Kubectl(t.Context(), "get", "net-attach-def", "odd-net")
 		return err
 	})
@@ -147,7 +147,7 @@ func TestReturnedVFsAreAtBaseline(t *testing.T) {
 	}
 	mentions(t, inNode(t, "vm1", "ip link show ens1f0"), "vlan 200, qos 3", "spoof checking off", "trust on", "02:00:00:00:aa:01")
 	remove(t, p)
-	eventually(t, time.Minute, func() error { return baseline(t, "vm1", "ens1f0", 4) })
+	eventually(t, func() error { return baseline(t, "vm1", "ens1f0", 4) })
 	if out := inNode(t, "vm1", "ip link show ens1f0"); strings.Contains(out, "02:00:00:00:aa:01") {
 		t.Errorf("the pod's MAC stayed:\n%s", out)
 	}
@@ -205,9 +205,9 @@ func TestChurn(t *testing.T) {
 			}()
 		}
 		wg.Wait()
-		kubectl(t, "", append([]string{"delete", "pod", "--wait", "--timeout=3m"}, names...)...)
+		kubectl(t, "", append([]string{"delete", "pod", "--wait", "--timeout=5m"}, names...)...)
 		for _, n := range nodes {
-			eventually(t, time.Minute, func() error {
+			eventually(t, func() error {
 				return errors.Join(baseline(t, n, "ens1f0", 4), baseline(t, n, "ens2f0", 2))
 			})
 		}
@@ -227,7 +227,7 @@ func restartKubelet(t *testing.T, node, script string) {
 	}
 	inNode(t, node, `pid=$(pidof kubelet); `+script+`; while [ -d /proc/$pid ]; do sleep 0.1; done`)
 	before := told()
-	eventually(t, 2*time.Minute, func() error {
+	eventually(t, func() error {
 		if told() == before {
 			return errors.New("the kubelet has not told of " + node + " since " + before)
 		}
@@ -250,7 +250,7 @@ func TestKubeletRestart(t *testing.T) {
 // the agent is killed it rejects for good.
 func admitted(t *testing.T, pods ...string) {
 	t.Helper()
-	kubectl(t, "", append([]string{"wait", "--for=condition=Initialized", "--timeout=2m", "pod"}, pods...)...)
+	kubectl(t, "", append([]string{"wait", "--for=condition=Initialized", "--timeout=5m", "pod"}, pods...)...)
 }
 
 // The agent killed with pods coming and going: what it left is put right.
@@ -273,8 +273,8 @@ func TestAgentKilled(t *testing.T) {
 	kubectl(t, "", append([]string{"delete", "pod", "--wait=false"}, names...)...)
 	time.Sleep(500 * time.Millisecond)
 	inNode(t, "vm1", "kill -9 $(pidof sluice-agent) || true")
-	kubectl(t, "", append([]string{"wait", "--for=delete", "--timeout=3m", "pod"}, names...)...)
-	eventually(t, 2*time.Minute, func() error { return baseline(t, "vm1", "ens1f0", 4) })
+	kubectl(t, "", append([]string{"wait", "--for=delete", "--timeout=5m", "pod"}, names...)...)
+	eventually(t, func() error { return baseline(t, "vm1", "ens1f0", 4) })
 	waitAllocatable(t, left, "4", "vm1")
 }
 
@@ -285,7 +285,7 @@ func TestKernelErrorIsShown(t *testing.T) {
 	usePools(t)
 	inNode(t, "vm2", "echo 12 1 > /sys/kernel/debug/sluicenic/0000:02:00.0/fail_sriov_enable")
 	kubectl(t, policy("right", "right", "ens2f0", 3), "apply", "-f", "-")
-	eventually(t, 30*time.Second, func() error {
+	eventually(t, func() error {
 		out := kubectl(t, "", "-n", namespace, "get", "events", "-o", "jsonpath={.items[*].message}")
 		state := kubectl(t, "", "-n", namespace, "get", "sriovnetworknodestate", "vm2", "-o", "yaml")
 		if !strings.Contains(out+state, "cannot allocate memory") {

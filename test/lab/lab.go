@@ -316,7 +316,7 @@ func Attach(name string) (*Cluster, error) {
 
 // readyLimit bounds the wait for the nodes, on a machine that does much else.
 // A node that fails is noticed at once.
-var readyLimit = map[guest.Kind]time.Duration{guest.UML: 3 * time.Minute, guest.QEMU: 6 * time.Minute}
+var readyLimit = map[guest.Kind]time.Duration{guest.UML: 6 * time.Minute, guest.QEMU: 15 * time.Minute}
 
 // awaitReady labels the nodes as they become Ready, and returns when all are
 // and pods can be created.
