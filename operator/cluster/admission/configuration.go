@@ -429,7 +429,7 @@ func validatingWebhook(at registrationv1.WebhookClientConfig) registrationv1.Val
 		FailurePolicy:     new(registrationv1.Ignore),
 		MatchPolicy:       new(registrationv1.Equivalent),
 		NamespaceSelector: &metav1.LabelSelector{}, ObjectSelector: &metav1.LabelSelector{},
-		SideEffects: new(registrationv1.SideEffectClassNone), TimeoutSeconds: new(int32(5)), AdmissionReviewVersions: []string{"v1"},
+		SideEffects: new(registrationv1.SideEffectClassNone), TimeoutSeconds: new(int32(10)), AdmissionReviewVersions: []string{"v1"},
 		// Labels and finalizers are nobody's business here, and must not wait for us.
 		MatchConditions: []registrationv1.MatchCondition{{Name: "spec-changes", Expression: "request.operation == 'CREATE' || object.?spec != oldObject.?spec"}},
 	}
@@ -451,7 +451,7 @@ func injectorWebhook(at registrationv1.WebhookClientConfig, fail bool) registrat
 		FailurePolicy:     &policy,
 		MatchPolicy:       new(registrationv1.Equivalent),
 		NamespaceSelector: &metav1.LabelSelector{}, ObjectSelector: &metav1.LabelSelector{},
-		SideEffects: new(registrationv1.SideEffectClassNone), TimeoutSeconds: new(int32(5)), AdmissionReviewVersions: []string{"v1"},
+		SideEffects: new(registrationv1.SideEffectClassNone), TimeoutSeconds: new(int32(10)), AdmissionReviewVersions: []string{"v1"},
 		// Other webhooks may write the annotation, and what is there is not added again.
 		ReinvocationPolicy: new(registrationv1.IfNeededReinvocationPolicy),
 		MatchConditions: []registrationv1.MatchCondition{{

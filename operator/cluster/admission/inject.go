@@ -77,8 +77,7 @@ func (i *Injector) Handle(ctx context.Context, request admission.Request) admiss
 // missing.
 func (i *Injector) definitions(ctx context.Context, names []types.NamespacedName) (all map[types.NamespacedName]map[string]string, missing *types.NamespacedName, err error) {
 	all = map[types.NamespacedName]map[string]string{}
-	ctx, cancel := context.WithTimeout(ctx, definitionWait)
-	defer cancel()
+	made := time.Now().Add(definitionWait) // by then what was about to be made is
 	for _, name := range names {
 		if _, read := all[name]; read {
 			continue
@@ -88,16 +87,14 @@ func (i *Injector) definitions(ctx context.Context, names []types.NamespacedName
 		absent := false
 		err = wait.PollUntilContextCancel(ctx, definitionLook, true, func(ctx context.Context) (bool, error) {
 			err := i.live.Get(ctx, name, definition)
-			if ctx.Err() == nil { // else it is no answer
-				absent = apierrors.IsNotFound(err)
-			}
-			return err == nil, client.IgnoreNotFound(err)
+			absent = apierrors.IsNotFound(err)
+			return err == nil || absent && time.Now().After(made), client.IgnoreNotFound(err)
 		})
-		if absent {
-			return nil, &name, nil
-		}
-		if err != nil {
+		switch {
+		case err != nil:
 			return nil, nil, fmt.Errorf("read NetworkAttachmentDefinition %s: %w", name, err)
+		case absent:
+			return nil, &name, nil
 		}
 		all[name] = definition.Annotations
 	}

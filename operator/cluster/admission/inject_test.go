@@ -5,6 +5,8 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
 	admissionv1 "k8s.io/api/admission/v1"
@@ -20,9 +22,15 @@ import (
 type answers struct {
 	client.Reader
 	left []error
+	take time.Duration
 }
 
-func (a *answers) Get(_ context.Context, _ client.ObjectKey, o client.Object, _ ...client.GetOption) error {
+func (a *answers) Get(ctx context.Context, _ client.ObjectKey, o client.Object, _ ...client.GetOption) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(a.take):
+	}
 	err := a.left[0]
 	if len(a.left) > 1 {
 		a.left = a.left[1:]
@@ -45,6 +53,7 @@ func TestInjectorAnswers(t *testing.T) {
 		{"a network", `{"metadata": {"annotations": {"k8s.v1.cni.cncf.io/networks": "a, a"}}, "spec": {"containers": [{"name": "c"}]}}`, []error{nil, errors.New("asked twice")}, true, 0, "", true},
 		{"a network that is about to be made", `{"metadata": {"annotations": {"k8s.v1.cni.cncf.io/networks": "a"}}, "spec": {"containers": [{"name": "c"}]}}`, []error{absent, absent, nil}, true, 0, "", true},
 		{"no network", `{"metadata": {"annotations": {"k8s.v1.cni.cncf.io/networks": "a"}}}`, []error{absent}, false, 403, "there is no NetworkAttachmentDefinition ns/a", false},
+		{"a network, of an API server that is slow", `{"metadata": {"annotations": {"k8s.v1.cni.cncf.io/networks": "a"}}, "spec": {"containers": [{"name": "c"}]}}`, []error{nil}, true, 0, "", true},
 		{"no network in a dry run", "", []error{absent}, true, 0, "there is no NetworkAttachmentDefinition ns/a, without which the pod would be refused", false},
 		{"no Multus", `{"metadata": {"annotations": {"k8s.v1.cni.cncf.io/networks": "a"}}}`, []error{&meta.NoKindMatchError{GroupKind: kind.GroupKind()}}, true, 0, "the cluster has no kind NetworkAttachmentDefinition", false},
 		{"an API server that fails", `{"metadata": {"annotations": {"k8s.v1.cni.cncf.io/networks": "a"}}}`, []error{absent, errors.New("busy")}, false, 500, "read NetworkAttachmentDefinition ns/a: busy", false},
@@ -52,12 +61,16 @@ func TestInjectorAnswers(t *testing.T) {
 		{"no pod", `[]`, nil, false, 400, "read the pod", false},
 		{"no annotation", `{"spec": {"containers": [{"name": "c"}]}}`, nil, true, 0, "", false},
 	} {
-		t.Run(c.name, func(t *testing.T) {
+		test := func(t *testing.T) {
 			dry := c.pod == ""
 			if dry {
 				c.pod = `{"metadata": {"annotations": {"k8s.v1.cni.cncf.io/networks": "a"}}}`
 			}
-			got := NewInjector(&answers{left: c.api}).Handle(t.Context(), admission.Request{AdmissionRequest: admissionv1.AdmissionRequest{Namespace: "ns", DryRun: &dry, Object: runtime.RawExtension{Raw: []byte(c.pod)}}})
+			api := &answers{left: c.api}
+			if strings.Contains(c.name, "slow") {
+				api.take = 2 * definitionWait
+			}
+			got := NewInjector(api).Handle(t.Context(), admission.Request{AdmissionRequest: admissionv1.AdmissionRequest{Namespace: "ns", DryRun: &dry, Object: runtime.RawExtension{Raw: []byte(c.pod)}}})
 			said := strings.Join(got.Warnings, "; ")
 			if got.Result != nil {
 				said += got.Result.Message
@@ -65,6 +78,7 @@ func TestInjectorAnswers(t *testing.T) {
 			if got.Allowed != c.allowed || !c.allowed && got.Result.Code != c.code || !strings.Contains(said, c.says) || (len(got.Patch) > 0) != c.patches {
 				t.Errorf("the answer is %+v", got)
 			}
-		})
+		}
+		t.Run(c.name, func(t *testing.T) { synctest.Test(t, test) })
 	}
 }
