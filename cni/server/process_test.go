@@ -134,9 +134,11 @@ func (a *agentProcess) insist(req wire.Request) (out []byte, err error) {
 	return out, err
 }
 
+// eventually waits longer than a minute: what fails because the machine is busy is done
+// again at the agent's next look, which is once a minute.
 func eventually(t testing.TB, what string, ok func() error) {
 	t.Helper()
-	for end := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(5 * time.Minute); ; time.Sleep(5 * time.Millisecond) {
 		err := ok()
 		if err == nil {
 			return
