@@ -4,10 +4,16 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"os"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sluice-network/sluice/cni/policy"
+	"github.com/sluice-network/sluice/internal/host"
 )
 
 // Whatever somebody does to the rules is noticed, told and put right, by an event each.
@@ -35,17 +41,8 @@ func TestTampering(t *testing.T) {
 			}
 		}
 	})
-	// Watching has begun when it tells of something.
-	for _, s := range []*station{a, {ns: w.node, link: "p0"}} {
-		for begun := false; !begun; {
-			nft(t, s, "add chain "+map[bool]string{true: "inet", false: "netdev"}[s == a]+" sluice-"+s.link+" mine")
-			select {
-			case <-told:
-				begun = true
-			case <-time.After(100 * time.Millisecond):
-			}
-		}
-	}
+	waitForWatcher(t, a.ns)
+	waitForWatcher(t, w.node)
 	element := fmt.Sprintf("%s : accept", w.pods["wire"].v4)
 	for _, c := range []struct{ where, what string }{
 		{"pod", "flush ruleset"},
@@ -98,5 +95,31 @@ func TestTampering(t *testing.T) {
 	case got := <-told:
 		t.Errorf("told %+v", got)
 	case <-time.After(300 * time.Millisecond):
+	}
+}
+
+// waitForWatcher waits until a socket of the namespace gets the events of nf_tables: what
+// is changed from then on is told, and nothing else.
+func waitForWatcher(t *testing.T, ns *host.Netns) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		var sockets []byte
+		if err := ns.Do(func() (err error) {
+			sockets, err = os.ReadFile("/proc/thread-self/net/netlink")
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(sockets)) {
+			// The columns are the kernel's address, protocol, port, groups and more.
+			f := strings.Fields(line)
+			groups, err := strconv.ParseUint(f[3], 16, 32)
+			if err == nil && f[1] == strconv.Itoa(unix.NETLINK_NETFILTER) && groups&(1<<(unix.NFNLGRP_NFTABLES-1)) != 0 {
+				return
+			}
+		}
+		if time.Now().After(end) {
+			t.Fatalf("nobody watches: %s", sockets)
+		}
 	}
 }
