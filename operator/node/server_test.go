@@ -7,6 +7,7 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/tools/record"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
@@ -14,21 +15,31 @@ import (
 	v1 "github.com/sluice-network/sluice/apis/sriovnetwork/v1"
 )
 
-func newServerClient(t *testing.T, objects ...client.Object) client.WithWatch {
+func newServerClient(t *testing.T, objects ...client.Object) listFirst {
 	t.Helper()
 	scheme := runtime.NewScheme()
 	if err := v1.AddToScheme(scheme); err != nil {
 		t.Fatal(err)
 	}
-	return listFirst{fake.NewClientBuilder().WithScheme(scheme).WithObjects(objects...).WithStatusSubresource(&v1.SriovNetworkNodeState{}).
+	return listFirst{watches: make(chan struct{}, 100), WithWatch: fake.NewClientBuilder().WithScheme(scheme).WithObjects(objects...).WithStatusSubresource(&v1.SriovNetworkNodeState{}).
 		WithIndex(&v1.SriovNetworkNodeState{}, "metadata.name", func(o client.Object) []string { return []string{o.GetName()} }).Build()}
 }
 
 // listFirst says what the fake client does not: its watches do not begin with
-// the objects that there are.
-type listFirst struct{ client.WithWatch }
+// the objects that there are, nor with what changed since they were listed, but with
+// what changes from when it is told in watches.
+type listFirst struct {
+	client.WithWatch
+	watches chan struct{}
+}
 
 func (listFirst) IsWatchListSemanticsUnSupported() bool { return true }
+
+func (c listFirst) Watch(ctx context.Context, list client.ObjectList, opts ...client.ListOption) (watch.Interface, error) {
+	w, err := c.WithWatch.Watch(ctx, list, opts...)
+	c.watches <- struct{}{}
+	return w, err
+}
 
 func nodeState(name string) *v1.SriovNetworkNodeState {
 	return &v1.SriovNetworkNodeState{ObjectMeta: metav1.ObjectMeta{Namespace: "sluice", Name: name}}
@@ -81,6 +92,7 @@ func TestServerWatchesItsOwnObject(t *testing.T) {
 	if s := next(); s == nil || s.Name != "vm1" {
 		t.Fatalf("got %+v", s)
 	}
+	<-c.watches
 	s := nodeState("vm1")
 	if err := c.Get(ctx, client.ObjectKeyFromObject(s), s); err != nil {
 		t.Fatal(err)
