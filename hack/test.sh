@@ -58,7 +58,7 @@ fuzz() {
   for dir in $(with Fuzz); do
     program=$FUZZ_OUT/$dir/test
     # With the coverage counters that guide the search, in the project's own packages:
-    # -fuzz would compile all others with them, too, which takes ten times as long.
+    # -fuzz would compile all others with them, too, which takes six times as long.
     go test -c -gcflags="$own=-d=libfuzzer" -o "$program" "$dir"
     "$program" -test.list '^Fuzz' | sed "s|^|$dir |"
   done >"$FUZZ_OUT.list"

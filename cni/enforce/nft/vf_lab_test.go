@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
-	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -84,15 +83,6 @@ func vfsOf(t *testing.T, card int, addresses map[string][]netip.Addr) *world {
 		})
 	}
 	return w
-}
-
-func eventually(t *testing.T, what string, is func() bool) {
-	t.Helper()
-	for end := time.Now().Add(2 * time.Minute); !is(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("did not happen: %s", what)
-		}
-	}
 }
 
 // Of each statement's examples packets between VFs do what they should. Both networks are

@@ -470,3 +470,12 @@ func rename(t testing.TB, s *station, name string) {
 			h.AddrReplace(l, &netlink.Addr{IPNet: &net.IPNet{IP: s.v6.AsSlice(), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD}))
 	})
 }
+
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(2 * time.Minute); !is(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("did not happen: %s", what)
+		}
+	}
+}
